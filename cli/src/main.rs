@@ -1,0 +1,3 @@
+//! The `lite-llm` command.
+
+fn main() {}

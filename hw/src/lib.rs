@@ -1,0 +1,1 @@
+//! Real drivers of the Lite LLM runtime: files, CPU, clock, processes.

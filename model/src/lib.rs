@@ -1,0 +1,1 @@
+//! The numeric contract, kernels and transformer families of the Lite LLM runtime.

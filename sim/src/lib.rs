@@ -1,0 +1,1 @@
+//! A simulated machine for the Lite LLM runtime: disks that tear, crashes at any point.

@@ -1,0 +1,1 @@
+//! Tests across the crates: oracles, real processes, crashes.
