@@ -1,5 +1,24 @@
 //! The deterministic, sans-IO state machine of the Lite LLM runtime.
+//!
+//! One door in, one door out: `engine::Engine::handle` takes an [`input::Input`] with its time,
+//! `engine::Engine::poll` gives [`output::Output`]s until [`output::Output::Wait`]. A panic means a bug in the core
+//! or a driver that broke the protocol; a fault is an input.
 #![no_std]
 #![forbid(unsafe_code)]
+#![warn(clippy::iter_over_hash_type, clippy::wildcard_enum_match_arm, clippy::cast_possible_truncation)]
 
 extern crate alloc;
+
+pub mod config;
+pub mod digest;
+pub mod event;
+pub mod ids;
+pub mod input;
+pub mod lifecycle;
+pub mod output;
+pub mod plan;
+pub mod random;
+pub mod time;
+
+/// Version of the fold: a core that would fold a journal differently has another.
+pub const LOGIC_VERSION: u32 = 1;

@@ -1,0 +1,96 @@
+//! What the operator decides: budgets, batch shape, modes and limits. Checked once, in the first boot phase.
+
+use alloc::{collections::BTreeMap, format, string::String, vec::Vec};
+use serde::{Deserialize, Serialize};
+
+/// Bounds of every queue and loop of the engine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Requests that may be unfinished at once; one more is refused.
+    pub requests_max: u32,
+    /// Rows (requests) in one step.
+    pub rows_max: u32,
+    /// Token positions in one step, over all rows.
+    pub step_positions_max: u32,
+    /// Expert loads under way at once.
+    pub loads_max: u32,
+    /// Times that a failed load or step is tried again before it is a fault.
+    pub retries_max: u32,
+    /// Finished requests whose streams are kept; the oldest become tombstones.
+    pub finished_max: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            requests_max: 1024,
+            rows_max: 16,
+            step_positions_max: 256,
+            loads_max: 8,
+            retries_max: 2,
+            finished_max: 1024,
+        }
+    }
+}
+
+/// The runtime configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Config {
+    /// Bytes that the whole process may use.
+    pub memory_bytes: u64,
+    /// The routing seed; `None` draws one from the entropy of the boot input.
+    pub routing_seed: Option<u64>,
+    /// The tiers to activate at start, by name; empty means every tier of the checkpoint.
+    pub tier_set: Vec<String>,
+    /// Named TierSets: mode to tier names.
+    pub modes: BTreeMap<String, Vec<String>>,
+    /// Positions of a prompt that one step computes for one request.
+    pub prefill_chunk: u32,
+    /// Records between two snapshots; 0 takes none but those asked for.
+    pub snapshot_every: u64,
+    /// Whether optimizer state is wanted. Training is not built: `true` is refused by name.
+    pub training: bool,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            memory_bytes: u64::MAX,
+            routing_seed: Some(0),
+            tier_set: Vec::new(),
+            modes: BTreeMap::new(),
+            prefill_chunk: 64,
+            snapshot_every: 4096,
+            training: false,
+            limits: Limits::default(),
+        }
+    }
+}
+
+impl Config {
+    /// Checks every key on its own; what depends on the checkpoint is checked in the manifest phase.
+    ///
+    /// # Errors
+    /// The key and the remedy, for people.
+    pub fn check(&self) -> Result<(), String> {
+        let limits = &self.limits;
+        for (key, value, max) in [
+            ("prefill_chunk", self.prefill_chunk, 4096),
+            ("limits.requests_max", limits.requests_max, 1 << 20),
+            ("limits.rows_max", limits.rows_max, 1024),
+            ("limits.step_positions_max", limits.step_positions_max, 1 << 16),
+            ("limits.loads_max", limits.loads_max, 1024),
+            ("limits.finished_max", limits.finished_max, 1 << 20),
+        ] {
+            if value == 0 || value > max {
+                return Err(format!("{key} is {value}; it must be 1 to {max}"));
+            }
+        }
+        if self.training {
+            return Err("training is not built: set training = false".into());
+        }
+        Ok(())
+    }
+}

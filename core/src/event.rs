@@ -1,0 +1,87 @@
+//! Telemetry: a pure function of the journal, so that replay regenerates it byte for byte. No durations here.
+
+use crate::ids::{Generation, Incarnation, RequestId, StepId};
+use crate::lifecycle::Lifecycle;
+use alloc::vec::Vec;
+use serde::{Deserialize, Serialize};
+
+/// The named phases of boot and load, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Phase {
+    /// Configuration read and checked.
+    Config,
+    /// Memory reserved.
+    Resources,
+    /// Routing seed known.
+    Seed,
+    /// Log open.
+    Log,
+    /// Manifest parsed and verified, TierSet resolved, arenas carved.
+    Manifest,
+    /// Base parameters loaded.
+    Base,
+    /// Experts registered and the hot arena filled.
+    Experts,
+    /// Router parameters loaded.
+    Router,
+    /// Optimizer state: skipped for inference.
+    Optimizer,
+}
+
+/// Something worth recording.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// A phase of boot is complete.
+    PhaseDone {
+        /// Which.
+        phase: Phase,
+        /// Bytes that it accounts for.
+        bytes: u64,
+    },
+    /// The lifecycle moved.
+    Moved {
+        /// From.
+        from: Lifecycle,
+        /// To.
+        to: Lifecycle,
+    },
+    /// A TierSet became active.
+    TierSet {
+        /// The new generation.
+        generation: Generation,
+        /// Its tiers.
+        tiers: Vec<u32>,
+    },
+    /// A pending TierSet switch was given up.
+    SwitchAborted,
+    /// A new life began.
+    Recovered {
+        /// Which.
+        incarnation: Incarnation,
+        /// Unfinished requests that go on.
+        requests: u32,
+    },
+    /// A step is done.
+    StepDone {
+        /// Which.
+        step: StepId,
+        /// Positions computed.
+        positions: u32,
+        /// Experts found in the arena.
+        hits: u32,
+        /// Experts that had to be loaded.
+        misses: u32,
+    },
+    /// A step is tried again.
+    StepRetried {
+        /// Which.
+        step: StepId,
+        /// The new attempt.
+        attempt: u32,
+    },
+    /// A request lost its pages and will be recomputed.
+    Preempted {
+        /// Which.
+        id: RequestId,
+    },
+}

@@ -1,0 +1,231 @@
+//! Everything that can happen to an engine. The journal is a list of these, so the order of variants and fields is a
+//! file format: change it only with [`LOGIC_VERSION`](crate::LOGIC_VERSION).
+
+use crate::config::Config;
+use crate::digest::Digest;
+use crate::ids::{ExpertKey, Incarnation, LoadId, RequestId, Seq, StepId};
+use crate::plan::ModelPlan;
+use alloc::{string::String, vec::Vec};
+use serde::{Deserialize, Serialize};
+
+/// How the next token is chosen from the logits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// 0 chooses the likeliest token.
+    pub temperature: f32,
+    /// Only the k likeliest tokens; 0 means all.
+    pub top_k: u32,
+    /// Only the likeliest tokens that together have this probability; 1 means all.
+    pub top_p: f32,
+    /// Only tokens at least this likely, relative to the likeliest; 0 means all.
+    pub min_p: f32,
+    /// Divides (or multiplies, if negative) the logits of tokens already seen; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+    }
+}
+
+/// Who goes first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Priority {
+    /// Somebody waits for it.
+    #[default]
+    Interactive,
+    /// It may wait.
+    Batch,
+}
+
+/// What a client asks for.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Body {
+    /// Token ids.
+    pub prompt: Vec<u32>,
+    /// The most tokens to generate.
+    pub max_tokens: u32,
+    /// How to choose tokens.
+    pub sampling: Sampling,
+    /// Before whom.
+    pub priority: Priority,
+    /// Nanoseconds after acceptance at which the request ends unfinished.
+    pub deadline_ns: Option<u64>,
+    /// Whether to go on past the checkpoint's end-of-stream tokens.
+    pub ignore_eos: bool,
+}
+
+/// Why something did not work. A fault is an input, never a panic.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Fault {
+    /// Reading or writing failed.
+    Io(String),
+    /// Bytes do not have their checksum.
+    Corrupt(String),
+    /// A resource could not be had.
+    Resource(String),
+    /// The compute device failed.
+    Device(String),
+    /// NaN or infinity in the logits or router scores.
+    NonFinite {
+        /// The row of the step.
+        row: u32,
+        /// Decoder layer; the number of layers stands for the logits.
+        layer: u32,
+        /// Position in the sequence.
+        position: u32,
+    },
+    /// The checkpoint is not what it should be.
+    Checkpoint(String),
+}
+
+/// The result of one row of a step.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowResult {
+    /// The chosen token, if the row was to sample.
+    pub token: Option<u32>,
+    /// Whether the text up to this token ends in a stop sequence.
+    pub stop: bool,
+    /// Digest of the row's routes, hidden states and logits.
+    pub digest: Digest,
+}
+
+/// Which tiers to serve from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SwitchTarget {
+    /// These, by name.
+    Tiers(Vec<String>),
+    /// A mode of the configuration.
+    Mode(String),
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Input {
+    /// The first input of a journal.
+    Boot {
+        /// This process's life.
+        incarnation: Incarnation,
+        /// What the operator decided.
+        config: Config,
+        /// A random number of the driver's.
+        entropy: u64,
+    },
+    /// The first input after the fold of a recovered journal: all that was volatile is gone.
+    Restarted {
+        /// This process's life, greater than any before.
+        incarnation: Incarnation,
+        /// Bytes that the whole process may use now.
+        memory_bytes: u64,
+    },
+    /// `Reserve` was obeyed.
+    Reserved,
+    /// `ReadManifest` was obeyed.
+    ManifestRead {
+        /// What the checkpoint holds.
+        plan: ModelPlan,
+    },
+    /// `LoadBase` was obeyed, checksums verified.
+    BaseLoaded {
+        /// Index into [`ModelPlan::base_shards`].
+        shard: u32,
+    },
+    /// `LoadRouters` was obeyed, checksums verified.
+    RoutersLoaded,
+    /// A step of the boot sequence cannot be done.
+    BootFailed {
+        /// Why.
+        fault: Fault,
+    },
+    /// An expert is in its slot, its checksum verified; or it is not.
+    Loaded {
+        /// Which load.
+        load: LoadId,
+        /// Why not.
+        fault: Option<Fault>,
+    },
+    /// A client's request, or its second attempt.
+    Submit {
+        /// Idempotency key.
+        id: RequestId,
+        /// What is asked for.
+        body: Body,
+        /// The token offset from which an existing stream is sent again.
+        from: u32,
+    },
+    /// A client no longer wants it.
+    Cancel {
+        /// Which request.
+        id: RequestId,
+    },
+    /// Serve from other tiers.
+    Switch {
+        /// Which.
+        target: SwitchTarget,
+        /// The first position of a request that the new tiers compute; at the next step boundary if `None`.
+        at: Option<(RequestId, u32)>,
+    },
+    /// Accept nothing more, finish what is there, stop.
+    Drain {
+        /// Nanoseconds after which what is unfinished stays in the journal.
+        bound_ns: Option<u64>,
+    },
+    /// Take a snapshot.
+    SnapshotWanted,
+    /// A snapshot is durable.
+    SnapshotDurable {
+        /// The first input that it does not hold.
+        next: Seq,
+    },
+    /// A layer's router has chosen.
+    Need {
+        /// Of which step.
+        step: StepId,
+        /// Of which attempt.
+        attempt: u32,
+        /// Which layer.
+        layer: u32,
+        /// Distinct, ascending.
+        experts: Vec<ExpertKey>,
+    },
+    /// The last read of a wave's slots is over.
+    Released {
+        /// Of which step.
+        step: StepId,
+        /// Of which attempt.
+        attempt: u32,
+        /// Which layer.
+        layer: u32,
+        /// Which wave.
+        wave: u32,
+    },
+    /// A step is done.
+    Finished {
+        /// Which.
+        step: StepId,
+        /// Which attempt.
+        attempt: u32,
+        /// One for each row.
+        rows: Vec<RowResult>,
+        /// Measured duration, in nanoseconds.
+        duration_ns: u64,
+    },
+    /// A step failed as a whole.
+    Failed {
+        /// Which.
+        step: StepId,
+        /// Which attempt.
+        attempt: u32,
+        /// Why.
+        fault: Fault,
+    },
+    /// The time of `Wait` has come.
+    Tick,
+    /// `FlushTelemetry` was obeyed.
+    TelemetryFlushed,
+    /// `Release` was obeyed.
+    ResourcesReleased,
+}

@@ -1,0 +1,229 @@
+//! Everything that an engine can ask for or say. Outputs are digested, so the order of variants and fields counts.
+
+use crate::event::Event;
+use crate::ids::{ExpertKey, Generation, LoadId, RequestId, Seq, Slot, StepId};
+use crate::input::Sampling;
+use crate::time::Time;
+use alloc::{string::String, vec::Vec};
+use serde::{Deserialize, Serialize};
+
+/// How the token after a row is chosen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SampleSpec {
+    /// Parameters.
+    pub sampling: Sampling,
+    /// The one draw, a pure function of seed and position.
+    pub draw: u64,
+    /// Tokens before this row, for the repetition penalty; empty if it changes nothing.
+    pub history: Vec<u32>,
+}
+
+/// A stretch of one request's positions.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// The request's number, in order of acceptance.
+    pub request: u64,
+    /// Position of the first token.
+    pub start: u32,
+    /// Token ids at positions `start..`.
+    pub tokens: Vec<u32>,
+    /// Pages of KV cache, enough for every position up to the last.
+    pub pages: Vec<u32>,
+    /// How the next token is chosen; `None` if it is known or not yet due.
+    pub sample: Option<SampleSpec>,
+}
+
+/// One batch step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Forward {
+    /// Which.
+    pub step: StepId,
+    /// Grows when the step is tried again.
+    pub attempt: u32,
+    /// Under which generation all rows are computed.
+    pub generation: Generation,
+    /// Tiers that the generation may select.
+    pub tiers: Vec<u32>,
+    /// What is computed.
+    pub rows: Vec<Row>,
+    /// The slots of every expert of the generation, when all are in and stay so: then there is no `Need`.
+    pub resident: Option<Vec<(ExpertKey, Slot)>>,
+}
+
+/// Why a stream ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FinishReason {
+    /// An end-of-stream token.
+    Eos,
+    /// A stop sequence.
+    Stop,
+    /// As many tokens as asked for.
+    Length,
+    /// The client's wish.
+    Cancelled,
+    /// Its time was over.
+    Deadline,
+    /// It could not be computed.
+    Fault(String),
+}
+
+/// The carved memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carving {
+    /// Slots of the hot arena.
+    pub slots: u32,
+    /// Bytes of a slot.
+    pub slot_bytes: u64,
+    /// Pages of KV cache.
+    pub pages: u32,
+    /// Bytes of a page.
+    pub page_bytes: u64,
+}
+
+/// Something to do or to tell. Whatever has `after` may leave only when the journal is durable up to it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Output {
+    /// Reserve memory; answer `Reserved` or `BootFailed`.
+    Reserve {
+        /// How much.
+        memory_bytes: u64,
+    },
+    /// Read and verify the manifest; answer `ManifestRead` or `BootFailed`.
+    ReadManifest,
+    /// Lay out the arenas.
+    Carve(Carving),
+    /// Load and verify base parameters; answer `BaseLoaded` or `BootFailed`.
+    LoadBase {
+        /// Index into the plan's shards.
+        shard: u32,
+    },
+    /// Load and verify router parameters; answer `RoutersLoaded` or `BootFailed`.
+    LoadRouters,
+    /// Copy an expert into a slot and verify it; answer `Loaded`.
+    Load {
+        /// Names the load.
+        load: LoadId,
+        /// Which expert.
+        expert: ExpertKey,
+        /// Where to.
+        slot: Slot,
+    },
+    /// Compute a step; answer `Need`, `Released`, `Finished`, `Failed`.
+    Forward(Forward),
+    /// An expert that a step needs is in its slot, and stays until the wave is `Released`.
+    Provide {
+        /// For which step.
+        step: StepId,
+        /// For which attempt.
+        attempt: u32,
+        /// For which layer.
+        layer: u32,
+        /// In which wave.
+        wave: u32,
+        /// Experts of this wave.
+        wave_len: u32,
+        /// Which expert.
+        expert: ExpertKey,
+        /// Where it is.
+        slot: Slot,
+    },
+    /// Give up a step; answer `Failed`.
+    Abort {
+        /// Which step.
+        step: StepId,
+        /// Which attempt.
+        attempt: u32,
+    },
+    /// The engine serves.
+    Ready {
+        /// Durable before it may be told.
+        after: Seq,
+    },
+    /// A request is accepted, or found again.
+    Accepted {
+        /// Which.
+        id: RequestId,
+        /// Tokens that exist already.
+        generated: u32,
+        /// Durable before it may be told.
+        after: Seq,
+    },
+    /// A token of a stream.
+    Token {
+        /// Whose.
+        id: RequestId,
+        /// Dense from 0.
+        offset: u32,
+        /// Token id.
+        token: u32,
+        /// Durable before it may be told.
+        after: Seq,
+    },
+    /// The end of a stream.
+    Finish {
+        /// Whose.
+        id: RequestId,
+        /// Why.
+        reason: FinishReason,
+        /// Tokens of the whole stream.
+        generated: u32,
+        /// Durable before it may be told.
+        after: Seq,
+    },
+    /// Something asked for is not done.
+    Refuse {
+        /// Whose, if a request.
+        id: Option<RequestId>,
+        /// What, why and the remedy.
+        reason: String,
+        /// Durable before it may be told.
+        after: Seq,
+    },
+    /// For telemetry.
+    Event {
+        /// The input it belongs to.
+        seq: Seq,
+        /// What.
+        event: Event,
+    },
+    /// Write a snapshot of the state as it is once all outputs are drained; answer `SnapshotDurable`.
+    Snapshot,
+    /// Records before `before` are no longer needed.
+    Trim {
+        /// The first that is.
+        before: Seq,
+    },
+    /// Write telemetry out; answer `TelemetryFlushed`.
+    FlushTelemetry,
+    /// Give back arenas and files; answer `ResourcesReleased`.
+    Release,
+    /// Stop the process.
+    Exit {
+        /// `None` after a clean stop.
+        error: Option<String>,
+        /// Durable before it may happen.
+        after: Seq,
+    },
+    /// Nothing more to do until an input comes, or this time. Never digested.
+    Wait {
+        /// When to give a `Tick`.
+        until: Option<Time>,
+        /// Why.
+        reason: WaitReason,
+    },
+}
+
+/// What an engine waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WaitReason {
+    /// The boot sequence.
+    Boot,
+    /// A running step.
+    Step,
+    /// Loads.
+    Loads,
+    /// Requests.
+    Requests,
+    /// Nothing: it has stopped.
+    Stopped,
+}
