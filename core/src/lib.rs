@@ -11,9 +11,11 @@ extern crate alloc;
 
 pub mod config;
 pub mod digest;
+pub mod disk;
 pub mod event;
 pub mod ids;
 pub mod input;
+pub mod journal;
 pub mod lifecycle;
 pub mod output;
 pub mod plan;

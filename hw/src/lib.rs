@@ -1,1 +1,3 @@
 //! Real drivers of the Lite LLM runtime: files, CPU, clock, processes.
+
+pub mod disk;
