@@ -18,6 +18,12 @@ pub struct Limits {
     pub retries_max: u32,
     /// Finished requests whose streams are kept; the oldest become tombstones.
     pub finished_max: u32,
+    /// Nanoseconds for which a finished stream is kept.
+    pub finished_age_ns: u64,
+    /// Tombstones: ids that answer `Expired`; the oldest are forgotten.
+    pub tombstones_max: u32,
+    /// TierSet switches that may wait.
+    pub switches_max: u32,
 }
 
 impl Default for Limits {
@@ -29,8 +35,23 @@ impl Default for Limits {
             loads_max: 8,
             retries_max: 2,
             finished_max: 1024,
+            finished_age_ns: 24 * 3600 * 1_000_000_000,
+            tombstones_max: 1 << 16,
+            switches_max: 16,
         }
     }
+}
+
+/// Where the experts of a tier belong.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Placement {
+    /// Loaded on demand only, and the first to be evicted.
+    Cold,
+    /// Loaded ahead into what the hot tiers leave free.
+    Warm,
+    /// Loaded ahead first, evicted last.
+    #[default]
+    Hot,
 }
 
 /// The runtime configuration.
@@ -44,6 +65,8 @@ pub struct Config {
     pub tier_set: Vec<String>,
     /// Named TierSets: mode to tier names.
     pub modes: BTreeMap<String, Vec<String>>,
+    /// Placement of tiers, by name; a tier that is not named is hot.
+    pub placement: BTreeMap<String, Placement>,
     /// Positions of a prompt that one step computes for one request.
     pub prefill_chunk: u32,
     /// Records between two snapshots; 0 takes none but those asked for.
@@ -61,6 +84,7 @@ impl Default for Config {
             routing_seed: Some(0),
             tier_set: Vec::new(),
             modes: BTreeMap::new(),
+            placement: BTreeMap::new(),
             prefill_chunk: 64,
             snapshot_every: 4096,
             training: false,
@@ -83,10 +107,18 @@ impl Config {
             ("limits.step_positions_max", limits.step_positions_max, 1 << 16),
             ("limits.loads_max", limits.loads_max, 1024),
             ("limits.finished_max", limits.finished_max, 1 << 20),
+            ("limits.tombstones_max", limits.tombstones_max, 1 << 24),
+            ("limits.switches_max", limits.switches_max, 1 << 10),
         ] {
             if value == 0 || value > max {
                 return Err(format!("{key} is {value}; it must be 1 to {max}"));
             }
+        }
+        if limits.retries_max > 100 {
+            return Err(format!("limits.retries_max is {}; it must be 0 to 100", limits.retries_max));
+        }
+        if self.memory_bytes == 0 {
+            return Err("memory_bytes is 0; give the process the bytes it may use".into());
         }
         if self.training {
             return Err("training is not built: set training = false".into());

@@ -1,5 +1,6 @@
 //! Digests: BLAKE3 over the encoded form, chained over inputs and outputs.
 
+use alloc::vec::Vec;
 use core::fmt;
 use serde::{Deserialize, Serialize};
 
@@ -17,9 +18,9 @@ impl Digest {
     /// The digest of a value's journal encoding.
     #[must_use]
     pub fn of_value<T: Serialize>(value: &T) -> Self {
-        let mut chain = Chain::new();
-        chain.add(value);
-        chain.finish()
+        let mut bytes = Vec::new();
+        encode(value, &mut bytes);
+        Self::of(&bytes)
     }
 }
 
@@ -35,36 +36,22 @@ impl fmt::Debug for Digest {
     }
 }
 
-/// A running digest over encoded values.
-pub(crate) struct Chain(blake3::Hasher);
-
-impl Chain {
-    pub(crate) fn new() -> Self {
-        Self(blake3::Hasher::new())
-    }
-
-    /// Adds the encoding of a value. postcard is self-delimiting, so no two sequences of values collide.
-    pub(crate) fn add<T: Serialize>(&mut self, value: &T) {
-        struct Into<'a>(&'a mut blake3::Hasher);
-        impl postcard::ser_flavors::Flavor for Into<'_> {
-            type Output = ();
-            fn try_push(&mut self, byte: u8) -> postcard::Result<()> {
-                self.0.update(&[byte]);
-                Ok(())
-            }
-            fn try_extend(&mut self, bytes: &[u8]) -> postcard::Result<()> {
-                self.0.update(bytes);
-                Ok(())
-            }
-            fn finalize(self) -> postcard::Result<()> {
-                Ok(())
-            }
+/// Appends the journal encoding of a value. postcard is self-delimiting, so no two sequences of values collide.
+pub(crate) fn encode<T: Serialize + ?Sized>(value: &T, into: &mut Vec<u8>) {
+    struct Append<'a>(&'a mut Vec<u8>);
+    impl postcard::ser_flavors::Flavor for Append<'_> {
+        type Output = ();
+        fn try_push(&mut self, byte: u8) -> postcard::Result<()> {
+            self.0.push(byte);
+            Ok(())
         }
-        postcard::serialize_with_flavor::<T, _, ()>(value, Into(&mut self.0))
-            .expect("the vocabulary always encodes");
+        fn try_extend(&mut self, bytes: &[u8]) -> postcard::Result<()> {
+            self.0.extend_from_slice(bytes);
+            Ok(())
+        }
+        fn finalize(self) -> postcard::Result<()> {
+            Ok(())
+        }
     }
-
-    pub(crate) fn finish(self) -> Digest {
-        Digest(*self.0.finalize().as_bytes())
-    }
+    postcard::serialize_with_flavor::<T, _, ()>(value, Append(into)).expect("the vocabulary always encodes");
 }

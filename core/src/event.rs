@@ -1,6 +1,7 @@
 //! Telemetry: a pure function of the journal, so that replay regenerates it byte for byte. No durations here.
 
-use crate::ids::{Generation, Incarnation, RequestId, StepId};
+use crate::digest::Digest;
+use crate::ids::{ExpertKey, Generation, Incarnation, RequestId, StepId};
 use crate::lifecycle::Lifecycle;
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
@@ -52,6 +53,11 @@ pub enum Event {
         /// Its tiers.
         tiers: Vec<u32>,
     },
+    /// Experts of tiers that are no longer active left the arena.
+    Demoted {
+        /// How many.
+        experts: u32,
+    },
     /// A pending TierSet switch was given up.
     SwitchAborted,
     /// A new life began.
@@ -78,6 +84,18 @@ pub enum Event {
         step: StepId,
         /// The new attempt.
         attempt: u32,
+    },
+    /// A load failed and is tried again.
+    LoadRetried {
+        /// Which expert.
+        expert: ExpertKey,
+        /// Failures so far.
+        failures: u32,
+    },
+    /// The digest of the whole state after this input, taken every few thousand records.
+    State {
+        /// It.
+        digest: Digest,
     },
     /// A request lost its pages and will be recomputed.
     Preempted {

@@ -56,6 +56,8 @@ pub struct Body {
     pub deadline_ns: Option<u64>,
     /// Whether to go on past the checkpoint's end-of-stream tokens.
     pub ignore_eos: bool,
+    /// Texts that end the stream; the driver, which has the tokenizer, reports them in [`RowResult::stop`].
+    pub stop: Vec<String>,
 }
 
 /// Why something did not work. A fault is an input, never a panic.
@@ -100,6 +102,8 @@ pub enum SwitchTarget {
     Tiers(Vec<String>),
     /// A mode of the configuration.
     Mode(String),
+    /// The mode with the most experts whose measured cost of one step stays within these nanoseconds.
+    Budget(u64),
 }
 
 /// Something that happened.
@@ -118,8 +122,10 @@ pub enum Input {
     Restarted {
         /// This process's life, greater than any before.
         incarnation: Incarnation,
-        /// Bytes that the whole process may use now.
-        memory_bytes: u64,
+        /// What the operator decides now. The routing seed and the active TierSet stay what they were.
+        config: Config,
+        /// A random number of the driver's, for a journal whose boot never got as far as a routing seed.
+        entropy: u64,
     },
     /// `Reserve` was obeyed.
     Reserved,

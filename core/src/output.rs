@@ -179,6 +179,15 @@ pub enum Output {
         /// Durable before it may be told.
         after: Seq,
     },
+    /// The end of a TierSet switch.
+    Switched {
+        /// The input that asked for it.
+        asked: Seq,
+        /// The generation from the next step on, or why the old one stays.
+        outcome: Result<Generation, String>,
+        /// Durable before it may be told.
+        after: Seq,
+    },
     /// For telemetry.
     Event {
         /// The input it belongs to.
