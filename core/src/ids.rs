@@ -80,13 +80,11 @@ impl fmt::Display for RequestId {
 }
 
 /// A length that a limit has bounded far below `u32::MAX`.
-#[allow(dead_code, reason = "the engine uses it")]
 pub(crate) fn len32(len: usize) -> u32 {
     u32::try_from(len).expect("lengths are bounded by Limits")
 }
 
 /// An index into memory on every platform that the core supports (32 bits and more).
-#[allow(dead_code, reason = "the engine uses it")]
 pub(crate) fn index(n: u32) -> usize {
     usize::try_from(n).expect("usize has at least 32 bits")
 }

@@ -6,6 +6,7 @@ use crate::digest::Digest;
 use crate::ids::{ExpertKey, Incarnation, LoadId, RequestId, Seq, StepId};
 use crate::plan::ModelPlan;
 use alloc::{string::String, vec::Vec};
+use core::fmt;
 use serde::{Deserialize, Serialize};
 
 /// How the next token is chosen from the logits.
@@ -82,6 +83,20 @@ pub enum Fault {
     },
     /// The checkpoint is not what it should be.
     Checkpoint(String),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Io(what) => write!(f, "input/output error: {what}"),
+            Self::Corrupt(what) => write!(f, "corrupt data: {what}"),
+            Self::Resource(what) | Self::Checkpoint(what) => f.write_str(what),
+            Self::Device(what) => write!(f, "device error: {what}"),
+            Self::NonFinite { row, layer, position } => {
+                write!(f, "NaN or infinity in row {row}, layer {layer}, position {position}")
+            }
+        }
+    }
 }
 
 /// The result of one row of a step.

@@ -9,18 +9,31 @@
 
 extern crate alloc;
 
+mod boot;
 pub mod config;
 pub mod digest;
 pub mod disk;
+mod drain;
+pub mod engine;
 pub mod event;
 pub mod ids;
 pub mod input;
 pub mod journal;
 pub mod lifecycle;
 pub mod output;
+mod pages;
 pub mod plan;
 pub mod random;
+pub mod replay;
+mod request;
+mod residency;
+mod scheduler;
+mod snapshots;
+mod state;
+mod step;
+mod switch;
 pub mod time;
+pub mod view;
 
 /// Version of the fold: a core that would fold a journal differently has another.
 pub const LOGIC_VERSION: u32 = 1;

@@ -28,16 +28,15 @@ impl Lifecycle {
     /// Whether `self -> to` is a step of the lifecycle.
     #[must_use]
     pub const fn allows(self, to: Self) -> bool {
-        use Lifecycle as L;
         matches!(
             (self, to),
-            (L::Boot | L::Recovering, L::Loading)
-                | (L::Loading, L::Warm)
-                | (L::Warm | L::Reconfiguring, L::Active)
-                | (L::Active, L::Reconfiguring)
-                | (L::Active | L::Reconfiguring, L::Draining)
-                | (L::Boot | L::Loading | L::Draining | L::Recovering, L::Stopped)
-                | (_, L::Recovering)
+            (Self::Boot | Self::Recovering, Self::Loading)
+                | (Self::Loading, Self::Warm)
+                | (Self::Warm | Self::Reconfiguring, Self::Active)
+                | (Self::Active, Self::Reconfiguring)
+                | (Self::Active | Self::Reconfiguring, Self::Draining)
+                | (Self::Boot | Self::Loading | Self::Draining | Self::Recovering, Self::Stopped)
+                | (_, Self::Recovering)
         )
     }
 }

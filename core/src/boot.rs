@@ -1,0 +1,270 @@
+//! Boot sequence and load phases (spec 002, "Boot Sequence" and "Model Loading Phases"), first life and later ones.
+
+use crate::config::{Config, Placement};
+use crate::engine::Context;
+use crate::event::{Event, Phase};
+use crate::ids::{Incarnation, index, len32};
+use crate::input::Fault;
+use crate::lifecycle::Lifecycle;
+use crate::output::{Carving, Output};
+use crate::pages::Pages;
+use crate::plan::ModelPlan;
+use crate::random::{Purpose, draw};
+use crate::residency::Residency;
+use crate::state::State;
+use alloc::collections::VecDeque;
+use alloc::{format, string::String, vec::Vec};
+use serde::{Deserialize, Serialize};
+
+/// What the boot sequence waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Boot {
+    /// Nothing: not begun, or over.
+    #[default]
+    Idle,
+    /// `Reserved`.
+    Resources,
+    /// `ManifestRead`.
+    Manifest,
+    /// `BaseLoaded` of this shard.
+    Base(u32),
+    /// The hot arena to fill.
+    Experts,
+    /// `RoutersLoaded`.
+    Router,
+}
+
+impl State {
+    pub(crate) fn boot(
+        &mut self,
+        cx: &mut Context<'_>,
+        incarnation: Incarnation,
+        config: Config,
+        entropy: u64,
+    ) {
+        assert!(self.lifecycle == Lifecycle::Boot && self.boot == Boot::Idle, "a journal boots once");
+        self.configure(cx, incarnation, config, entropy);
+    }
+
+    /// A new life: all that was volatile is gone, all that was decided stays.
+    pub(crate) fn restarted(
+        &mut self,
+        cx: &mut Context<'_>,
+        incarnation: Incarnation,
+        config: Config,
+        entropy: u64,
+    ) {
+        assert!(
+            incarnation > self.incarnation,
+            "incarnation {incarnation} is not newer than {}",
+            self.incarnation
+        );
+        self.move_to(cx, Lifecycle::Recovering);
+        self.steps.current = None;
+        self.residency = Residency::default();
+        self.carving = Carving::default();
+        self.pages = Pages::default();
+        self.requests.forget_pages();
+        self.generations.restart();
+        self.drain = None;
+        self.snapshots.writing = false;
+        cx.event(Event::Recovered { incarnation, requests: len32(self.requests.live().count()) });
+        self.configure(cx, incarnation, config, entropy);
+    }
+
+    fn configure(&mut self, cx: &mut Context<'_>, incarnation: Incarnation, config: Config, entropy: u64) {
+        self.incarnation = incarnation;
+        if let Err(error) = config.check() {
+            return self.exit_with(cx, error);
+        }
+        let given = config.routing_seed;
+        match (self.routing_seed, given) {
+            (Some(seed), Some(other)) if seed != other && self.plan.is_some() => {
+                return self.exit_with(
+                    cx,
+                    format!(
+                        "routing_seed is {other}, but this journal was begun with {seed}: give that, or another \
+                         state directory"
+                    ),
+                );
+            }
+            (Some(_), _) if self.plan.is_some() => {}
+            _ => self.routing_seed = Some(given.unwrap_or_else(|| draw(entropy, Purpose::RoutingSeed, 0, 0))),
+        }
+        let memory_bytes = config.memory_bytes;
+        self.config = config;
+        cx.event(Event::PhaseDone { phase: Phase::Config, bytes: 0 });
+        self.boot = Boot::Resources;
+        cx.say(Output::Reserve { memory_bytes });
+    }
+
+    pub(crate) fn reserved(&mut self, cx: &mut Context<'_>) {
+        assert_eq!(self.boot, Boot::Resources, "Reserved answers Reserve");
+        cx.event(Event::PhaseDone { phase: Phase::Resources, bytes: self.config.memory_bytes });
+        cx.event(Event::PhaseDone { phase: Phase::Seed, bytes: 0 });
+        cx.event(Event::PhaseDone { phase: Phase::Log, bytes: 0 });
+        self.move_to(cx, Lifecycle::Loading);
+        self.boot = Boot::Manifest;
+        cx.say(Output::ReadManifest);
+    }
+
+    pub(crate) fn manifest_read(&mut self, cx: &mut Context<'_>, plan: ModelPlan) {
+        assert_eq!(self.boot, Boot::Manifest, "ManifestRead answers ReadManifest");
+        if let Err(error) = self.adopt(plan) {
+            return self.exit_with(cx, error);
+        }
+        let carving = match carve(&self.config, self.plan(), self.pages_needed()) {
+            Ok(carving) => carving,
+            Err(error) => return self.exit_with(cx, error),
+        };
+        self.carving = carving;
+        self.residency = Residency::new(carving.slots, self.residency.next_load());
+        self.pages = Pages::new(carving.pages);
+        cx.event(Event::PhaseDone { phase: Phase::Manifest, bytes: 0 });
+        cx.say(Output::Carve(carving));
+        self.load_base(cx, 0);
+    }
+
+    /// Checks the plan against itself, the configuration and what the journal already decided.
+    fn adopt(&mut self, plan: ModelPlan) -> Result<(), String> {
+        plan.check()?;
+        if let Some(before) = &self.plan
+            && before.identity != plan.identity
+        {
+            return Err(format!(
+                "the journal is of model {} under contract {}, this is {} under {}: give the former model, or another \
+                 state directory",
+                before.identity.weights,
+                before.identity.contract,
+                plan.identity.weights,
+                plan.identity.contract
+            ));
+        }
+        let tiers = plan.tier_set(&self.config.tier_set).map_err(|e| format!("tier_set: {e}"))?;
+        for (mode, names) in &self.config.modes {
+            plan.tier_set(names).map_err(|e| format!("modes.{mode}: {e}"))?;
+        }
+        for name in self.config.placement.keys() {
+            plan.tier_set(core::slice::from_ref(name)).map_err(|e| format!("placement: {e}"))?;
+        }
+        if let Some(broken) = self.requests.live().find(|r| r.beyond(&plan)) {
+            return Err(format!("request {} of the journal does not fit this model", broken.id));
+        }
+        self.generations.begin_with(tiers);
+        self.plan = Some(plan);
+        Ok(())
+    }
+
+    /// Pages without which some accepted request could not be finished.
+    fn pages_needed(&self) -> u32 {
+        let plan = self.plan();
+        self.requests.live().map(|request| request.pages_alone(plan)).max().unwrap_or(1).max(1)
+    }
+
+    fn load_base(&mut self, cx: &mut Context<'_>, shard: u32) {
+        if index(shard) < self.plan().base_shards.len() {
+            self.boot = Boot::Base(shard);
+            cx.say(Output::LoadBase { shard });
+            return;
+        }
+        let bytes = self.plan().base_shards.iter().sum();
+        cx.event(Event::PhaseDone { phase: Phase::Base, bytes });
+        self.boot = Boot::Experts;
+        let wanted = self.experts_ahead();
+        self.residency.want(wanted);
+    }
+
+    pub(crate) fn base_loaded(&mut self, cx: &mut Context<'_>, shard: u32) {
+        assert_eq!(self.boot, Boot::Base(shard), "BaseLoaded answers LoadBase");
+        self.load_base(cx, shard + 1);
+    }
+
+    /// Registers the experts of the active tiers: those placed hot go first, then the warm, the cold wait for demand.
+    fn experts_ahead(&self) -> VecDeque<crate::ids::ExpertKey> {
+        let plan = self.plan();
+        let mut experts: Vec<_> = plan
+            .experts(self.generations.active_tiers())
+            .map(|key| (self.placement(key.tier), key))
+            .filter(|(placement, _)| *placement != Placement::Cold)
+            .collect();
+        experts.sort_by_key(|&(placement, key)| (core::cmp::Reverse(placement), key));
+        experts.truncate(index(self.carving.slots));
+        experts.into_iter().map(|(_, key)| key).collect()
+    }
+
+    /// The placement policy of a tier.
+    pub(crate) fn placement(&self, tier: u32) -> Placement {
+        let name = &self.plan().tiers[index(tier)].name;
+        self.config.placement.get(name).copied().unwrap_or_default()
+    }
+
+    /// Goes on from the expert phase once the arena is filled.
+    pub(crate) fn fill_experts(&mut self, cx: &mut Context<'_>) {
+        if self.boot == Boot::Experts && !self.residency.loading() {
+            let bytes = u64::from(self.residency.ready()) * self.carving.slot_bytes;
+            cx.event(Event::PhaseDone { phase: Phase::Experts, bytes });
+            self.boot = Boot::Router;
+            cx.say(Output::LoadRouters);
+        }
+    }
+
+    pub(crate) fn routers_loaded(&mut self, cx: &mut Context<'_>) {
+        assert_eq!(self.boot, Boot::Router, "RoutersLoaded answers LoadRouters");
+        cx.event(Event::PhaseDone { phase: Phase::Router, bytes: self.plan().router_bytes });
+        // For inference there is no optimizer state: the phase is passed, and `training = true` was refused.
+        cx.event(Event::PhaseDone { phase: Phase::Optimizer, bytes: 0 });
+        self.boot = Boot::Idle;
+        self.move_to(cx, Lifecycle::Warm);
+        self.move_to(cx, Lifecycle::Active);
+        self.generations.activate(cx);
+        cx.say(Output::Ready { after: cx.seq });
+        if self.drain.is_some() {
+            self.begin_drain(cx);
+        }
+    }
+
+    pub(crate) fn boot_failed(&mut self, cx: &mut Context<'_>, fault: &Fault) {
+        assert_ne!(self.boot, Boot::Idle, "BootFailed answers a step of the boot sequence");
+        self.exit_with(cx, format!("{fault}"));
+    }
+}
+
+/// Divides the memory: what must be there, KV pages, then slots for as many experts as there are.
+///
+/// # Errors
+/// The number of bytes that would do.
+fn carve(config: &Config, plan: &ModelPlan, pages_min: u32) -> Result<Carving, String> {
+    let fixed = plan
+        .base_shards
+        .iter()
+        .chain([&plan.router_bytes, &plan.overhead_bytes])
+        .fold(0u64, |sum, bytes| sum.saturating_add(*bytes));
+    let all: Vec<u32> = (0..len32(plan.tiers.len())).collect();
+    let experts = if plan.moe_layers.is_empty() { 0 } else { len32(plan.experts(&all).count()) };
+    let slots_min = plan.top_k.min(experts);
+    let pages_bytes = |pages: u32| u64::from(pages).saturating_mul(plan.page_bytes);
+    let slots_bytes = |slots: u32| u64::from(slots).saturating_mul(plan.slot_bytes);
+
+    let needed = fixed.saturating_add(pages_bytes(pages_min)).saturating_add(slots_bytes(slots_min));
+    if config.memory_bytes < needed {
+        return Err(format!(
+            "memory_bytes is {}, but this model needs at least {needed}: {fixed} for base parameters and buffers, {} for \
+             {pages_min} pages of KV cache, {} for {slots_min} experts",
+            config.memory_bytes,
+            pages_bytes(pages_min),
+            slots_bytes(slots_min)
+        ));
+    }
+    let free = config.memory_bytes - fixed;
+    let context_pages = plan.context.div_ceil(plan.page_positions);
+    let pages_max = context_pages.saturating_mul(config.limits.rows_max).max(pages_min);
+    let fit = |bytes: u64, each: u64| u32::try_from(bytes / each.max(1)).unwrap_or(u32::MAX);
+
+    // A quarter for the cache while experts do not all fit; what the experts leave goes to the cache.
+    let share = fit(free / 4, plan.page_bytes).min(fit(free - slots_bytes(slots_min), plan.page_bytes));
+    let pages = share.clamp(pages_min, pages_max);
+    let slots = if experts == 0 { 0 } else { fit(free - pages_bytes(pages), plan.slot_bytes).min(experts) };
+    let pages = fit(free - slots_bytes(slots), plan.page_bytes).clamp(pages_min, pages_max);
+    assert!(slots >= slots_min && pages_bytes(pages) + slots_bytes(slots) <= free, "the carving fits");
+    Ok(Carving { slots, slot_bytes: plan.slot_bytes, pages, page_bytes: plan.page_bytes })
+}

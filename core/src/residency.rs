@@ -1,0 +1,311 @@
+//! Which expert is in which slot of the hot arena, what is being loaded, and what has to go.
+//!
+//! A slot is pinned while a wave of a step may read it; only an unpinned slot is ever given to another expert. Eviction
+//! goes by placement, then by use (halved now and then), then by how long the layer-by-layer walk of a step will not
+//! come by: cyclic access defeats plain recency.
+
+use crate::config::Placement;
+use crate::engine::Context;
+use crate::event::Event;
+use crate::ids::{ExpertKey, LoadId, Slot, index, len32};
+use crate::input::Fault;
+use crate::output::Output;
+use crate::state::State;
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::{format, string::String, vec::Vec};
+use serde::{Deserialize, Serialize};
+
+/// What a slot holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Content {
+    /// Nothing.
+    #[default]
+    Empty,
+    /// An expert that is to come.
+    Coming(ExpertKey),
+    /// An expert, verified.
+    Ready(ExpertKey),
+}
+
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct SlotState {
+    pub(crate) content: Content,
+    pub(crate) pins: u32,
+    uses: u32,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Load {
+    slot: Slot,
+    failures: u32,
+}
+
+/// The hot arena.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Residency {
+    slots: Vec<SlotState>,
+    by_key: BTreeMap<ExpertKey, Slot>,
+    loads: BTreeMap<LoadId, Load>,
+    /// Slots that a step waits for, in order.
+    demanded: VecDeque<Slot>,
+    /// Experts to load ahead into free slots.
+    ahead: VecDeque<ExpertKey>,
+    next_load: LoadId,
+}
+
+/// What became of a load.
+pub(crate) enum Outcome {
+    /// The expert is there.
+    Ready(ExpertKey),
+    /// It is tried again.
+    Retried,
+    /// It could not be loaded.
+    Lost(ExpertKey, Fault),
+}
+
+impl Residency {
+    pub(crate) fn new(slots: u32, next_load: LoadId) -> Self {
+        Self { slots: alloc::vec![SlotState::default(); index(slots)], next_load, ..Self::default() }
+    }
+
+    pub(crate) const fn next_load(&self) -> LoadId {
+        self.next_load
+    }
+
+    pub(crate) fn slots(&self) -> impl Iterator<Item = (Slot, &SlotState)> {
+        (0..).map(Slot).zip(&self.slots)
+    }
+
+    /// Whether anything is coming or is to come.
+    pub(crate) fn loading(&self) -> bool {
+        !self.loads.is_empty() || !self.demanded.is_empty() || !self.ahead.is_empty()
+    }
+
+    /// Whether the driver is writing into any slot.
+    pub(crate) fn in_flight(&self) -> bool {
+        !self.loads.is_empty()
+    }
+
+    /// Experts that are there.
+    pub(crate) fn ready(&self) -> u32 {
+        len32(self.slots.iter().filter(|slot| matches!(slot.content, Content::Ready(_))).count())
+    }
+
+    /// Experts to load ahead while slots are free.
+    pub(crate) fn want(&mut self, experts: VecDeque<ExpertKey>) {
+        self.ahead = experts;
+    }
+
+    pub(crate) fn wanted(&self) -> bool {
+        !self.ahead.is_empty()
+    }
+
+    /// The slot of an expert that is there or coming.
+    pub(crate) fn slot_of(&self, key: ExpertKey) -> Option<(Slot, bool)> {
+        let slot = *self.by_key.get(&key)?;
+        Some((slot, matches!(self.slots[index(slot.0)].content, Content::Ready(_))))
+    }
+
+    pub(crate) fn pin(&mut self, slot: Slot) {
+        self.slots[index(slot.0)].pins += 1;
+    }
+
+    /// Undoes a pin, and counts a use.
+    pub(crate) fn unpin(&mut self, slot: Slot) {
+        let state = &mut self.slots[index(slot.0)];
+        assert!(state.pins > 0, "slot {slot} is not pinned");
+        state.pins -= 1;
+        state.uses = state.uses.saturating_add(1);
+    }
+
+    /// Halves all counts of use, so that what was popular long ago can go.
+    pub(crate) fn age(&mut self) {
+        for slot in &mut self.slots {
+            slot.uses /= 2;
+        }
+    }
+
+    /// A slot that may be given away: a free one, or the unpinned one whose expert is the least worth keeping.
+    fn victim<K: Ord>(&self, worth: impl Fn(ExpertKey, u32) -> K) -> Option<Slot> {
+        let mut best: Option<(K, Slot)> = None;
+        for (slot, state) in self.slots() {
+            match state.content {
+                Content::Empty => return Some(slot),
+                Content::Ready(key) if state.pins == 0 => {
+                    let worth = worth(key, state.uses);
+                    if best.as_ref().is_none_or(|(least, _)| worth < *least) {
+                        best = Some((worth, slot));
+                    }
+                }
+                Content::Ready(_) | Content::Coming(_) => {}
+            }
+        }
+        best.map(|(_, slot)| slot)
+    }
+
+    fn free_slot(&self) -> Option<Slot> {
+        self.slots().find(|(_, state)| state.content == Content::Empty).map(|(slot, _)| slot)
+    }
+
+    fn assign(&mut self, slot: Slot, key: ExpertKey) {
+        let state = &mut self.slots[index(slot.0)];
+        assert_eq!(state.pins, 0, "a pinned slot is never overwritten");
+        if let Content::Ready(old) = state.content {
+            self.by_key.remove(&old);
+        }
+        *state = SlotState { content: Content::Coming(key), pins: 0, uses: 0 };
+        assert!(self.by_key.insert(key, slot).is_none(), "an expert has one slot");
+    }
+
+    fn clear(&mut self, slot: Slot) {
+        let state = &mut self.slots[index(slot.0)];
+        if let Content::Ready(key) | Content::Coming(key) = state.content {
+            self.by_key.remove(&key);
+        }
+        *state = SlotState::default();
+    }
+
+    /// Empties every slot whose tier is not among `tiers`; returns how many.
+    pub(crate) fn demote(&mut self, tiers: &[u32]) -> u32 {
+        self.ahead.retain(|key| tiers.contains(&key.tier));
+        let obsolete: Vec<Slot> = self
+            .slots()
+            .filter(|(_, s)| {
+                s.pins == 0 && matches!(s.content, Content::Ready(k) if !tiers.contains(&k.tier))
+            })
+            .map(|(slot, _)| slot)
+            .collect();
+        for slot in &obsolete {
+            self.clear(*slot);
+        }
+        len32(obsolete.len())
+    }
+
+    /// Forgets loads ahead that have not begun.
+    pub(crate) fn stop_ahead(&mut self) {
+        self.ahead.clear();
+    }
+
+    /// Releases what a step that is over still holds, and its loads that have not begun.
+    pub(crate) fn release_all(&mut self) {
+        while let Some(slot) = self.demanded.pop_front() {
+            self.slots[index(slot.0)].pins = 0;
+            self.clear(slot);
+        }
+        for slot in &mut self.slots {
+            slot.pins = 0;
+        }
+    }
+
+    fn issue(&mut self, cx: &mut Context<'_>, slot: Slot, failures: u32) {
+        let Content::Coming(expert) = self.slots[index(slot.0)].content else {
+            unreachable!("only what is coming is loaded")
+        };
+        let load = self.next_load;
+        self.next_load.0 += 1;
+        self.loads.insert(load, Load { slot, failures });
+        cx.say(Output::Load { load, expert, slot });
+    }
+
+    fn loaded(&mut self, cx: &mut Context<'_>, load: LoadId, fault: Option<Fault>, retries: u32) -> Outcome {
+        let Load { slot, failures } = self.loads.remove(&load).expect("Loaded answers a Load under way");
+        let state = &mut self.slots[index(slot.0)];
+        let Content::Coming(key) = state.content else {
+            unreachable!("a load has a slot until it is answered")
+        };
+        match fault {
+            None => {
+                state.content = Content::Ready(key);
+                Outcome::Ready(key)
+            }
+            Some(_) if failures < retries => {
+                cx.event(Event::LoadRetried { expert: key, failures: failures + 1 });
+                self.issue(cx, slot, failures + 1);
+                Outcome::Retried
+            }
+            Some(fault) => {
+                state.pins = 0;
+                self.clear(slot);
+                Outcome::Lost(key, fault)
+            }
+        }
+    }
+
+    /// # Panics
+    /// If the tables contradict each other.
+    pub(crate) fn check(&self) {
+        let held = self.slots().filter_map(|(slot, state)| match state.content {
+            Content::Empty => None,
+            Content::Coming(key) | Content::Ready(key) => Some((key, slot)),
+        });
+        let mut held: Vec<_> = held.collect();
+        held.sort_unstable();
+        assert!(held.iter().copied().eq(self.by_key.iter().map(|(k, s)| (*k, *s))), "slots and keys agree");
+        let coming = self.slots().filter(|(_, s)| matches!(s.content, Content::Coming(_))).count();
+        assert_eq!(coming, self.loads.len() + self.demanded.len(), "whatever is coming is loaded or queued");
+    }
+}
+
+impl State {
+    /// Gives a slot to an expert that a step demands, evicting if need be; `None` if every slot is in use.
+    pub(crate) fn demand(&mut self, key: ExpertKey) -> Option<Slot> {
+        let (plan, tiers) = (self.plan(), self.generations.active_tiers());
+        let layers = &plan.moe_layers;
+        let ordinal = |layer: u32| layers.binary_search(&layer).expect("an expert is in a mixture layer");
+        let here = ordinal(key.layer);
+        let worth = |other: ExpertKey, uses: u32| {
+            let placement = if tiers.contains(&other.tier) {
+                Some(self.placement(other.tier))
+            } else {
+                None::<Placement>
+            };
+            let steps_away = (ordinal(other.layer) + layers.len() - here - 1) % layers.len();
+            (placement, uses, core::cmp::Reverse(steps_away))
+        };
+        let slot = self.residency.victim(worth)?;
+        self.residency.assign(slot, key);
+        self.residency.demanded.push_back(slot);
+        Some(slot)
+    }
+
+    /// Starts loads: demanded ones first, those ahead with half of the depth once requests are served.
+    pub(crate) fn issue_loads(&mut self, cx: &mut Context<'_>) {
+        let depth = index(self.config.limits.loads_max);
+        let residency = &mut self.residency;
+        while residency.loads.len() < depth {
+            let Some(slot) = residency.demanded.pop_front() else { break };
+            residency.issue(cx, slot, 0);
+        }
+        let depth = if self.steps.current.is_some() { depth.div_ceil(2) } else { depth };
+        while residency.loads.len() < depth && residency.demanded.is_empty() {
+            let Some(key) = residency.ahead.pop_front() else { break };
+            if residency.by_key.contains_key(&key) {
+                continue;
+            }
+            let Some(slot) = residency.free_slot() else {
+                residency.ahead.clear();
+                break;
+            };
+            residency.assign(slot, key);
+            residency.issue(cx, slot, 0);
+        }
+    }
+
+    pub(crate) fn loaded(&mut self, cx: &mut Context<'_>, load: LoadId, fault: Option<Fault>) {
+        match self.residency.loaded(cx, load, fault, self.config.limits.retries_max) {
+            Outcome::Ready(key) => self.provide(cx, key),
+            Outcome::Retried => {}
+            Outcome::Lost(key, fault) => {
+                let ExpertKey { layer, tier, group, expert } = key;
+                let reason: String = format!(
+                    "expert {expert} of group {group}, tier {tier}, layer {layer} cannot be loaded: {fault}"
+                );
+                if self.boot == crate::boot::Boot::Experts {
+                    return self.exit_with(cx, reason);
+                }
+                self.lost(cx, key, &reason);
+                self.switch_lost(cx, key, reason);
+            }
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! TierSets and generations (spec 002, "TierSet Activation").
+//!
+//! A switch has two phases: prepare, in which the new tiers are loaded into free slots while requests are served, and a
+//! commit at a step boundary, from which on new positions are computed under the new generation. Positions that exist
+//! keep theirs. A switch that fails before its commit leaves the old generation as it was.
+
+use crate::engine::Context;
+use crate::event::Event;
+use crate::ids::{ExpertKey, Generation, RequestId, Seq, index, len32};
+use crate::input::SwitchTarget;
+use crate::lifecycle::Lifecycle;
+use crate::output::Output;
+use crate::state::State;
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::{format, string::String, vec::Vec};
+use serde::{Deserialize, Serialize};
+
+/// The generations and the switches to come.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Generations {
+    tiers: BTreeMap<Generation, Vec<u32>>,
+    current: Option<Generation>,
+    waiting: VecDeque<Switch>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Switch {
+    asked: Seq,
+    tiers: Vec<u32>,
+    at: Option<(RequestId, u32)>,
+    begun: bool,
+}
+
+impl Generations {
+    /// Takes the configured TierSet for the first generation, unless a journal already decided one.
+    pub(crate) fn begin_with(&mut self, tiers: Vec<u32>) {
+        if self.current.is_none() {
+            self.tiers.insert(Generation(0), tiers);
+            self.current = Some(Generation(0));
+        }
+    }
+
+    /// Tells which tiers are eligible from here on.
+    pub(crate) fn activate(&self, cx: &mut Context<'_>) {
+        let generation = self.current();
+        cx.event(Event::TierSet { generation, tiers: self.tiers(generation).to_vec() });
+    }
+
+    pub(crate) fn current(&self) -> Generation {
+        self.current.expect("the manifest phase resolves the first TierSet")
+    }
+
+    pub(crate) fn known(&self) -> impl Iterator<Item = (Generation, &[u32])> {
+        self.tiers.iter().map(|(generation, tiers)| (*generation, tiers.as_slice()))
+    }
+
+    pub(crate) fn tiers(&self, generation: Generation) -> &[u32] {
+        &self.tiers[&generation]
+    }
+
+    pub(crate) fn active_tiers(&self) -> &[u32] {
+        self.tiers(self.current())
+    }
+
+    pub(crate) fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// The position at which a pinned switch cuts this request.
+    pub(crate) fn cut(&self, id: &RequestId) -> Option<u32> {
+        self.waiting
+            .iter()
+            .filter_map(|s| s.at.as_ref())
+            .filter(|(pinned, _)| pinned == id)
+            .map(|at| at.1)
+            .min()
+    }
+
+    /// What was prepared is gone; what was asked for stays.
+    pub(crate) fn restart(&mut self) {
+        for switch in &mut self.waiting {
+            switch.begun = false;
+        }
+    }
+}
+
+impl State {
+    pub(crate) fn switch(
+        &mut self,
+        cx: &mut Context<'_>,
+        target: SwitchTarget,
+        at: Option<(RequestId, u32)>,
+    ) {
+        let asked = cx.seq;
+        match self.check_switch(target, at.as_ref()) {
+            Ok(tiers) => self.generations.waiting.push_back(Switch { asked, tiers, at, begun: false }),
+            Err(reason) => cx.say(Output::Switched { asked, outcome: Err(reason), after: cx.seq }),
+        }
+    }
+
+    fn check_switch(&self, target: SwitchTarget, at: Option<&(RequestId, u32)>) -> Result<Vec<u32>, String> {
+        if !matches!(self.lifecycle, Lifecycle::Active | Lifecycle::Reconfiguring) {
+            return Err(format!("the engine is {:?}; tiers are switched while it is Active", self.lifecycle));
+        }
+        if self.generations.waiting.len() >= index(self.config.limits.switches_max) {
+            return Err("too many switches wait (limits.switches_max); ask again later".into());
+        }
+        if let Some((id, position)) = at {
+            if self.requests.finished_by_id(id).is_some() {
+                return Err(format!("request {id} is finished; pin the switch to an unfinished one"));
+            }
+            let done = self.requests.live_by_id(id).map_or(0, |r| r.segments.last().map_or(0, |s| s.until));
+            if *position < done || *position == 0 {
+                return Err(format!(
+                    "request {id} has computed {done} positions; pin the switch to a later one"
+                ));
+            }
+        }
+        match target {
+            SwitchTarget::Tiers(names) => self.plan().tier_set(&names),
+            SwitchTarget::Mode(mode) => self.mode(&mode),
+            SwitchTarget::Budget(budget_ns) => self.within_budget(budget_ns),
+        }
+    }
+
+    fn mode(&self, mode: &str) -> Result<Vec<u32>, String> {
+        let Some(names) = self.config.modes.get(mode) else {
+            let known: Vec<&str> = self.config.modes.keys().map(String::as_str).collect();
+            return Err(format!("unknown mode {mode:?}; the configuration has [{}]", known.join(", ")));
+        };
+        self.plan().tier_set(names)
+    }
+
+    /// The mode with the most experts whose step is measured, or by the nearest measurement estimated, to be in time.
+    fn within_budget(&self, budget_ns: u64) -> Result<Vec<u32>, String> {
+        let plan = self.plan();
+        let experts = |tiers: &[u32]| -> u64 {
+            tiers
+                .iter()
+                .map(|&t| &plan.tiers[index(t)])
+                .map(|t| u64::from(t.groups) * u64::from(t.experts))
+                .sum()
+        };
+        let mut modes: Vec<Vec<u32>> = Vec::new();
+        for names in self.config.modes.values() {
+            modes.push(plan.tier_set(names)?);
+        }
+        modes.sort_by_key(|tiers| core::cmp::Reverse(experts(tiers)));
+        let Some(smallest) = modes.last() else {
+            return Err("the configuration has no modes to choose from".into());
+        };
+        let cost = |tiers: &Vec<u32>| -> Option<u64> {
+            let measured = &self.steps.cost_ns;
+            measured.get(tiers).copied().or_else(|| {
+                let (nearest, cost) =
+                    measured.iter().min_by_key(|(other, _)| experts(other).abs_diff(experts(tiers)))?;
+                let scaled =
+                    u128::from(*cost) * u128::from(experts(tiers)) / u128::from(experts(nearest).max(1));
+                u64::try_from(scaled).ok()
+            })
+        };
+        let fits = modes.iter().find(|tiers| cost(tiers).is_some_and(|ns| ns <= budget_ns));
+        Ok(fits.unwrap_or(smallest).clone())
+    }
+
+    /// Moves the first waiting switch on: begin to prepare, or commit at a step boundary.
+    pub(crate) fn advance_switch(&mut self, cx: &mut Context<'_>) {
+        while matches!(self.lifecycle, Lifecycle::Active | Lifecycle::Reconfiguring) {
+            let Some(switch) = self.generations.waiting.front() else { return };
+            if !switch.begun {
+                self.prepare(cx);
+                self.issue_loads(cx);
+            }
+            let switch = self.generations.waiting.front().expect("it is still there");
+            let prepared = !self.residency.wanted() && !self.residency.in_flight();
+            if !prepared || self.steps.current.is_some() {
+                return;
+            }
+            if let Some((id, position)) = &switch.at {
+                match self.requests.live_by_id(id) {
+                    Some(request) if request.segments.last().map_or(0, |s| s.until) < *position => return,
+                    None if self.requests.finished_by_id(id).is_none() => return,
+                    None => {
+                        let reason = format!("request {id} ended before position {position}");
+                        self.abort_switch(cx, reason);
+                        continue;
+                    }
+                    Some(_) => {}
+                }
+            }
+            self.commit(cx);
+        }
+    }
+
+    /// Loads the new tiers into slots that are free; what does not fit is loaded on demand.
+    fn prepare(&mut self, cx: &mut Context<'_>) {
+        let switch = self.generations.waiting.front_mut().expect("a switch waits");
+        switch.begun = true;
+        let tiers = switch.tiers.clone();
+        let missing: VecDeque<ExpertKey> =
+            self.plan().experts(&tiers).filter(|&key| self.residency.slot_of(key).is_none()).collect();
+        self.residency.want(missing);
+        if self.lifecycle == Lifecycle::Active {
+            self.move_to(cx, Lifecycle::Reconfiguring);
+        }
+    }
+
+    fn commit(&mut self, cx: &mut Context<'_>) {
+        let switch = self.generations.waiting.pop_front().expect("a switch waits");
+        let last = self.generations.tiers.last_key_value().map_or(0, |(generation, _)| generation.0);
+        let mut referred = self.requests.generations();
+        let generation = if switch.tiers == self.generations.active_tiers() {
+            self.generations.current()
+        } else {
+            Generation(last + 1)
+        };
+        referred.insert(generation);
+        self.generations.tiers.insert(generation, switch.tiers.clone());
+        self.generations.tiers.retain(|generation, _| referred.contains(generation));
+        self.generations.current = Some(generation);
+        let experts = self.residency.demote(&switch.tiers);
+        cx.event(Event::Demoted { experts });
+        self.generations.activate(cx);
+        self.over(cx, switch.asked, Ok(generation));
+    }
+
+    fn abort_switch(&mut self, cx: &mut Context<'_>, reason: String) {
+        let switch = self.generations.waiting.pop_front().expect("a switch waits");
+        self.residency.stop_ahead();
+        let active = self.generations.active_tiers().to_vec();
+        self.residency.demote(&active);
+        cx.event(Event::SwitchAborted);
+        self.over(cx, switch.asked, Err(reason));
+    }
+
+    fn over(&mut self, cx: &mut Context<'_>, asked: Seq, outcome: Result<Generation, String>) {
+        cx.say(Output::Switched { asked, outcome, after: cx.seq });
+        if self.lifecycle == Lifecycle::Reconfiguring {
+            self.move_to(cx, Lifecycle::Active);
+        }
+    }
+
+    /// An expert cannot be loaded: a switch to its tier is given up.
+    pub(crate) fn switch_lost(&mut self, cx: &mut Context<'_>, key: ExpertKey, reason: String) {
+        let active = self.generations.active_tiers().contains(&key.tier);
+        if !active && self.generations.waiting.front().is_some_and(|s| s.begun && s.tiers.contains(&key.tier))
+        {
+            self.abort_switch(cx, reason);
+        }
+    }
+
+    /// Gives up every waiting switch.
+    pub(crate) fn abort_switches(&mut self, cx: &mut Context<'_>) {
+        while self.generations.is_waiting() {
+            self.abort_switch(cx, "draining: the tiers stay as they are".into());
+        }
+    }
+}
+
+/// Names of tiers, for people.
+pub(crate) fn names(plan: &crate::plan::ModelPlan, tiers: &[u32]) -> Vec<String> {
+    tiers
+        .iter()
+        .filter(|&&t| t < len32(plan.tiers.len()))
+        .map(|&t| plan.tiers[index(t)].name.clone())
+        .collect()
+}
