@@ -1,1 +1,3 @@
 //! The numeric contract, kernels and transformer families of the Lite LLM runtime.
+
+pub mod kernels;

@@ -1,0 +1,260 @@
+//! Dot products and matrix products by one order of operations.
+//!
+//! The inputs are padded with pairs of +0 to a multiple of 16 and cut into chunks of 1024 at absolute offsets. In a
+//! chunk, lane l starts at +0 and takes `fma(x[k], w[k], acc)` for the k with k mod 16 = l, ascending. The lanes are
+//! added left to right, starting from the first; so are the chunks; a bias is added last. Only outputs are divided
+//! among threads.
+
+use super::convert::{bf16_value, f16_value};
+use super::packed::{CHUNK, LANES, PackedView, TILE_OUTPUTS, entry_bytes, input_of_entry, padded_inputs};
+use super::pool::Pool;
+use super::{DType, Isa};
+use std::sync::Mutex;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+
+/// Rows that one pass over a tile of weights serves.
+const BLOCK_ROWS: usize = 6;
+/// Below this many multiplications a matrix product stays on the calling thread.
+const PARALLEL_FROM: usize = 1 << 16;
+
+/// The dot product of two slices of one length; +0 for empty ones. The reference for every other form.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn dot(x: &[f32], w: &[f32]) -> f32 {
+    dot_body(x, w)
+}
+
+#[inline(always)]
+pub(super) fn dot_body(x: &[f32], w: &[f32]) -> f32 {
+    assert_eq!(x.len(), w.len());
+    let mut total = 0.0;
+    for (index, (x, w)) in x.chunks(CHUNK).zip(w.chunks(CHUNK)).enumerate() {
+        let chunk = dot_chunk(x, w);
+        total = if index == 0 { chunk } else { total + chunk };
+    }
+    total
+}
+
+#[inline(always)]
+fn dot_chunk(x: &[f32], w: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (x_steps, x_rest) = x.as_chunks::<LANES>();
+    let (w_steps, w_rest) = w.as_chunks::<LANES>();
+    for (x, w) in x_steps.iter().zip(w_steps) {
+        for lane in 0..LANES {
+            lanes[lane] = x[lane].mul_add(w[lane], lanes[lane]);
+        }
+    }
+    if !x_rest.is_empty() {
+        // The padding is part of the definition: fma(+0, +0, -0) is +0.
+        let mut x = [0.0f32; LANES];
+        let mut w = [0.0f32; LANES];
+        x[..x_rest.len()].copy_from_slice(x_rest);
+        w[..w_rest.len()].copy_from_slice(w_rest);
+        for lane in 0..LANES {
+            lanes[lane] = x[lane].mul_add(w[lane], lanes[lane]);
+        }
+    }
+    let mut sum = lanes[0];
+    for lane in &lanes[1..] {
+        sum += lane;
+    }
+    sum
+}
+
+/// `out = x * w^T + bias`: `x` is `rows` x inputs, `out` is `rows` x outputs, both row-major.
+///
+/// The bits of a row depend on that row, the weights and the bias alone.
+///
+/// # Panics
+/// If a slice does not fit the shape, or this machine lacks `isa`.
+pub fn linear(
+    pool: &Pool,
+    isa: Isa,
+    x: &[f32],
+    rows: usize,
+    w: &PackedView<'_>,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+) {
+    let outputs = w.outputs();
+    assert_eq!(x.len(), rows * w.inputs(), "the input does not fit the shape");
+    assert_eq!(out.len(), rows * outputs, "the output does not fit the shape");
+    assert!(bias.is_none_or(|bias| bias.len() == outputs), "the bias does not fit the shape");
+    assert!(isa.available(), "this machine lacks the instruction set");
+    if rows == 0 || outputs == 0 {
+        return;
+    }
+    let repacked = repack(x, rows, w.inputs());
+    let tiles = outputs.div_ceil(TILE_OUTPUTS);
+    let small = rows * tiles * TILE_OUTPUTS * padded_inputs(w.inputs()) < PARALLEL_FROM;
+    let tasks = if small || pool.threads() == 1 { 1 } else { tiles.min(pool.threads() * 4) };
+    let parts: Vec<Mutex<Part<'_>>> =
+        divide(out, outputs, tiles, tasks).into_iter().map(Mutex::new).collect();
+    pool.run(tasks, &|task| {
+        let mut part = parts[task].lock().expect("a part is locked once");
+        for tile in 0..part.tiles {
+            linear_tile(isa, &repacked, w, bias, tile, &mut part);
+        }
+    });
+}
+
+/// The outputs of one task: a run of whole tiles, as one slice in every row.
+struct Part<'a> {
+    first_tile: usize,
+    tiles: usize,
+    rows: Vec<&'a mut [f32]>,
+}
+
+/// Cuts every row of `out` at the same multiples of the tile width.
+fn divide(out: &mut [f32], outputs: usize, tiles: usize, tasks: usize) -> Vec<Part<'_>> {
+    let bounds: Vec<usize> = (0..=tasks).map(|task| tiles * task / tasks).collect();
+    let rows = out.len() / outputs;
+    let mut parts: Vec<Part<'_>> = bounds
+        .windows(2)
+        .map(|b| Part { first_tile: b[0], tiles: b[1] - b[0], rows: Vec::with_capacity(rows) })
+        .collect();
+    for mut row in out.chunks_exact_mut(outputs) {
+        for part in &mut parts {
+            let width = (part.tiles * TILE_OUTPUTS).min(row.len());
+            let (mine, rest) = row.split_at_mut(width);
+            part.rows.push(mine);
+            row = rest;
+        }
+    }
+    parts
+}
+
+/// The input in the order in which the tiles read it: blocks of up to six rows, in a block the entries of the packed
+/// layout, in an entry the rows.
+fn repack(x: &[f32], rows: usize, inputs: usize) -> Vec<f32> {
+    let padded = padded_inputs(inputs);
+    let mut repacked = vec![0.0f32; rows * padded];
+    if inputs == 0 {
+        return repacked;
+    }
+    for (block, target) in repacked.chunks_mut(BLOCK_ROWS * padded).enumerate() {
+        let width = target.len() / padded;
+        for row in 0..width {
+            let source = &x[(block * BLOCK_ROWS + row) * inputs..][..inputs];
+            for (chunk, source) in source.chunks(CHUNK).enumerate() {
+                let steps = CHUNK.min(padded - chunk * CHUNK) / LANES;
+                debug_assert_eq!(input_of_entry(chunk * CHUNK, padded), chunk * CHUNK);
+                let base = chunk * CHUNK * width + row;
+                for (step, source) in source.chunks(LANES).enumerate() {
+                    for (lane, value) in source.iter().enumerate() {
+                        target[base + (lane * steps + step) * width] = *value;
+                    }
+                }
+            }
+        }
+    }
+    repacked
+}
+
+/// One tile of outputs for all rows. Chunks are outside rows, so that a chunk of weights is read once into the cache.
+fn linear_tile(
+    isa: Isa,
+    x: &[f32],
+    w: &PackedView<'_>,
+    bias: Option<&[f32]>,
+    tile: usize,
+    part: &mut Part<'_>,
+) {
+    let padded = padded_inputs(w.inputs());
+    let weights = w.tile(part.first_tile + tile);
+    let at = tile * TILE_OUTPUTS;
+    let width = TILE_OUTPUTS.min(part.rows[0].len() - at);
+    if padded == 0 {
+        part.rows.iter_mut().for_each(|row| row[at..at + width].fill(0.0));
+    }
+    for (chunk, weights) in weights.chunks(CHUNK * entry_bytes(w.dtype())).enumerate() {
+        let entries = weights.len() / entry_bytes(w.dtype());
+        for (block, rows) in part.rows.chunks_mut(BLOCK_ROWS).enumerate() {
+            let x = &x[block * BLOCK_ROWS * padded + chunk * CHUNK * rows.len()..][..entries * rows.len()];
+            let mut sums = [[0.0f32; TILE_OUTPUTS]; BLOCK_ROWS];
+            chunk_sums(isa, w.dtype(), x, rows.len(), weights, &mut sums);
+            for (row, sums) in rows.iter_mut().zip(&sums) {
+                for (out, sum) in row[at..at + width].iter_mut().zip(sums) {
+                    *out = if chunk == 0 { *sum } else { *out + *sum };
+                }
+            }
+        }
+    }
+    if let Some(bias) = bias {
+        let bias = &bias[(part.first_tile + tile) * TILE_OUTPUTS..][..width];
+        for row in &mut part.rows {
+            for (out, bias) in row[at..at + width].iter_mut().zip(bias) {
+                *out += bias;
+            }
+        }
+    }
+}
+
+/// The results of one chunk for one tile and a block of rows.
+fn chunk_sums(
+    isa: Isa,
+    dtype: DType,
+    x: &[f32],
+    rows: usize,
+    w: &[u8],
+    sums: &mut [[f32; TILE_OUTPUTS]; BLOCK_ROWS],
+) {
+    match isa {
+        Isa::Scalar => chunk_sums_scalar(dtype, x, rows, w, sums),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::chunk_sums(dtype, x, rows, w, sums),
+        #[cfg(not(target_arch = "x86_64"))]
+        Isa::Avx2 => panic!("AVX2 exists on x86-64 only"),
+    }
+}
+
+fn chunk_sums_scalar(
+    dtype: DType,
+    x: &[f32],
+    rows: usize,
+    w: &[u8],
+    sums: &mut [[f32; TILE_OUTPUTS]; BLOCK_ROWS],
+) {
+    let entry = entry_bytes(dtype);
+    let steps = w.len() / entry / LANES;
+    for lane in 0..LANES {
+        let mut acc = [[0.0f32; TILE_OUTPUTS]; BLOCK_ROWS];
+        for step in 0..steps {
+            let index = lane * steps + step;
+            let weights = widen_entry(dtype, &w[index * entry..][..entry]);
+            for (acc, x) in acc.iter_mut().zip(&x[index * rows..][..rows]) {
+                for (acc, w) in acc.iter_mut().zip(&weights) {
+                    *acc = x.mul_add(*w, *acc);
+                }
+            }
+        }
+        for (sums, acc) in sums.iter_mut().zip(&acc).take(rows) {
+            for (sum, acc) in sums.iter_mut().zip(acc) {
+                *sum = if lane == 0 { *acc } else { *sum + *acc };
+            }
+        }
+    }
+}
+
+fn widen_entry(dtype: DType, bytes: &[u8]) -> [f32; TILE_OUTPUTS] {
+    let mut values = [0.0; TILE_OUTPUTS];
+    match dtype {
+        DType::F32 => {
+            for (value, four) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *value = f32::from_le_bytes(*four);
+            }
+        }
+        DType::Bf16 | DType::F16 => {
+            let widen = if dtype == DType::Bf16 { bf16_value } else { f16_value };
+            for (index, four) in bytes.as_chunks::<4>().0.iter().enumerate() {
+                values[index] = widen(u16::from_le_bytes([four[0], four[1]]));
+                values[index + 8] = widen(u16::from_le_bytes([four[2], four[3]]));
+            }
+        }
+    }
+    values
+}

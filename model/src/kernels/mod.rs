@@ -1,0 +1,113 @@
+//! The kernels of the numeric contract (`docs/numerics.md`): plain `f32` arithmetic whose bits depend on the operands
+//! alone, never on the batch, the number of threads or the instruction set.
+//!
+//! Each kernel has a safe scalar form. Where an AVX2 form exists it computes the same operations in the same order,
+//! and the tests compare the two bit for bit.
+
+pub mod attention;
+pub mod convert;
+pub mod linear;
+pub mod math;
+pub mod norm;
+pub mod packed;
+pub mod pool;
+pub mod rope;
+pub mod sample;
+mod self_test;
+pub mod swiglu;
+#[cfg(test)]
+mod tests;
+
+pub use attention::{AttentionParams, KvPage, KvShape, PAGE_POSITIONS, PagedKv, attention};
+pub use linear::{dot, linear};
+pub use norm::{layer_norm, rms_norm};
+pub use packed::{PackedError, PackedView, pack, packed_len, unpack};
+pub use pool::Pool;
+pub use rope::RopeTable;
+pub use sample::{NonFinite, argmax, penalise, sample};
+pub use self_test::{SelfTestError, self_test};
+pub use swiglu::{axpy, swiglu};
+
+/// Version of the numeric contract. It changes with any change of any bit of any kernel.
+pub const CONTRACT_VERSION: u32 = 1;
+
+/// The instruction set that a kernel runs on. The choice changes the time, never the bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Portable Rust; the reference.
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+}
+
+impl Isa {
+    /// The fastest instruction set that this machine has.
+    pub fn detect() -> Self {
+        if Self::Avx2.available() { Self::Avx2 } else { Self::Scalar }
+    }
+
+    /// Whether this machine has the instruction set.
+    pub fn available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                std::arch::is_x86_feature_detected!("avx2")
+                    && std::arch::is_x86_feature_detected!("fma")
+                    && std::arch::is_x86_feature_detected!("f16c")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 => false,
+        }
+    }
+}
+
+/// The type in which weights or cached keys and values are stored. Arithmetic is always `f32`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE 754 binary32.
+    F32,
+    /// The upper half of a binary32.
+    Bf16,
+    /// IEEE 754 binary16.
+    F16,
+}
+
+impl DType {
+    /// Size of one value in bytes.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}
+
+/// Defines a kernel twice from one body: as portable code and, compiled for AVX2 with FMA, as vector code.
+///
+/// The body states every operation (`mul_add` is the only fused one) and the compiler may neither reorder nor contract
+/// them, so that both forms give the same bits.
+macro_rules! versioned {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) = $body:path) => {
+        $(#[$doc])*
+        $vis fn $name(isa: $crate::kernels::Isa, $($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2($($arg: $type),*) {
+                $body($($arg),*)
+            }
+            match isa {
+                $crate::kernels::Isa::Scalar => $body($($arg),*),
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::Isa::Avx2 => {
+                    assert!(isa.available(), "this machine lacks AVX2, FMA or F16C");
+                    // SAFETY: the assertion above established the features that `avx2` is compiled for.
+                    unsafe { avx2($($arg),*) }
+                }
+                #[cfg(not(target_arch = "x86_64"))]
+                $crate::kernels::Isa::Avx2 => panic!("AVX2 exists on x86-64 only"),
+            }
+        }
+    };
+}
+use versioned;

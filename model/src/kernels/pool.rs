@@ -1,0 +1,209 @@
+//! A pool of threads for kernels: tasks of one call, no queue. Idle threads spin for a few microseconds, then park.
+
+use std::any::Any;
+use std::hint::{black_box, spin_loop};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// Turns of the bounded spin before a thread parks: some 10 to 40 microseconds.
+const SPINS: u32 = 1_000;
+
+/// Threads that run the tasks of one call at a time. The calling thread is one of them.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+/// A borrowed task function with its lifetime erased; [`Pool::run`] outlives every use.
+#[derive(Clone, Copy)]
+struct Job {
+    run: &'static (dyn Fn(usize) + Sync),
+    tasks: usize,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// Tells parked workers that a job or the end has come.
+    wake: Condvar,
+    /// Tells the caller that the last worker has left the job.
+    left: Condvar,
+    /// Counts jobs and the end; read without the lock while spinning.
+    generation: AtomicUsize,
+    /// The next task of the job.
+    next: AtomicUsize,
+    /// Held by the caller whose job it is.
+    calling: Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    job: Option<Job>,
+    joined: usize,
+    closed: bool,
+    panic: Option<Box<dyn Any + Send>>,
+}
+
+impl Pool {
+    /// A pool of `threads` threads, of which `threads - 1` are started.
+    ///
+    /// # Panics
+    /// If the system refuses a thread, or a thread does not compute with IEEE rounding and gradual underflow.
+    pub fn new(threads: usize) -> Self {
+        assert_ieee();
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            wake: Condvar::new(),
+            left: Condvar::new(),
+            generation: AtomicUsize::new(0),
+            next: AtomicUsize::new(0),
+            calling: Mutex::new(()),
+        });
+        let workers = (1..threads)
+            .map(|index| {
+                let shared = Arc::clone(&shared);
+                std::thread::Builder::new()
+                    .name(format!("kernel-{index}"))
+                    .spawn(move || shared.work())
+                    .expect("the system refused to start a kernel thread")
+            })
+            .collect();
+        Self { shared, workers }
+    }
+
+    /// Number of threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `task(0)` to `task(tasks - 1)`, each once, in any order, and returns when all have returned.
+    ///
+    /// A call from inside a task, or while another thread's call runs, takes place on the calling thread alone.
+    ///
+    /// # Panics
+    /// If a task panics, after all have stopped.
+    pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        let calling =
+            if tasks > 1 && !self.workers.is_empty() { self.shared.calling.try_lock().ok() } else { None };
+        if calling.is_none() {
+            (0..tasks).for_each(task);
+            return;
+        }
+        // SAFETY: only the lifetime changes. Workers reach the reference through `state.job` alone, count themselves in
+        // `joined` under the lock while they use it, and `finish` below clears the job and waits until `joined` is 0
+        // before this function returns; nothing between here and there can unwind.
+        let run =
+            unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(task) };
+        let job = Job { run, tasks };
+        self.shared.start(job);
+        let own = catch_unwind(AssertUnwindSafe(|| self.shared.take_tasks(job)));
+        let theirs = self.shared.finish();
+        drop(calling);
+        if let Err(panic) = own {
+            resume_unwind(panic);
+        }
+        if let Some(panic) = theirs {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.generation.fetch_add(1, Ordering::Release);
+        self.shared.wake.notify_all();
+        for worker in self.workers.drain(..) {
+            // A worker ends by panic only where its control registers are wrong, and has then said so.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    /// The lock guards plain data that is consistent between statements, so that a poisoned one may be used.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn start(&self, job: Job) {
+        let mut state = self.lock();
+        self.next.store(0, Ordering::Relaxed);
+        state.job = Some(job);
+        self.generation.fetch_add(1, Ordering::Release);
+        drop(state);
+        self.wake.notify_all();
+    }
+
+    /// Withdraws the job and waits until no worker uses it.
+    fn finish(&self) -> Option<Box<dyn Any + Send>> {
+        let mut state = self.lock();
+        state.job = None;
+        while state.joined > 0 {
+            state = self.left.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.panic.take()
+    }
+
+    fn take_tasks(&self, job: Job) {
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= job.tasks {
+                return;
+            }
+            (job.run)(task);
+        }
+    }
+
+    fn work(&self) {
+        assert_ieee();
+        let mut seen = 0;
+        loop {
+            for _ in 0..SPINS {
+                if self.generation.load(Ordering::Acquire) != seen {
+                    break;
+                }
+                spin_loop();
+            }
+            let mut state = self.lock();
+            while self.generation.load(Ordering::Acquire) == seen {
+                state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            seen = self.generation.load(Ordering::Acquire);
+            if state.closed {
+                return;
+            }
+            let Some(job) = state.job else { continue };
+            state.joined += 1;
+            drop(state);
+            let result = catch_unwind(AssertUnwindSafe(|| self.take_tasks(job)));
+            let mut state = self.lock();
+            state.joined -= 1;
+            if let Err(panic) = result {
+                state.panic = Some(panic);
+            }
+            if state.joined == 0 {
+                self.left.notify_one();
+            }
+        }
+    }
+}
+
+/// Whether this thread rounds to nearest even and keeps subnormals, as operands and as results.
+pub fn is_ieee() -> bool {
+    let smallest_normal = black_box(f32::MIN_POSITIVE);
+    let subnormal = black_box(f32::from_bits(1));
+    let half_ulp = black_box(f32::EPSILON / 2.0);
+    let result_kept = black_box(smallest_normal * black_box(0.5)).to_bits() == 0x0040_0000;
+    // 2^-149 * 2^24 = 2^-125.
+    let operand_kept = black_box(subnormal * black_box(16_777_216.0)).to_bits() == 0x0100_0000;
+    let to_even = black_box(black_box(1.0) + half_ulp) == 1.0
+        && black_box(black_box(-1.0) - half_ulp) == -1.0
+        && black_box(black_box(1.0 + f32::EPSILON) + half_ulp) == 1.0 + 2.0 * f32::EPSILON;
+    result_kept && operand_kept && to_even
+}
+
+fn assert_ieee() {
+    assert!(is_ieee(), "this thread flushes subnormals or does not round to nearest even (MXCSR)");
+}

@@ -1,0 +1,153 @@
+//! Choice of a token from logits. Weights are integers, so that sums and thresholds are exact in any order.
+
+use super::math::exp;
+use thiserror::Error;
+
+/// A logit is NaN or infinite: the request has to end with a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("the logit of token {token} is not finite")]
+pub struct NonFinite {
+    /// The lowest such token.
+    pub token: u32,
+}
+
+/// How a token is sampled.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Params {
+    /// Divides the logits; 0 or less takes the largest logit.
+    pub temperature: f32,
+    /// Number of largest logits that stay; 0 for all.
+    pub top_k: u32,
+    /// Share of the weight, from the largest down, that stays; 1 for all.
+    pub top_p: f32,
+    /// Least weight, as a share of the largest, that stays; 0 for all.
+    pub min_p: f32,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 }
+    }
+}
+
+/// The token with the largest logit, the lowest among equals.
+///
+/// # Panics
+/// If there is no logit.
+pub fn argmax(logits: &[f32]) -> Result<u32, NonFinite> {
+    assert!(!logits.is_empty(), "no logits");
+    check(logits)?;
+    let mut best = 0;
+    for (token, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = token;
+        }
+    }
+    Ok(best as u32)
+}
+
+/// The token that `draw`, uniform over all `u64`, chooses.
+///
+/// Weights are `round(exp((l - max) / temperature) * 2^32)`. Candidates stand by descending logit, then ascending id;
+/// top-k, top-p and min-p keep a run from the front, in this order, and always the first.
+///
+/// # Panics
+/// If there is no logit.
+pub fn sample(logits: &[f32], params: &Params, draw: u64) -> Result<u32, NonFinite> {
+    let best = argmax(logits)?;
+    if params.temperature <= 0.0 || params.temperature.is_nan() {
+        return Ok(best);
+    }
+    let max = logits[best as usize];
+    let mut candidates: Vec<(f32, u32, u64)> = Vec::new();
+    for (token, logit) in logits.iter().enumerate() {
+        let weight = weight((logit - max) / params.temperature);
+        if weight > 0 {
+            candidates.push((*logit, token as u32, weight));
+        }
+    }
+    let order = |a: &(f32, u32, u64), b: &(f32, u32, u64)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+    for candidate in &mut candidates {
+        // The two zeros are equal logits.
+        candidate.0 += 0.0;
+    }
+    let top_k = params.top_k as usize;
+    if top_k > 0 && top_k < candidates.len() {
+        candidates.select_nth_unstable_by(top_k - 1, order);
+        candidates.truncate(top_k);
+    }
+    candidates.sort_unstable_by(order);
+    keep_top_p(&mut candidates, params.top_p);
+    keep_min_p(&mut candidates, params.min_p);
+    Ok(choose(&candidates, draw))
+}
+
+/// Divides the positive and multiplies the negative logits of the tokens in `history` by `penalty`, each token once.
+///
+/// # Panics
+/// If a token has no logit.
+pub fn penalise(logits: &mut [f32], history: &[u32], penalty: f32) {
+    let mut tokens = history.to_vec();
+    tokens.sort_unstable();
+    tokens.dedup();
+    for token in tokens {
+        let logit = &mut logits[token as usize];
+        *logit = if *logit < 0.0 { *logit * penalty } else { *logit / penalty };
+    }
+}
+
+fn check(logits: &[f32]) -> Result<(), NonFinite> {
+    match logits.iter().position(|logit| !logit.is_finite()) {
+        Some(token) => Err(NonFinite { token: token as u32 }),
+        None => Ok(()),
+    }
+}
+
+/// `round(exp(x) * 2^32)`, ties to even, for x of at most 0; the product is exact in `f64`.
+fn weight(x: f32) -> u64 {
+    (f64::from(exp(x)) * 4_294_967_296.0).round_ties_even() as u64
+}
+
+/// A share as a multiple of 2^-32, rounded to nearest even.
+fn share(value: f32) -> u64 {
+    (f64::from(value) * 4_294_967_296.0).round_ties_even() as u64
+}
+
+/// Keeps the shortest run whose weight reaches the share of the whole.
+fn keep_top_p(candidates: &mut Vec<(f32, u32, u64)>, top_p: f32) {
+    if top_p >= 1.0 || top_p.is_nan() {
+        return;
+    }
+    let total: u128 = candidates.iter().map(|candidate| u128::from(candidate.2)).sum();
+    let threshold = total * u128::from(share(top_p));
+    let mut sum = 0u128;
+    let mut kept = 0;
+    for candidate in candidates.iter() {
+        sum += u128::from(candidate.2);
+        kept += 1;
+        if sum << 32 >= threshold {
+            break;
+        }
+    }
+    candidates.truncate(kept);
+}
+
+/// Keeps the weights that reach the share of the first; a run, since weights descend with logits.
+fn keep_min_p(candidates: &mut Vec<(f32, u32, u64)>, min_p: f32) {
+    let threshold = u128::from(candidates[0].2) * u128::from(share(min_p.min(1.0)));
+    let below = candidates.iter().position(|candidate| u128::from(candidate.2) << 32 < threshold);
+    candidates.truncate(below.unwrap_or(candidates.len()).max(1));
+}
+
+fn choose(candidates: &[(f32, u32, u64)], draw: u64) -> u32 {
+    let total: u128 = candidates.iter().map(|candidate| u128::from(candidate.2)).sum();
+    let target = (u128::from(draw) * total) >> 64;
+    let mut sum = 0u128;
+    for candidate in candidates {
+        sum += u128::from(candidate.2);
+        if sum > target {
+            return candidate.1;
+        }
+    }
+    unreachable!("the target is below the total")
+}
