@@ -4,8 +4,11 @@ use std::any::Any;
 use std::hint::{black_box, spin_loop};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+
+use super::{Isa, SelfTestError, self_test};
 
 /// Turns of the bounded spin before a thread parks: some 10 to 40 microseconds.
 const SPINS: u32 = 1_000;
@@ -51,7 +54,7 @@ impl Pool {
     /// # Panics
     /// If the system refuses a thread, or a thread does not compute with IEEE rounding and gradual underflow.
     pub fn new(threads: usize) -> Self {
-        assert_ieee();
+        assert!(is_ieee(), "{}", SelfTestError::ControlRegister);
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             wake: Condvar::new(),
@@ -60,16 +63,44 @@ impl Pool {
             next: AtomicUsize::new(0),
             calling: Mutex::new(()),
         });
-        let workers = (1..threads)
-            .map(|index| {
-                let shared = Arc::clone(&shared);
-                std::thread::Builder::new()
-                    .name(format!("kernel-{index}"))
-                    .spawn(move || shared.work())
-                    .expect("the system refused to start a kernel thread")
-            })
-            .collect();
-        Self { shared, workers }
+        let mut pool = Self { shared, workers: Vec::new() };
+        let (started, reports) = channel();
+        for index in 1..threads {
+            let shared = Arc::clone(&pool.shared);
+            let started = started.clone();
+            let worker = std::thread::Builder::new()
+                .name(format!("kernel-{index}"))
+                .spawn(move || shared.work(&started))
+                .expect("the system refused to start a kernel thread");
+            pool.workers.push(worker);
+        }
+        drop(started);
+        assert!(
+            reports.iter().take(threads.saturating_sub(1)).all(|ieee| ieee),
+            "{}",
+            SelfTestError::ControlRegister
+        );
+        pool
+    }
+
+    /// Runs the [`self_test`] on every thread of the pool, the caller included: the control registers belong to
+    /// threads, not to the process. Not to be called from inside a task.
+    ///
+    /// # Errors
+    /// What the first failing thread found.
+    pub fn self_test(&self, isa: Isa) -> Result<(), SelfTestError> {
+        // A thread that holds a task waits for the others, so that each takes one.
+        let together = Barrier::new(self.threads());
+        let found = Mutex::new(Ok(()));
+        let test = |_| {
+            together.wait();
+            let result = self_test(isa);
+            let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+            *found = (*found).and(result);
+        };
+        let calling = self.shared.calling.lock().unwrap_or_else(PoisonError::into_inner);
+        self.share(calling, self.threads(), &test);
+        found.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Number of threads, the caller included.
@@ -86,10 +117,14 @@ impl Pool {
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         let calling =
             if tasks > 1 && !self.workers.is_empty() { self.shared.calling.try_lock().ok() } else { None };
-        if calling.is_none() {
-            (0..tasks).for_each(task);
-            return;
+        match calling {
+            Some(calling) => self.share(calling, tasks, task),
+            None => (0..tasks).for_each(task),
         }
+    }
+
+    /// Shares the tasks among all threads. The caller holds the lock, which says that no other job runs.
+    fn share(&self, calling: MutexGuard<'_, ()>, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime changes. Workers reach the reference through `state.job` alone, count themselves in
         // `joined` under the lock while they use it, and `finish` below clears the job and waits until `joined` is 0
         // before this function returns; nothing between here and there can unwind.
@@ -115,8 +150,7 @@ impl Drop for Pool {
         self.shared.generation.fetch_add(1, Ordering::Release);
         self.shared.wake.notify_all();
         for worker in self.workers.drain(..) {
-            // A worker ends by panic only where its control registers are wrong, and has then said so.
-            let _ = worker.join();
+            worker.join().expect("a worker catches the panics of its tasks");
         }
     }
 }
@@ -156,8 +190,11 @@ impl Shared {
         }
     }
 
-    fn work(&self) {
-        assert_ieee();
+    fn work(&self, started: &Sender<bool>) {
+        let ieee = is_ieee();
+        if started.send(ieee).is_err() || !ieee {
+            return;
+        }
         let mut seen = 0;
         loop {
             for _ in 0..SPINS {
@@ -202,8 +239,4 @@ pub fn is_ieee() -> bool {
         && black_box(black_box(-1.0) - half_ulp) == -1.0
         && black_box(black_box(1.0 + f32::EPSILON) + half_ulp) == 1.0 + 2.0 * f32::EPSILON;
     result_kept && operand_kept && to_even
-}
-
-fn assert_ieee() {
-    assert!(is_ieee(), "this thread flushes subnormals or does not round to nearest even (MXCSR)");
 }

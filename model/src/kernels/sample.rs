@@ -105,6 +105,10 @@ fn check(logits: &[f32]) -> Result<(), NonFinite> {
 
 /// `round(exp(x) * 2^32)`, ties to even, for x of at most 0; the product is exact in `f64`.
 fn weight(x: f32) -> u64 {
+    // e^-23 * 2^32 is 0.44: most of a vocabulary needs no exponential.
+    if x < -23.0 {
+        return 0;
+    }
     (f64::from(exp(x)) * 4_294_967_296.0).round_ties_even() as u64
 }
 
