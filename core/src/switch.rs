@@ -163,32 +163,40 @@ impl State {
         Ok(fits.unwrap_or(smallest).clone())
     }
 
-    /// Moves the first waiting switch on: begin to prepare, or commit at a step boundary.
+    /// Moves a waiting switch on: begin to prepare, or commit at a step boundary.
     pub(crate) fn advance_switch(&mut self, cx: &mut Context<'_>) {
         while matches!(self.lifecycle, Lifecycle::Active | Lifecycle::Reconfiguring) {
+            // The first that is due; none may wait behind one whose position is still to come, or both might for ever.
+            let due = self.generations.waiting.iter().position(|switch| self.due(switch));
+            if let Some(switch) = due.and_then(|at| self.generations.waiting.remove(at)) {
+                self.generations.waiting.push_front(switch);
+            }
             let Some(switch) = self.generations.waiting.front() else { return };
+            if let Some((id, position)) = &switch.at
+                && self.requests.finished_by_id(id).is_some()
+            {
+                let reason = format!("request {id} ended before position {position}");
+                self.abort_switch(cx, reason);
+                continue;
+            }
             if !switch.begun {
                 self.prepare(cx);
                 self.issue_loads(cx);
             }
-            let switch = self.generations.waiting.front().expect("it is still there");
             let prepared = !self.residency.wanted() && !self.residency.in_flight();
-            if !prepared || self.steps.current.is_some() {
+            if due.is_none() || !prepared || self.steps.current.is_some() {
                 return;
             }
-            if let Some((id, position)) = &switch.at {
-                match self.requests.live_by_id(id) {
-                    Some(request) if request.segments.last().map_or(0, |s| s.until) < *position => return,
-                    None if self.requests.finished_by_id(id).is_none() => return,
-                    None => {
-                        let reason = format!("request {id} ended before position {position}");
-                        self.abort_switch(cx, reason);
-                        continue;
-                    }
-                    Some(_) => {}
-                }
-            }
             self.commit(cx);
+        }
+    }
+
+    /// Whether the position that a switch is pinned to is the next one, or will never come.
+    fn due(&self, switch: &Switch) -> bool {
+        let Some((id, position)) = &switch.at else { return true };
+        match self.requests.live_by_id(id) {
+            Some(request) => request.segments.last().map_or(0, |s| s.until) >= *position,
+            None => self.requests.finished_by_id(id).is_some(),
         }
     }
 

@@ -1,0 +1,716 @@
+//! One machine: an engine with its journal, arena, cache, loads, compute and clients, all in the hands of a seed.
+//!
+//! Rules of the faults. A crash keeps every durable record and any number of those that were written but not yet known
+//! to be durable; slots, pages, loads and the running step are gone. Loads end in any order, some with an error. A
+//! step may fail as a whole. Nothing that has an `after` is seen before that record is durable.
+
+use crate::model;
+use crate::random::Choice;
+use lite_llm_core::config::Config;
+use lite_llm_core::digest::Digest;
+use lite_llm_core::engine::Engine;
+use lite_llm_core::event::Event;
+use lite_llm_core::ids::{ExpertKey, Generation, Incarnation, LoadId, RequestId, Seq, Slot};
+use lite_llm_core::input::{Body, Fault, Input, Priority, RowResult, Sampling, SwitchTarget};
+use lite_llm_core::journal::Record;
+use lite_llm_core::lifecycle::Lifecycle;
+use lite_llm_core::output::{FinishReason, Forward, Output};
+use lite_llm_core::plan::ModelPlan;
+use lite_llm_core::replay::{encode_input, fold};
+use lite_llm_core::time::Time;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// What a simulation does.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// Everything follows from it.
+    pub seed: u64,
+    /// Requests that clients submit.
+    pub requests: u64,
+    /// Choices before the faults stop.
+    pub choices: u64,
+    /// Crashes in a thousand choices.
+    pub crash_per_mille: u64,
+    /// Faults in a thousand loads and steps.
+    pub fault_per_mille: u64,
+}
+
+impl Scenario {
+    /// A mix of everything that fits the seed.
+    #[must_use]
+    pub fn of(seed: u64) -> Self {
+        let mut choice = Choice::new(!seed);
+        Self {
+            seed,
+            requests: 1 + choice.below(10),
+            choices: 200 + choice.below(1500),
+            crash_per_mille: choice.below(3) * 4,
+            fault_per_mille: choice.below(3) * 15,
+        }
+    }
+}
+
+/// What came of a simulation.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Head of the digest chain at the end.
+    pub digest: Digest,
+    /// Inputs handled, folds apart.
+    pub inputs: u64,
+    /// Crashes.
+    pub crashes: u64,
+    /// Tokens that clients got.
+    pub tokens: u64,
+    /// Streams that ended as asked for.
+    pub complete: u64,
+    /// TierSet switches committed.
+    pub switches: u64,
+    /// Requests preempted.
+    pub preempted: u64,
+    /// Layers that took more than one wave.
+    pub waves: u64,
+    /// Loads and steps tried again.
+    pub retries: u64,
+    /// Snapshots restored from.
+    pub restored: u64,
+}
+
+/// A client's view of a stream.
+#[derive(Clone, Debug)]
+struct Client {
+    body: Body,
+    /// Whether it hears from this incarnation.
+    connected: bool,
+    accepted: bool,
+    tokens: Vec<u32>,
+    finish: Option<FinishReason>,
+}
+
+/// A step that is being computed.
+struct Compute {
+    forward: Forward,
+    /// Cached value of each position of each row.
+    cached: Vec<Vec<u64>>,
+    /// Contents read, by expert.
+    read: BTreeMap<ExpertKey, u64>,
+    layer: usize,
+    asked: bool,
+    wanted: BTreeSet<ExpertKey>,
+    provided: Vec<(ExpertKey, Slot)>,
+    wave: u32,
+    wave_len: u32,
+    aborted: bool,
+}
+
+/// The machine.
+pub struct Machine {
+    scenario: Scenario,
+    choice: Choice,
+    plan: ModelPlan,
+    config: Config,
+    engine: Engine,
+    records: Vec<Record>,
+    durable: u64,
+    snapshots: Vec<(Seq, Vec<u8>)>,
+    snapshot_writing: Option<(Seq, Vec<u8>)>,
+    held: VecDeque<(Seq, Output)>,
+    inbox: VecDeque<Input>,
+    loads: Vec<(LoadId, ExpertKey, Slot)>,
+    slots: Vec<Option<u64>>,
+    pages: Vec<Vec<u64>>,
+    compute: Option<Compute>,
+    clients: BTreeMap<RequestId, Client>,
+    /// What the journal says of each generation, and in which record.
+    tiers: BTreeMap<Generation, (Seq, Vec<u32>)>,
+    now: Time,
+    faulty: bool,
+    stopped: bool,
+    report: Report,
+}
+
+/// Runs a scenario to its end.
+///
+/// # Panics
+/// At the first violated invariant, with the seed.
+#[must_use]
+pub fn run(scenario: &Scenario) -> Report {
+    let mut machine = Machine::new(scenario.clone());
+    for _ in 0..scenario.choices {
+        machine.act();
+    }
+    machine.settle();
+    machine.report
+}
+
+impl Machine {
+    fn new(scenario: Scenario) -> Self {
+        let mut choice = Choice::new(scenario.seed);
+        let plan = model::plan();
+        let all = plan.experts(&[0, 1]).count() as u64;
+        let fixed = 1900;
+        let config = Config {
+            memory_bytes: fixed + 400 * (12 + choice.below(30)) + 1000 * (2 + choice.below(all)),
+            routing_seed: None,
+            tier_set: if choice.chance(500) { vec![] } else { vec!["small".into()] },
+            modes: [("fast", vec!["small"]), ("max", vec!["small", "large"])]
+                .map(|(mode, tiers)| (mode.into(), tiers.into_iter().map(Into::into).collect()))
+                .into(),
+            prefill_chunk: 1 + u32::try_from(choice.below(8)).unwrap_or(0),
+            snapshot_every: choice.below(2) * 150,
+            ..Config::default()
+        };
+        let mut machine = Self {
+            scenario,
+            choice,
+            plan,
+            config,
+            engine: Engine::new(),
+            records: Vec::new(),
+            durable: 0,
+            snapshots: Vec::new(),
+            snapshot_writing: None,
+            held: VecDeque::new(),
+            inbox: VecDeque::new(),
+            loads: Vec::new(),
+            slots: Vec::new(),
+            pages: Vec::new(),
+            compute: None,
+            clients: BTreeMap::new(),
+            tiers: BTreeMap::new(),
+            now: Time(1),
+            faulty: true,
+            stopped: false,
+            report: Report::default(),
+        };
+        machine.boot(Incarnation(1));
+        machine
+    }
+
+    fn boot(&mut self, incarnation: Incarnation) {
+        let (config, entropy) = (self.config.clone(), self.scenario.seed);
+        let first = self.engine.next_seq() == Seq(1);
+        self.handle(if first {
+            Input::Boot { incarnation, config, entropy }
+        } else {
+            Input::Restarted { incarnation, config, entropy }
+        });
+    }
+
+    /// One choice of the seed.
+    fn act(&mut self) {
+        self.now = self.now.after_ns(1 + self.choice.below(1000));
+        if self.stopped || (self.faulty && self.choice.chance(self.scenario.crash_per_mille)) {
+            return self.crash();
+        }
+        match self.choice.below(12) {
+            0..=2 => self.deliver(),
+            3 | 4 => self.end_load(),
+            5..=7 => self.step(),
+            8 | 9 => self.sync(),
+            10 => self.client(),
+            _ => self.end_snapshot(),
+        }
+    }
+
+    /// Everything that can happen without a client, until all streams have ended; then a clean stop.
+    fn settle(&mut self) {
+        self.faulty = false;
+        for _ in 0..200_000 {
+            let ready = self.engine.view().lifecycle() == Lifecycle::Active && self.held.is_empty();
+            if ready && self.clients.values().all(|client| !client.accepted || client.finish.is_some()) {
+                break;
+            }
+            if self.stopped {
+                self.crash();
+            }
+            self.act_without_client();
+        }
+        self.attach_all();
+        for _ in 0..5_000 {
+            self.act_without_client();
+        }
+        self.check_streams();
+        self.handle(Input::Drain { bound_ns: None });
+        for _ in 0..5_000 {
+            if self.stopped {
+                break;
+            }
+            self.act_without_client();
+        }
+        let seed = self.scenario.seed;
+        assert!(self.stopped, "seed {seed}: a drain ends");
+        assert!(
+            self.slots.is_empty() && self.pages.is_empty(),
+            "seed {seed}: a clean stop leaves nothing behind"
+        );
+        assert_eq!(self.engine.view().requests().count(), 0, "seed {seed}: nothing accepted is left");
+        self.check_fold();
+        self.report.digest = self.engine.digest();
+    }
+
+    fn act_without_client(&mut self) {
+        self.now = self.now.after_ns(1 + self.choice.below(1000));
+        match self.choice.below(5) {
+            0 => self.deliver(),
+            1 => self.end_load(),
+            2 => self.step(),
+            3 => self.sync(),
+            _ => self.end_snapshot(),
+        }
+    }
+
+    /// Journals an input, lets the engine handle it, and obeys what comes out.
+    fn handle(&mut self, input: Input) {
+        let seq = self.engine.next_seq();
+        self.records.push(Record {
+            seq: seq.0,
+            time_ns: self.now.0,
+            digest: self.engine.digest().0,
+            payload: encode_input(&input),
+        });
+        self.report.inputs += 1;
+        self.engine.handle(self.now, input);
+        let mut snapshot = false;
+        loop {
+            match self.engine.poll() {
+                Output::Wait { .. } => break,
+                Output::Snapshot => snapshot = true,
+                output => self.obey(output),
+            }
+        }
+        if snapshot {
+            self.snapshot_writing = Some((self.engine.next_seq(), self.engine.snapshot()));
+        }
+    }
+
+    fn obey(&mut self, output: Output) {
+        match output {
+            Output::Reserve { .. } => self.inbox.push_back(Input::Reserved),
+            Output::ReadManifest => self.inbox.push_back(Input::ManifestRead { plan: self.plan.clone() }),
+            Output::Carve(carving) => {
+                let bytes = u64::from(carving.slots) * 1000 + u64::from(carving.pages) * 400 + 1900;
+                assert!(bytes <= self.config.memory_bytes, "arenas stay within the budget");
+                self.slots = vec![None; carving.slots as usize];
+                self.pages = vec![vec![0; 4]; carving.pages as usize];
+            }
+            Output::LoadBase { shard } => self.inbox.push_back(Input::BaseLoaded { shard }),
+            Output::LoadRouters => self.inbox.push_back(Input::RoutersLoaded),
+            Output::Load { load, expert, slot } => {
+                self.check_unused(slot);
+                self.slots[slot.0 as usize] = None;
+                self.loads.push((load, expert, slot));
+            }
+            Output::Forward(forward) => self.begin(forward),
+            Output::Provide { step, attempt, wave, wave_len, expert, slot, .. } => {
+                let compute = self.compute.as_mut().expect("a step is running");
+                assert!(compute.forward.step == step && compute.forward.attempt == attempt, "of this step");
+                assert_eq!(
+                    self.slots[slot.0 as usize],
+                    Some(model::content(expert)),
+                    "what is provided is there"
+                );
+                (compute.wave, compute.wave_len) = (wave, wave_len);
+                compute.provided.push((expert, slot));
+            }
+            Output::Abort { .. } => self.compute.as_mut().expect("a step is running").aborted = true,
+            Output::Event { seq, event } => self.count(seq, &event),
+            Output::Ready { after }
+            | Output::Accepted { after, .. }
+            | Output::Token { after, .. }
+            | Output::Finish { after, .. }
+            | Output::Refuse { after, .. }
+            | Output::Switched { after, .. }
+            | Output::Exit { after, .. } => self.held.push_back((after, output)),
+            Output::Trim { before } => {
+                assert!(self.snapshots.iter().any(|(next, _)| *next >= before), "nothing needed is trimmed");
+            }
+            Output::FlushTelemetry => self.inbox.push_back(Input::TelemetryFlushed),
+            Output::Release => {
+                assert!(self.loads.is_empty() && self.compute.is_none(), "nothing is in use any more");
+                self.slots.clear();
+                self.pages.clear();
+                self.inbox.push_back(Input::ResourcesReleased);
+            }
+            Output::Snapshot | Output::Wait { .. } => unreachable!("taken by the caller"),
+        }
+    }
+
+    fn count(&mut self, seq: Seq, event: &Event) {
+        match event {
+            Event::TierSet { generation, tiers } => {
+                let (_, known) = self.tiers.entry(*generation).or_insert_with(|| (seq, tiers.clone()));
+                assert_eq!(known, tiers, "a generation never changes its tiers");
+            }
+            Event::Preempted { .. } => self.report.preempted += 1,
+            Event::StepRetried { .. } | Event::LoadRetried { .. } => self.report.retries += 1,
+            Event::PhaseDone { .. }
+            | Event::Moved { .. }
+            | Event::Demoted { .. }
+            | Event::SwitchAborted
+            | Event::Recovered { .. }
+            | Event::State { .. }
+            | Event::StepDone { .. } => {}
+        }
+    }
+
+    /// A slot that the running step may read is never overwritten.
+    fn check_unused(&self, slot: Slot) {
+        if let Some(compute) = &self.compute {
+            let resident = compute.forward.resident.iter().flatten();
+            let mut used = resident.chain(&compute.provided).map(|&(_, slot)| slot);
+            assert!(used.all(|used| used != slot), "slot {slot} is overwritten while in use");
+        }
+        assert!(self.loads.iter().all(|&(_, _, other)| other != slot), "slot {slot} has two loads");
+    }
+
+    fn deliver(&mut self) {
+        if let Some(input) = self.inbox.pop_front() {
+            self.handle(input);
+        }
+        while self.held.front().is_some_and(|(after, _)| after.0 <= self.durable) {
+            let (_, output) = self.held.pop_front().expect("it was there");
+            self.see(output);
+        }
+    }
+
+    /// What leaves the machine.
+    fn see(&mut self, output: Output) {
+        let to = match &output {
+            Output::Accepted { id, .. } | Output::Token { id, .. } | Output::Finish { id, .. } => Some(id),
+            _ => None,
+        };
+        if to.is_some_and(|id| !self.clients[id].connected) {
+            return;
+        }
+        match output {
+            Output::Accepted { id, .. } => self.clients.get_mut(&id).expect("its client").accepted = true,
+            Output::Token { id, offset, token, .. } => {
+                let client = self.clients.get_mut(&id).expect("its client");
+                match client.tokens.get(offset as usize) {
+                    Some(known) => assert_eq!(*known, token, "a token never changes"),
+                    None => {
+                        assert_eq!(offset as usize, client.tokens.len(), "offsets are dense");
+                        client.tokens.push(token);
+                        self.report.tokens += 1;
+                    }
+                }
+            }
+            Output::Finish { id, reason, generated, .. } => {
+                let client = self.clients.get_mut(&id).expect("its client");
+                assert_eq!(client.tokens.len(), generated as usize, "the end comes after every token");
+                assert!(client.finish.as_ref().is_none_or(|known| *known == reason), "an end never changes");
+                client.finish = Some(reason);
+            }
+            Output::Switched { outcome, .. } => self.report.switches += u64::from(outcome.is_ok()),
+            Output::Exit { error, .. } => {
+                assert!(error.is_none() || self.faulty, "no exit without a fault: {error:?}");
+                self.stopped = true;
+            }
+            _ => {}
+        }
+    }
+
+    fn end_load(&mut self) {
+        if self.loads.is_empty() {
+            return;
+        }
+        let at = self.choice.index(self.loads.len());
+        let (load, expert, slot) = self.loads.swap_remove(at);
+        let fault = self.fault("read failed");
+        if fault.is_none() {
+            self.slots[slot.0 as usize] = Some(model::content(expert));
+        }
+        self.handle(Input::Loaded { load, fault });
+    }
+
+    fn fault(&mut self, what: &str) -> Option<Fault> {
+        (self.faulty && self.choice.chance(self.scenario.fault_per_mille)).then(|| Fault::Io(what.into()))
+    }
+
+    fn begin(&mut self, forward: Forward) {
+        assert!(self.compute.is_none(), "one step at a time");
+        let mut cached = Vec::new();
+        for row in &forward.rows {
+            let mut states = Vec::new();
+            let mut before = if row.start == 0 { 0 } else { self.page_of(&row.pages, row.start - 1) };
+            for (position, &token) in (row.start..).zip(&row.tokens) {
+                before = model::cached(before, token, &forward.tiers);
+                let page = row.pages[position as usize / 4] as usize;
+                self.pages[page][position as usize % 4] = before;
+                states.push(before);
+            }
+            cached.push(states);
+        }
+        self.compute = Some(Compute {
+            forward,
+            cached,
+            read: BTreeMap::new(),
+            layer: 0,
+            asked: false,
+            wanted: BTreeSet::new(),
+            provided: Vec::new(),
+            wave: 0,
+            wave_len: 0,
+            aborted: false,
+        });
+    }
+
+    fn page_of(&self, pages: &[u32], position: u32) -> u64 {
+        self.pages[pages[position as usize / 4] as usize][position as usize % 4]
+    }
+
+    /// The next thing that the compute backend does.
+    fn step(&mut self) {
+        let fault = self.fault("device hiccup");
+        let Some(compute) = self.compute.as_mut() else { return };
+        let (step, attempt) = (compute.forward.step, compute.forward.attempt);
+        if compute.aborted || fault.is_some() {
+            self.compute = None;
+            let fault = fault.unwrap_or(Fault::Device("aborted".into()));
+            return self.handle(Input::Failed { step, attempt, fault });
+        }
+        if let Some(resident) = compute.forward.resident.clone() {
+            for (key, slot) in resident {
+                let content = self.slots[slot.0 as usize].expect("a resident expert is there");
+                compute.read.insert(key, content);
+            }
+            return self.finish();
+        }
+        let Some(&layer) = self.plan.moe_layers.get(compute.layer) else { return self.finish() };
+        if !compute.asked {
+            let states = compute.cached.iter().flatten();
+            let tiers = &compute.forward.tiers;
+            compute.wanted =
+                states.flat_map(|&state| model::route(&self.plan, state, layer, tiers)).collect();
+            compute.asked = true;
+            let experts = compute.wanted.iter().copied().collect();
+            return self.handle(Input::Need { step, attempt, layer, experts });
+        }
+        if compute.wave_len == 0 || compute.provided.len() < compute.wave_len as usize {
+            return;
+        }
+        for (key, slot) in compute.provided.drain(..) {
+            let content = self.slots[slot.0 as usize].expect("a provided expert is there");
+            compute.read.insert(key, content);
+            assert!(compute.wanted.remove(&key), "only what is needed is provided");
+        }
+        let wave = compute.wave;
+        compute.wave_len = 0;
+        if compute.wanted.is_empty() {
+            compute.layer += 1;
+            compute.asked = false;
+            self.report.waves += u64::from(wave > 0);
+        }
+        self.handle(Input::Released { step, attempt, layer, wave });
+    }
+
+    fn finish(&mut self) {
+        let compute = self.compute.take().expect("a step is running");
+        let Forward { step, attempt, ref tiers, .. } = compute.forward;
+        let mut rows = Vec::new();
+        for (row, states) in compute.forward.rows.iter().zip(&compute.cached) {
+            let last = *states.last().expect("a row has positions");
+            let token = row.sample.as_ref().map(|sample| {
+                let layers = self.plan.moe_layers.iter();
+                let experts = layers.flat_map(|&layer| model::route(&self.plan, last, layer, tiers));
+                model::token(&self.plan, last, experts.map(|key| compute.read[&key]), sample.draw)
+            });
+            rows.push(RowResult { token, stop: false, digest: Digest::of(&last.to_le_bytes()) });
+        }
+        self.handle(Input::Finished { step, attempt, rows, duration_ns: 1000 });
+    }
+
+    fn sync(&mut self) {
+        self.durable = self.records.len() as u64;
+    }
+
+    fn end_snapshot(&mut self) {
+        if let Some((next, bytes)) = self.snapshot_writing.take() {
+            self.sync();
+            self.snapshots.push((next, bytes));
+            self.handle(Input::SnapshotDurable { next });
+        }
+    }
+
+    /// Something that a client or an operator does.
+    fn client(&mut self) {
+        if self.engine.view().lifecycle() != Lifecycle::Active {
+            return;
+        }
+        let known = self.clients.len() as u64;
+        match self.choice.below(20) {
+            0 => self.switch(),
+            1 if known > 0 => {
+                let id = self.some_client();
+                self.handle(Input::Cancel { id });
+            }
+            2 => self.handle(Input::SnapshotWanted),
+            3 | 4 if known > 0 => {
+                let id = self.some_client();
+                self.attach(&id);
+            }
+            5 => self.handle(Input::Tick),
+            6 => {
+                let bound_ns = self.choice.chance(500).then(|| self.choice.below(10_000));
+                if self.choice.chance(200) {
+                    self.handle(Input::Drain { bound_ns });
+                }
+            }
+            _ if known < self.scenario.requests => self.submit(known),
+            _ => {}
+        }
+    }
+
+    fn some_client(&mut self) -> RequestId {
+        let at = self.choice.index(self.clients.len());
+        self.clients.keys().nth(at).expect("below the count").clone()
+    }
+
+    fn switch(&mut self) {
+        let target = match self.choice.below(4) {
+            0 => SwitchTarget::Tiers(vec!["large".into()]),
+            1 => SwitchTarget::Mode("fast".into()),
+            2 => SwitchTarget::Mode("max".into()),
+            _ => SwitchTarget::Budget(self.choice.below(2000)),
+        };
+        let at = if self.choice.chance(400) && !self.clients.is_empty() {
+            let position = 1 + u32::try_from(self.choice.below(30)).unwrap_or(0);
+            Some((self.some_client(), position))
+        } else {
+            None
+        };
+        self.handle(Input::Switch { target, at });
+    }
+
+    fn submit(&mut self, number: u64) {
+        let id = RequestId::new(format!("request-{number}")).expect("a good id");
+        let length = 1 + self.choice.below(20);
+        let body = Body {
+            prompt: (0..length).map(|_| 2 + u32::try_from(self.choice.below(90)).unwrap_or(0)).collect(),
+            max_tokens: 1 + u32::try_from(self.choice.below(30)).unwrap_or(0),
+            sampling: Sampling { seed: self.choice.below(5), ..Sampling::default() },
+            priority: if self.choice.chance(500) { Priority::Batch } else { Priority::Interactive },
+            deadline_ns: self.choice.chance(100).then(|| 100_000 + self.choice.below(1_000_000)),
+            ignore_eos: self.choice.chance(800),
+            stop: vec![],
+        };
+        let client =
+            Client { body: body.clone(), connected: true, accepted: false, tokens: vec![], finish: None };
+        self.clients.insert(id.clone(), client);
+        self.handle(Input::Submit { id, body, from: 0 });
+    }
+
+    /// The client asks again, from where its stream stands. It does not know whether its request was ever accepted.
+    fn attach(&mut self, id: &RequestId) {
+        let known = self.engine.view().stream(id).is_some();
+        let refused = !known && self.engine.view().lifecycle() != Lifecycle::Active;
+        let client = self.clients.get_mut(id).expect("a client");
+        if !refused {
+            client.connected = true;
+            let from = u32::try_from(client.tokens.len()).expect("a short stream");
+            let body = client.body.clone();
+            self.handle(Input::Submit { id: id.clone(), body, from });
+        }
+    }
+
+    fn attach_all(&mut self) {
+        let ids: Vec<RequestId> = self.clients.keys().cloned().collect();
+        for id in ids {
+            self.attach(&id);
+        }
+    }
+
+    /// The process dies; another takes its place.
+    fn crash(&mut self) {
+        self.report.crashes += 1;
+        let before = (self.engine.digest(), self.engine.state_digest());
+        let written = self.records.len() as u64;
+        let kept = self.durable + self.choice.below(written - self.durable + 1);
+        let whole = kept == written;
+        self.records.truncate(usize::try_from(kept).expect("a short journal"));
+        self.durable = kept;
+        self.tiers.retain(|_, (seq, _)| seq.0 <= kept);
+        self.snapshot_writing = None;
+        self.held.clear();
+        self.inbox.clear();
+        self.loads.clear();
+        self.compute = None;
+        self.stopped = false;
+        self.engine = self.fold();
+        if whole {
+            let after = (self.engine.digest(), self.engine.state_digest());
+            assert_eq!(before, after, "seed {}: the fold is the state", self.scenario.seed);
+        }
+        let incarnation = Incarnation(self.engine.view().incarnation().0 + 1);
+        self.now = Time(self.now.0.max(self.engine.now().0));
+        self.boot(incarnation);
+        for (id, client) in &mut self.clients {
+            client.connected = false;
+            let known = self.engine.view().stream(id).is_some();
+            assert!(known || !client.accepted, "seed {}: {id} was accepted and is lost", self.scenario.seed);
+        }
+        self.attach_all();
+    }
+
+    /// From the newest snapshot, if there is one; the fold of the whole journal must give the same.
+    fn fold(&mut self) -> Engine {
+        let mut whole = Engine::new();
+        fold(&mut whole, &self.records, |_, _| {}).expect("a good journal folds");
+        if let Some((next, bytes)) = self.snapshots.iter().rev().find(|(next, _)| next.0 <= self.durable + 1)
+        {
+            let mut engine = Engine::restore(bytes).expect("a good snapshot");
+            let tail = &self.records[usize::try_from(next.0 - 1).expect("a short journal")..];
+            fold(&mut engine, tail, |_, _| {}).expect("a good journal folds");
+            assert_eq!(engine.digest(), whole.digest(), "a snapshot and its tail are the journal");
+            assert_eq!(
+                engine.state_digest(),
+                whole.state_digest(),
+                "a snapshot and its tail are the journal"
+            );
+            self.report.restored += 1;
+            return engine;
+        }
+        whole
+    }
+
+    fn check_fold(&mut self) {
+        let folded = self.fold();
+        assert_eq!(folded.state_digest(), self.engine.state_digest(), "the journal is the state");
+    }
+
+    /// Every stream is the reference run of its request alone, under the journalled generations.
+    fn check_streams(&mut self) {
+        let seed = self.scenario.seed;
+        let view = self.engine.view();
+        for (id, client) in &self.clients {
+            if !client.accepted {
+                continue;
+            }
+            let stream = view.stream(id).unwrap_or_else(|| panic!("seed {seed}: {id} is lost"));
+            let tiers_at = |position: u32| {
+                let segment = stream.segments.iter().find(|segment| position < segment.until);
+                segment.map_or_else(Vec::new, |segment| self.tiers[&segment.generation].1.clone())
+            };
+            let expected = model::reference(&self.plan, &client.body, tiers_at, stream.tokens.len());
+            assert_eq!(stream.tokens, expected, "seed {seed}: {id} is not its reference");
+            assert_eq!(client.tokens, stream.tokens, "seed {seed}: {id} was not delivered whole");
+            let finish = client.finish.as_ref().unwrap_or_else(|| panic!("seed {seed}: {id} has no end"));
+            match finish {
+                FinishReason::Length => {
+                    let room = 49 - client.body.prompt.len();
+                    assert_eq!(
+                        stream.tokens.len(),
+                        room.min(client.body.max_tokens as usize),
+                        "seed {seed}: {id}"
+                    );
+                }
+                FinishReason::Eos => assert_eq!(stream.tokens.last(), Some(&1), "seed {seed}: {id}"),
+                FinishReason::Fault(_) => {
+                    assert!(self.scenario.fault_per_mille > 0, "seed {seed}: {id}: {finish:?}")
+                }
+                FinishReason::Stop | FinishReason::Cancelled | FinishReason::Deadline => {}
+            }
+            self.report.complete += u64::from(matches!(finish, FinishReason::Length | FinishReason::Eos));
+        }
+    }
+}

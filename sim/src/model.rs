@@ -1,0 +1,94 @@
+//! The simulated arithmetic: every result mixes exactly what it may depend on, so that any wrong expert, page, order,
+//! generation or stale byte shows in the next token.
+
+use lite_llm_core::ids::ExpertKey;
+use lite_llm_core::input::Body;
+use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
+use lite_llm_core::random::{Purpose, draw};
+
+/// A small plan: two tiers of 3 and 4 experts in 3 mixture layers, pages of 4 positions.
+#[must_use]
+pub fn plan() -> ModelPlan {
+    ModelPlan {
+        format: ModelPlan::FORMAT,
+        identity: Identity::default(),
+        tiers: vec![
+            TierPlan { name: "small".into(), groups: 1, experts: 3 },
+            TierPlan { name: "large".into(), groups: 2, experts: 2 },
+        ],
+        moe_layers: vec![0, 1, 3],
+        top_k: 2,
+        slot_bytes: 1000,
+        base_shards: vec![500, 300],
+        router_bytes: 100,
+        overhead_bytes: 1000,
+        page_positions: 4,
+        page_bytes: 400,
+        context: 48,
+        vocab: 97,
+        eos: vec![1],
+    }
+}
+
+/// Mixes two numbers: the finaliser of splitmix64 over their combination.
+#[must_use]
+pub const fn mix(a: u64, b: u64) -> u64 {
+    let mut z = a.rotate_left(23) ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x632b_e59b_d9b4_e019);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// What an expert's bytes are worth.
+#[must_use]
+pub fn content(key: ExpertKey) -> u64 {
+    let ExpertKey { layer, tier, group, expert } = key;
+    [layer, tier, group, expert].iter().fold(7, |sum, &part| mix(sum, u64::from(part)))
+}
+
+/// What a position leaves in the cache: it depends on every token before it and on the tiers of each.
+#[must_use]
+pub fn cached(before: u64, token: u32, tiers: &[u32]) -> u64 {
+    tiers.iter().fold(mix(before, u64::from(token)), |sum, &tier| mix(sum, u64::from(tier)))
+}
+
+/// The experts that a position selects in a layer: one or two of the active tiers.
+#[must_use]
+pub fn route(plan: &ModelPlan, cached: u64, layer: u32, tiers: &[u32]) -> Vec<ExpertKey> {
+    let all: Vec<ExpertKey> = plan.experts(tiers).filter(|key| key.layer == layer).collect();
+    let pick =
+        |n: u64| all[usize::try_from(mix(cached, mix(u64::from(layer), n)) % all.len() as u64).unwrap_or(0)];
+    let mut experts = vec![pick(0), pick(1)];
+    experts.sort_unstable();
+    experts.dedup();
+    experts
+}
+
+/// The token after a position whose experts had these contents, in order of layer and key.
+#[must_use]
+pub fn token(plan: &ModelPlan, cached: u64, contents: impl IntoIterator<Item = u64>, draw: u64) -> u32 {
+    let sum = contents.into_iter().fold(mix(cached, draw), mix);
+    u32::try_from(sum % u64::from(plan.vocab)).expect("a token is below the vocabulary")
+}
+
+/// The stream of a request alone, without an engine: `tiers_at` gives the tiers of each position.
+#[must_use]
+pub fn reference(plan: &ModelPlan, body: &Body, tiers_at: impl Fn(u32) -> Vec<u32>, len: usize) -> Vec<u32> {
+    let mut sequence = body.prompt.clone();
+    let mut tokens = Vec::new();
+    let mut state = 0;
+    let mut position = 0u32;
+    while tokens.len() < len {
+        let tiers = tiers_at(position);
+        state = cached(state, sequence[position as usize], &tiers);
+        position += 1;
+        if position as usize == sequence.len() {
+            let experts = plan.moe_layers.iter().flat_map(|&layer| route(plan, state, layer, &tiers));
+            let draw = draw(body.sampling.seed, Purpose::Sample, 0, u64::from(position));
+            let next = token(plan, state, experts.map(content), draw);
+            sequence.push(next);
+            tokens.push(next);
+        }
+    }
+    tokens
+}
