@@ -27,6 +27,7 @@ pub mod random;
 pub mod replay;
 mod request;
 mod residency;
+pub mod routing;
 mod scheduler;
 mod snapshots;
 mod state;

@@ -12,6 +12,8 @@ pub enum Purpose {
     RoutingSeed = 1,
     /// The token at a position of a request.
     Sample = 2,
+    /// The order of experts with equal scores.
+    Tie = 3,
 }
 
 /// The draw named by its arguments, uniform over all of `u64`.

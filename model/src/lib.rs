@@ -1,3 +1,16 @@
 //! The numeric contract, kernels and transformer families of the Lite LLM runtime.
+//!
+//! [`checkpoint`] reads what a directory holds and trusts none of it; [`families`] turn a `config.json` into an
+//! [`arch::Arch`], the architecture as data; [`model::Model`] loads and computes it on the CPU by the [`kernels`].
 
+pub mod arch;
+pub mod checkpoint;
+pub mod families;
+pub mod forward;
 pub mod kernels;
+pub mod model;
+pub mod tokenizer;
+
+pub use checkpoint::{Checkpoint, CheckpointError};
+pub use forward::{Capture, ExpertSource, KvCache, Provided, StepError, Stopped};
+pub use model::{ExpertLoader, Model, ModelError, ModelOptions};

@@ -1,0 +1,293 @@
+//! A checkpoint directory: configuration, tensors, and the one canonical list of the tensors that are used.
+//!
+//! Nothing that a file says is trusted: every size, offset and name is checked before anything is allocated for it.
+
+pub mod config;
+mod tensors;
+
+use crate::arch::{Arch, QkNorm};
+use crate::families;
+use crate::kernels::{CONTRACT_VERSION, DType};
+use config::Config;
+use lite_llm_core::digest::Digest;
+use std::path::{Path, PathBuf};
+pub use tensors::{Tensor, TensorFiles};
+use thiserror::Error;
+
+/// Why a checkpoint cannot be used.
+#[derive(Debug, Error)]
+pub enum CheckpointError {
+    /// A file cannot be read.
+    #[error("cannot read {}: {source}; is the path a checkpoint directory, and complete?", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file does not hold what it should.
+    #[error("{}: {what}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// The checkpoint is of a kind that is not computed here.
+    #[error("{}: {what} is not supported: {remedy}", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// Key and value.
+        what: String,
+        /// What to do.
+        remedy: String,
+    },
+}
+
+impl CheckpointError {
+    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+
+    pub(crate) fn invalid(path: &Path, what: &str) -> Self {
+        Self::Invalid { path: path.into(), what: what.into() }
+    }
+}
+
+/// An opened checkpoint: headers read and checked, no weights loaded.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    arch: Arch,
+    files: TensorFiles,
+    eos: Vec<u32>,
+}
+
+/// The three matrices of an expert (or of any gated block): gate, up, down.
+#[derive(Clone, Debug)]
+pub struct Gated {
+    /// `[intermediate, hidden]`.
+    pub gate: Tensor,
+    /// `[intermediate, hidden]`.
+    pub up: Tensor,
+    /// `[hidden, intermediate]`.
+    pub down: Tensor,
+}
+
+impl Checkpoint {
+    /// Opens a Hugging Face directory.
+    ///
+    /// # Errors
+    /// Names the file, what is wrong with it, and the remedy.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        let path = dir.join("config.json");
+        let text = std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
+        let arch = families::read(&Config::parse(&path, &text)?)?;
+        let eos = generation_eos(dir)?.unwrap_or_else(|| arch.eos.clone());
+        let this = Self { dir: dir.into(), arch, files: TensorFiles::open(dir)?, eos };
+        // Every tensor is found, with its shape, before anything is loaded.
+        this.canonical()?;
+        Ok(this)
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The architecture.
+    pub fn arch(&self) -> &Arch {
+        &self.arch
+    }
+
+    /// Tokens that end a stream.
+    pub fn eos(&self) -> &[u32] {
+        &self.eos
+    }
+
+    /// The bytes of a tensor, row-major, little-endian.
+    pub fn bytes(&self, tensor: &Tensor) -> &[u8] {
+        self.files.bytes(tensor)
+    }
+
+    /// A tensor that must have this shape.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor, CheckpointError> {
+        let Some(tensor) = self.files.find(name) else {
+            let what = format!("tensor {name} is missing, or of a type other than F32, BF16 and F16");
+            return Err(CheckpointError::invalid(self.files.path(), &what));
+        };
+        if tensor.shape != shape {
+            let what =
+                format!("tensor {name} has shape {:?}, the configuration asks for {shape:?}", tensor.shape);
+            return Err(CheckpointError::invalid(self.files.path(), &what));
+        }
+        Ok(tensor.clone())
+    }
+
+    /// An expert of a mixture layer, from its own tensors or from fused ones.
+    pub fn expert(&self, layer: usize, expert: usize) -> Result<Gated, CheckpointError> {
+        let moe = self.arch.moe.as_ref().expect("only a mixture has experts");
+        let (hidden, width, names) = (self.arch.hidden, moe.intermediate, moe.names);
+        let block = format!("model.layers.{layer}.{}.experts", names.block);
+        let fused = format!("{block}.gate_up_proj");
+        if self.files.find(&fused).is_some() {
+            let gate_up = self.tensor(&fused, &[moe.experts, 2 * width, hidden])?;
+            let down = self.tensor(&format!("{block}.down_proj"), &[moe.experts, hidden, width])?;
+            return Ok(Gated {
+                gate: gate_up.part(2 * expert, 2 * moe.experts, vec![width, hidden]),
+                up: gate_up.part(2 * expert + 1, 2 * moe.experts, vec![width, hidden]),
+                down: down.part(expert, moe.experts, vec![hidden, width]),
+            });
+        }
+        let [gate, up, down] = names.expert.map(|name| format!("{block}.{expert}.{name}.weight"));
+        Ok(Gated {
+            gate: self.tensor(&gate, &[width, hidden])?,
+            up: self.tensor(&up, &[width, hidden])?,
+            down: self.tensor(&down, &[hidden, width])?,
+        })
+    }
+
+    /// A gated block that is no expert.
+    pub fn gated(&self, prefix: &str, width: usize) -> Result<Gated, CheckpointError> {
+        let hidden = self.arch.hidden;
+        Ok(Gated {
+            gate: self.tensor(&format!("{prefix}.gate_proj.weight"), &[width, hidden])?,
+            up: self.tensor(&format!("{prefix}.up_proj.weight"), &[width, hidden])?,
+            down: self.tensor(&format!("{prefix}.down_proj.weight"), &[hidden, width])?,
+        })
+    }
+
+    /// The router of a layer.
+    pub fn router(&self, layer: usize) -> Result<Tensor, CheckpointError> {
+        let moe = self.arch.moe.as_ref().expect("only a mixture has routers");
+        let name = format!("model.layers.{layer}.{}.{}.weight", moe.names.block, moe.names.router);
+        self.tensor(&name, &[moe.experts, self.arch.hidden])
+    }
+
+    /// Every tensor that is used, by its canonical name: the same list for every layout of the same weights.
+    pub fn canonical(&self) -> Result<Vec<(String, Tensor)>, CheckpointError> {
+        let arch = &self.arch;
+        let mut list = Vec::new();
+        let mut add = |name: String, shape: &[usize]| -> Result<(), CheckpointError> {
+            let tensor = self.tensor(&name, shape)?;
+            list.push((name, tensor));
+            Ok(())
+        };
+        add("model.embed_tokens.weight".into(), &[arch.vocab, arch.hidden])?;
+        if !arch.tied {
+            add("lm_head.weight".into(), &[arch.vocab, arch.hidden])?;
+        }
+        add("model.norm.weight".into(), &[arch.hidden])?;
+        for (i, layer) in arch.layers.iter().enumerate() {
+            let prefix = format!("model.layers.{i}");
+            for norm in ["input_layernorm", "post_attention_layernorm"] {
+                add(format!("{prefix}.{norm}.weight"), &[arch.hidden])?;
+            }
+            for (name, outputs, inputs, bias) in projections(arch) {
+                add(format!("{prefix}.self_attn.{name}.weight"), &[outputs, inputs])?;
+                if bias {
+                    add(format!("{prefix}.self_attn.{name}.bias"), &[outputs])?;
+                }
+            }
+            if let Some((q, k)) = qk_norm_sizes(arch) {
+                add(format!("{prefix}.self_attn.q_norm.weight"), &[q])?;
+                add(format!("{prefix}.self_attn.k_norm.weight"), &[k])?;
+            }
+            if let Some(shared) =
+                arch.moe.as_ref().and_then(|moe| moe.shared.as_ref()).filter(|_| layer.dense.is_none())
+                && shared.gated
+            {
+                add(format!("{prefix}.mlp.shared_expert_gate.weight"), &[1, arch.hidden])?;
+            }
+        }
+        for (i, layer) in arch.layers.iter().enumerate() {
+            let prefix = format!("model.layers.{i}");
+            let mut add_gated = |name: String, gated: Gated| {
+                for (part, tensor) in [("gate", gated.gate), ("up", gated.up), ("down", gated.down)] {
+                    list.push((format!("{name}.{part}"), tensor));
+                }
+            };
+            if let Some(width) = layer.dense {
+                add_gated(format!("{prefix}.mlp"), self.gated(&format!("{prefix}.mlp"), width)?);
+                continue;
+            }
+            let moe = arch.moe.as_ref().expect("a layer that is not dense is a mixture");
+            for expert in 0..moe.experts {
+                add_gated(format!("{prefix}.experts.{expert}"), self.expert(i, expert)?);
+            }
+            if let Some(shared) = &moe.shared {
+                let name = format!("{prefix}.mlp.shared_expert");
+                add_gated(name.clone(), self.gated(&name, shared.intermediate)?);
+            }
+            list.push((format!("{prefix}.router"), self.router(i)?));
+        }
+        list.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(list)
+    }
+
+    /// Digest of the weights: canonical name, type, shape and BLAKE3 of the bytes of every tensor, in order of names.
+    /// It reads everything, with this many threads.
+    pub fn weights_digest(&self, threads: usize) -> Result<Digest, CheckpointError> {
+        let list = self.canonical()?;
+        let next = std::sync::atomic::AtomicUsize::new(0);
+        let hashes = std::sync::Mutex::new(vec![blake3::Hash::from_bytes([0; 32]); list.len()]);
+        std::thread::scope(|scope| {
+            for _ in 0..threads.max(1) {
+                scope.spawn(|| {
+                    loop {
+                        let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        let Some((_, tensor)) = list.get(i) else { break };
+                        let hash = blake3::hash(self.bytes(tensor));
+                        hashes.lock().expect("no thread panics with the lock")[i] = hash;
+                    }
+                });
+            }
+        });
+        let hashes = hashes.into_inner().expect("no thread panicked");
+        let mut all = blake3::Hasher::new();
+        for ((name, tensor), hash) in list.iter().zip(&hashes) {
+            let line = format!("{name} {:?} {:?} {}\n", tensor.dtype, tensor.shape, hash.to_hex());
+            all.update(line.as_bytes());
+        }
+        Ok(Digest(*all.finalize().as_bytes()))
+    }
+
+    /// Digest of everything beside the weights that decides a bit.
+    pub fn architecture_digest(&self, kv: DType) -> Digest {
+        Digest::of(format!("contract {CONTRACT_VERSION} kv {kv:?} {:?}", self.arch).as_bytes())
+    }
+}
+
+/// Attention's projections: name, outputs, inputs, whether there is a bias.
+pub(crate) fn projections(arch: &Arch) -> [(&'static str, usize, usize, bool); 4] {
+    let (q, kv, hidden) = (arch.q_dim(), arch.kv_dim(), arch.hidden);
+    [
+        ("q_proj", q, hidden, arch.qkv_bias),
+        ("k_proj", kv, hidden, arch.qkv_bias),
+        ("v_proj", kv, hidden, arch.qkv_bias),
+        ("o_proj", hidden, q, arch.o_bias),
+    ]
+}
+
+/// Sizes of the norms of queries and keys.
+pub(crate) fn qk_norm_sizes(arch: &Arch) -> Option<(usize, usize)> {
+    match arch.qk_norm {
+        QkNorm::None => None,
+        QkNorm::PerHead => Some((arch.head_dim, arch.head_dim)),
+        QkNorm::Whole => Some((arch.q_dim(), arch.kv_dim())),
+    }
+}
+
+/// `eos_token_id` of generation_config.json, which wins over that of config.json.
+fn generation_eos(dir: &Path) -> Result<Option<Vec<u32>>, CheckpointError> {
+    let path = dir.join("generation_config.json");
+    match std::fs::read(&path) {
+        Ok(text) => {
+            let config = Config::parse(&path, &text)?;
+            Ok(config.has("eos_token_id").then(|| config.tokens("eos_token_id")).transpose()?)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(CheckpointError::io(&path, error)),
+    }
+}

@@ -1,0 +1,179 @@
+//! A mixture layer: route every position, compute each chosen expert once for all positions that chose it, combine.
+//!
+//! Experts are computed in the order in which they come; their results wait in a buffer and are combined in ascending
+//! order of the experts' original numbers, so that the order of arrival never changes a bit.
+
+use super::{Batch, Capture, ExpertSource, StepError};
+use crate::arch::Moe;
+use crate::kernels::math::{exp, sigmoid};
+use crate::kernels::{axpy, linear};
+use crate::model::{LayerWeights, Model};
+use lite_llm_core::ids::{ExpertKey, Slot};
+use lite_llm_core::output::Forward;
+use lite_llm_core::routing::{Ties, select};
+use std::collections::BTreeMap;
+
+/// The experts of one position by original number, ascending, and their weights.
+struct Route {
+    experts: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+/// For each expert, the (position, place in its route) pairs that chose it.
+type Users = BTreeMap<ExpertKey, Vec<(usize, usize)>>;
+
+impl Model {
+    pub(super) fn mixture(
+        &self,
+        layer: usize,
+        weights: &LayerWeights,
+        step: &Forward,
+        source: &mut dyn ExpertSource,
+        capture: &mut Option<&mut dyn Capture>,
+        batch: &mut Batch,
+    ) -> Result<(), StepError> {
+        let moe = self.arch().moe.as_ref().expect("a mixture layer");
+        let hidden = self.arch().hidden;
+        let routes = self.route(layer, moe, step, batch)?;
+        let mut users = Users::new();
+        for (i, route) in routes.iter().enumerate() {
+            let at = batch.at[i];
+            let digest = &mut batch.digests[at.row as usize];
+            for (place, (&expert, weight)) in route.experts.iter().zip(&route.weights).enumerate() {
+                digest.update(&expert.to_le_bytes()).update(&weight.to_bits().to_le_bytes());
+                let key = ExpertKey { layer: layer as u32, tier: 0, group: 0, expert };
+                users.entry(key).or_default().push((i, place));
+            }
+            if let Some(capture) = capture {
+                capture.routes(at.request, layer as u32, at.position, &route.experts, &route.weights);
+            }
+        }
+        let mut results = vec![0.0; batch.at.len() * moe.top_k * hidden];
+        let mut compute = |source: &dyn ExpertSource, key: ExpertKey, slot: Slot| {
+            self.expert(source.slot(slot), &users[&key], moe.top_k, batch, &mut results);
+        };
+        if let Some(resident) = &step.resident {
+            for &key in users.keys() {
+                let at = resident.binary_search_by_key(&key, |&(key, _)| key);
+                compute(source, key, resident[at.expect("every expert of the tiers is resident")].1);
+            }
+        } else {
+            let experts: Vec<ExpertKey> = users.keys().copied().collect();
+            source.need(layer as u32, &experts)?;
+            let mut left = experts.len();
+            while left > 0 {
+                let mut got = 0;
+                loop {
+                    let provided = source.provided()?;
+                    compute(source, provided.expert, provided.slot);
+                    got += 1;
+                    left -= 1;
+                    if got == provided.wave_len {
+                        source.released(layer as u32, provided.wave)?;
+                        break;
+                    }
+                }
+            }
+        }
+        self.combine(moe, weights, &routes, &results, batch);
+        Ok(())
+    }
+
+    /// Chooses the experts of every position.
+    fn route(&self, layer: usize, moe: &Moe, step: &Forward, batch: &Batch) -> Result<Vec<Route>, StepError> {
+        let router = self.routers[layer].as_ref().expect("routers are loaded before the first step").view();
+        let mut logits = vec![0.0; batch.at.len() * moe.experts];
+        linear(&self.pool, self.isa, &batch.normed, batch.at.len(), &router, None, &mut logits);
+        let mut routes = Vec::with_capacity(batch.at.len());
+        for (at, logits) in batch.at.iter().zip(logits.chunks_exact_mut(moe.experts)) {
+            if !logits.iter().all(|logit| logit.is_finite()) {
+                return Err(StepError::NonFinite { row: at.row, layer: layer as u32, position: at.position });
+            }
+            debug_assert_eq!(step.tiers, [0], "one tier, whose experts are all eligible");
+            let scores = softmax(logits);
+            let ties = Ties { seed: self.routing_seed, layer: layer as u32, position: at.position };
+            let mut experts = select(ties, scores, |_| true, moe.group_limit, moe.top_k);
+            experts.sort_unstable();
+            let mut weights: Vec<f32> = experts.iter().map(|&expert| scores[expert as usize]).collect();
+            if moe.normalise {
+                let sum: f32 = weights.iter().fold(0.0, |sum, weight| sum + weight);
+                for weight in &mut weights {
+                    *weight /= sum;
+                }
+            }
+            routes.push(Route { experts, weights });
+        }
+        Ok(routes)
+    }
+
+    /// Computes one expert for all its users, and puts each result in its place.
+    fn expert(
+        &self,
+        slot: &[u8],
+        users: &[(usize, usize)],
+        top_k: usize,
+        batch: &Batch,
+        results: &mut [f32],
+    ) {
+        let hidden = self.arch().hidden;
+        let layout = self.expert.as_ref().expect("a mixture has experts");
+        let mut x = Vec::with_capacity(users.len() * hidden);
+        for &(position, _) in users {
+            x.extend_from_slice(&batch.normed[position * hidden..][..hidden]);
+        }
+        let y = self.gated_views(layout.views(slot), &x, users.len());
+        for (&(position, place), y) in users.iter().zip(y.chunks_exact(hidden)) {
+            results[(position * top_k + place) * hidden..][..hidden].copy_from_slice(y);
+        }
+    }
+
+    /// Adds the weighted results in ascending order of expert, then the shared expert, to the residual stream.
+    fn combine(
+        &self,
+        moe: &Moe,
+        weights: &LayerWeights,
+        routes: &[Route],
+        results: &[f32],
+        batch: &mut Batch,
+    ) {
+        let hidden = self.arch().hidden;
+        let rows = batch.at.len();
+        let shared = weights.shared.as_ref().map(|(block, gate)| {
+            let y = self.gated(block, &batch.normed, rows);
+            let mut gates = vec![1.0; rows];
+            if let Some(gate) = gate {
+                linear(&self.pool, self.isa, &batch.normed, rows, &gate.view(), None, &mut gates);
+                for gate in &mut gates {
+                    *gate = sigmoid(*gate);
+                }
+            }
+            (y, gates)
+        });
+        let mut sum = vec![0.0; hidden];
+        for (i, route) in routes.iter().enumerate() {
+            sum.fill(0.0);
+            for (place, weight) in route.weights.iter().enumerate() {
+                let y = &results[(i * moe.top_k + place) * hidden..][..hidden];
+                axpy(self.isa, *weight, y, &mut sum);
+            }
+            if let Some((y, gates)) = &shared {
+                axpy(self.isa, gates[i], &y[i * hidden..][..hidden], &mut sum);
+            }
+            super::add(&mut batch.x[i * hidden..][..hidden], &sum);
+        }
+    }
+}
+
+/// Softmax in place; the sum is a dot product with ones.
+fn softmax(logits: &mut [f32]) -> &[f32] {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |max, &logit| if logit > max { logit } else { max });
+    for logit in &mut *logits {
+        *logit = exp(*logit - max);
+    }
+    let ones = vec![1.0; logits.len()];
+    let sum = crate::kernels::dot(logits, &ones);
+    for logit in &mut *logits {
+        *logit /= sum;
+    }
+    logits
+}
