@@ -1,0 +1,337 @@
+//! The engine's life by hand: boot, refusals, recovery, drain, and the encodings that journals depend on.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use lite_llm_core::config::{Config, Placement};
+use lite_llm_core::digest::Digest;
+use lite_llm_core::engine::Engine;
+use lite_llm_core::ids::{ExpertKey, Incarnation, LoadId, RequestId, Seq, StepId};
+use lite_llm_core::input::{Body, Fault, Input, RowResult, SwitchTarget};
+use lite_llm_core::lifecycle::Lifecycle;
+use lite_llm_core::output::{FinishReason, Output};
+use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
+use lite_llm_core::replay::{DecodeError, decode_input, encode_input};
+
+fn plan() -> ModelPlan {
+    ModelPlan {
+        format: ModelPlan::FORMAT,
+        identity: Identity::default(),
+        tiers: vec![
+            TierPlan { name: "base".into(), groups: 1, experts: 2 },
+            TierPlan { name: "extra".into(), groups: 1, experts: 2 },
+        ],
+        moe_layers: vec![0, 1],
+        top_k: 2,
+        slot_bytes: 100,
+        base_shards: vec![500, 200],
+        router_bytes: 50,
+        overhead_bytes: 250,
+        page_positions: 4,
+        page_bytes: 40,
+        context: 32,
+        vocab: 50,
+        eos: vec![2],
+    }
+}
+
+fn config() -> Config {
+    Config { memory_bytes: 1000 + 800 + 40 * 8, ..Config::default() }
+}
+
+fn feed(engine: &mut Engine, input: Input) -> Vec<Output> {
+    let now = engine.now().after_ns(1);
+    engine.handle(now, input);
+    let mut outputs = Vec::new();
+    loop {
+        match engine.poll() {
+            Output::Wait { .. } => return outputs,
+            output => outputs.push(output),
+        }
+    }
+}
+
+fn boot(config: Config) -> (Engine, Vec<Output>) {
+    let mut engine = Engine::new();
+    let outputs = feed(&mut engine, Input::Boot { incarnation: Incarnation(1), config, entropy: 7 });
+    (engine, outputs)
+}
+
+/// Answers everything that boot asks for; returns all that was said.
+fn load(engine: &mut Engine, plan: &ModelPlan, mut outputs: Vec<Output>) -> Vec<Output> {
+    let mut all = Vec::new();
+    while !outputs.is_empty() {
+        let mut next = Vec::new();
+        for output in outputs {
+            let answer = match &output {
+                Output::Reserve { .. } => Some(Input::Reserved),
+                Output::ReadManifest => Some(Input::ManifestRead { plan: plan.clone() }),
+                Output::LoadBase { shard } => Some(Input::BaseLoaded { shard: *shard }),
+                Output::Load { load, .. } => Some(Input::Loaded { load: *load, fault: None }),
+                Output::LoadRouters => Some(Input::RoutersLoaded),
+                _ => None,
+            };
+            all.push(output);
+            next.extend(answer.into_iter().flat_map(|answer| feed(engine, answer)));
+        }
+        outputs = next;
+    }
+    all
+}
+
+fn ready(config: Config) -> Engine {
+    let (mut engine, outputs) = boot(config);
+    load(&mut engine, &plan(), outputs);
+    assert_eq!(engine.view().lifecycle(), Lifecycle::Active);
+    engine
+}
+
+fn exit_error(outputs: &[Output]) -> String {
+    let error = outputs.iter().find_map(|output| match output {
+        Output::Exit { error, .. } => error.clone(),
+        _ => None,
+    });
+    error.unwrap_or_else(|| panic!("no exit with an error: {outputs:?}"))
+}
+
+fn refusal(outputs: &[Output]) -> String {
+    let reason = outputs.iter().find_map(|output| match output {
+        Output::Refuse { reason, .. } => Some(reason.clone()),
+        Output::Switched { outcome: Err(reason), .. } => Some(reason.clone()),
+        _ => None,
+    });
+    reason.unwrap_or_else(|| panic!("nothing is refused: {outputs:?}"))
+}
+
+fn id(name: &str) -> RequestId {
+    RequestId::new(name).unwrap()
+}
+
+fn submit(name: &str, body: Body) -> Input {
+    Input::Submit { id: id(name), body, from: 0 }
+}
+
+fn body(prompt: &[u32], max_tokens: u32) -> Body {
+    Body { prompt: prompt.to_vec(), max_tokens, ..Body::default() }
+}
+
+/// Computes the running step, choosing `token` in every row that samples.
+fn compute(engine: &mut Engine, outputs: &[Output], token: u32) -> Vec<Output> {
+    let forward = outputs.iter().find_map(|output| match output {
+        Output::Forward(forward) => Some(forward.clone()),
+        _ => None,
+    });
+    let forward = forward.unwrap_or_else(|| panic!("no step: {outputs:?}"));
+    let row =
+        |sample: bool| RowResult { token: sample.then_some(token), stop: false, digest: Digest::default() };
+    let rows = forward.rows.iter().map(|r| row(r.sample.is_some())).collect();
+    feed(engine, Input::Finished { step: forward.step, attempt: forward.attempt, rows, duration_ns: 5 })
+}
+
+#[test]
+fn boot_says_every_phase_in_order() {
+    let (mut engine, outputs) = boot(config());
+    let said = load(&mut engine, &plan(), outputs);
+    insta::assert_debug_snapshot!(said);
+}
+
+#[test]
+fn a_bad_configuration_is_refused_by_key() {
+    let limits = lite_llm_core::config::Limits { rows_max: 0, ..Default::default() };
+    for (config, key) in [
+        (Config { prefill_chunk: 0, ..config() }, "prefill_chunk"),
+        (Config { limits, ..config() }, "limits.rows_max"),
+        (Config { memory_bytes: 0, ..config() }, "memory_bytes"),
+        (Config { training: true, ..config() }, "training"),
+    ] {
+        let (engine, outputs) = boot(config);
+        assert!(exit_error(&outputs).contains(key), "{outputs:?}");
+        assert_eq!(engine.view().lifecycle(), Lifecycle::Stopped);
+    }
+    for (config, key) in [
+        (Config { tier_set: vec!["none".into()], ..config() }, "tier_set: unknown tier \"none\""),
+        (Config { modes: [("deep".into(), vec!["none".into()])].into(), ..config() }, "modes.deep"),
+        (Config { placement: [("none".into(), Placement::Warm)].into(), ..config() }, "placement"),
+    ] {
+        let (mut engine, outputs) = boot(config);
+        assert!(exit_error(&load(&mut engine, &plan(), outputs)).contains(key));
+    }
+}
+
+#[test]
+fn a_budget_that_does_not_do_is_refused_with_the_number_that_does() {
+    let (mut engine, outputs) = boot(Config { memory_bytes: 1200, ..config() });
+    let error = exit_error(&load(&mut engine, &plan(), outputs));
+    assert!(error.contains("at least 1240"), "{error}");
+    let engine = ready(Config { memory_bytes: 1240, ..config() });
+    let carving = engine.view().carving();
+    assert_eq!((carving.slots, carving.pages), (2, 1));
+}
+
+#[test]
+fn a_manifest_of_another_version_or_an_impossible_one_is_refused() {
+    for (broken, word) in [
+        (ModelPlan { format: 9, ..plan() }, "format 9"),
+        (ModelPlan { page_positions: 0, ..plan() }, "page size"),
+        (ModelPlan { top_k: 0, ..plan() }, "top_k"),
+        (ModelPlan { moe_layers: vec![1, 0], ..plan() }, "ascend"),
+        (
+            ModelPlan { tiers: vec![TierPlan { name: "x".into(), groups: u32::MAX, experts: 2 }], ..plan() },
+            "too many",
+        ),
+    ] {
+        let (mut engine, outputs) = boot(config());
+        let error = exit_error(&load(&mut engine, &broken, outputs));
+        assert!(error.contains(word), "{error}");
+    }
+}
+
+#[test]
+fn bad_requests_are_refused_with_the_reason() {
+    let mut engine = ready(config());
+    let mut bad = body(&[3], 4);
+    bad.sampling.top_p = f32::NAN;
+    for (body, word) in [
+        (body(&[], 4), "no tokens"),
+        (body(&[3, 50], 4), "token 50"),
+        (body(&[3; 33], 4), "context"),
+        (body(&[3], 0), "max_tokens"),
+        (bad, "top_p"),
+        (Body { stop: vec![String::new()], ..body(&[3], 4) }, "stop"),
+    ] {
+        let outputs = feed(&mut engine, submit("a", body));
+        assert!(refusal(&outputs).contains(word), "{outputs:?}");
+    }
+    let outputs = feed(&mut engine, Input::Submit { id: id("a"), body: body(&[3], 4), from: 1 });
+    assert!(refusal(&outputs).contains("offset 1"));
+    assert!(refusal(&feed(&mut engine, Input::Cancel { id: id("a") })).contains("no such request"));
+    let mode = Input::Switch { target: SwitchTarget::Mode("deep".into()), at: None };
+    assert!(refusal(&feed(&mut engine, mode)).contains("unknown mode"));
+}
+
+#[test]
+fn an_id_attaches_to_its_own_body_only() {
+    let mut engine = ready(config());
+    let outputs = feed(&mut engine, submit("a", body(&[3, 4], 2)));
+    let outputs = compute(&mut engine, &outputs, 9);
+    let again = feed(&mut engine, submit("a", body(&[3, 4], 2)));
+    assert!(matches!(
+        &again[..],
+        [Output::Accepted { generated: 1, .. }, Output::Token { offset: 0, token: 9, .. }]
+    ));
+    assert!(refusal(&feed(&mut engine, submit("a", body(&[3, 5], 2)))).contains("another body"));
+    let end = compute(&mut engine, &outputs, 8);
+    assert!(
+        end.iter().any(|o| matches!(o, Output::Finish { reason: FinishReason::Length, generated: 2, .. }))
+    );
+    let again = feed(&mut engine, Input::Submit { id: id("a"), body: body(&[3, 4], 2), from: 1 });
+    assert_eq!(again.len(), 3, "accepted, the second token, the end: {again:?}");
+}
+
+#[test]
+fn a_deadline_ends_a_request_and_is_waited_for() {
+    let mut engine = ready(Config { prefill_chunk: 1, ..config() });
+    let late = Body { deadline_ns: Some(100), ..body(&[3, 4, 5], 9) };
+    let outputs = feed(&mut engine, submit("a", late));
+    let due = engine.now().after_ns(100);
+    assert!(matches!(engine.poll(), Output::Wait { until: Some(until), .. } if until == due));
+    engine.handle(due, Input::Tick);
+    assert!(matches!(engine.poll(), Output::Wait { .. }), "the running step is waited for");
+    let outputs = compute(&mut engine, &outputs, 9);
+    assert!(outputs.iter().any(|o| matches!(o, Output::Finish { reason: FinishReason::Deadline, .. })));
+}
+
+#[test]
+fn numbers_that_are_not_finite_end_the_request_that_has_them() {
+    let mut engine = ready(config());
+    let first = feed(&mut engine, submit("a", body(&[3], 3)));
+    feed(&mut engine, submit("b", body(&[4], 3)));
+    let outputs = compute(&mut engine, &first, 9);
+    let Some(Output::Forward(forward)) = outputs.iter().find(|o| matches!(o, Output::Forward(_))) else {
+        panic!("no step: {outputs:?}")
+    };
+    assert_eq!(forward.rows.len(), 2, "both run together");
+    let fault = Fault::NonFinite { row: 1, layer: 1, position: 0 };
+    let outputs = feed(&mut engine, Input::Failed { step: forward.step, attempt: 0, fault });
+    let ended = outputs.iter().find_map(|output| match output {
+        Output::Finish { id, reason: FinishReason::Fault(what), .. } => {
+            Some((id.as_str().to_owned(), what.clone()))
+        }
+        _ => None,
+    });
+    let (who, what) = ended.unwrap();
+    assert_eq!(who, "b");
+    assert!(what.contains("layer 1 at position 0"), "{what}");
+    assert!(outputs.iter().any(|output| matches!(output, Output::Forward(_))), "the other goes on");
+}
+
+#[test]
+fn another_model_is_refused_after_a_restart() {
+    let mut engine = ready(config());
+    let restart = |engine: &mut Engine, config: Config| {
+        let incarnation = Incarnation(engine.view().incarnation().0 + 1);
+        feed(engine, Input::Restarted { incarnation, config, entropy: 8 })
+    };
+    let seed = engine.view().routing_seed();
+    let outputs = restart(&mut engine, config());
+    let identity = Identity { contract: 9, ..Identity::default() };
+    let error = exit_error(&load(&mut engine, &ModelPlan { identity, ..plan() }, outputs));
+    assert!(error.contains("under 9"), "{error}");
+    let error = exit_error(&restart(&mut engine, Config { routing_seed: Some(5), ..config() }));
+    assert!(error.contains("routing_seed is 5"), "{error}");
+    let outputs = restart(&mut engine, config());
+    load(&mut engine, &plan(), outputs);
+    assert_eq!((engine.view().lifecycle(), engine.view().routing_seed()), (Lifecycle::Active, seed));
+}
+
+#[test]
+fn a_drain_finishes_what_is_there_and_releases_everything() {
+    let mut engine = ready(config());
+    let step = feed(&mut engine, submit("a", body(&[3], 1)));
+    feed(&mut engine, Input::Drain { bound_ns: None });
+    assert!(refusal(&feed(&mut engine, submit("b", body(&[3], 1)))).contains("draining"));
+    let outputs = compute(&mut engine, &step, 9);
+    assert!(outputs.contains(&Output::FlushTelemetry), "{outputs:?}");
+    assert!(feed(&mut engine, Input::TelemetryFlushed).contains(&Output::Release));
+    let outputs = feed(&mut engine, Input::ResourcesReleased);
+    assert!(matches!(outputs.last(), Some(Output::Exit { error: None, .. })));
+    assert_eq!((engine.view().slots().count(), engine.view().pages_free()), (0, 0));
+}
+
+/// The journal's format: these bytes change only with `LOGIC_VERSION`.
+#[test]
+fn inputs_have_golden_bytes() {
+    let expert = ExpertKey { layer: 1, tier: 0, group: 2, expert: 300 };
+    let (step, attempt) = (StepId(300), 1);
+    let row = RowResult { token: Some(17), stop: false, digest: Digest([7; 32]) };
+    let inputs = [
+        Input::Boot { incarnation: Incarnation(1), config: Config::default(), entropy: 9 },
+        Input::ManifestRead { plan: plan() },
+        Input::Loaded { load: LoadId(3), fault: Some(Fault::Io("gone".into())) },
+        submit("a", body(&[1, 2, 300], 16)),
+        Input::Switch { target: SwitchTarget::Tiers(vec!["base".into()]), at: Some((id("a"), 5)) },
+        Input::Need { step, attempt, layer: 1, experts: vec![expert] },
+        Input::Released { step, attempt, layer: 1, wave: 0 },
+        Input::Finished { step, attempt, rows: vec![row], duration_ns: 1000 },
+        Input::SnapshotDurable { next: Seq(9) },
+        Input::ResourcesReleased,
+    ];
+    let mut golden = String::new();
+    for input in &inputs {
+        let bytes = encode_input(input);
+        assert_eq!(decode_input(&bytes).as_ref(), Ok(input));
+        assert_eq!(decode_input(&[&bytes[..], &[0]].concat()), Err(DecodeError::Trailing(1)));
+        golden.extend(bytes.iter().map(|byte| format!("{byte:02x}")));
+        golden.push('\n');
+    }
+    insta::assert_snapshot!(golden);
+}
+
+#[test]
+fn a_snapshot_restores_the_very_state() {
+    let mut engine = ready(config());
+    feed(&mut engine, submit("a", body(&[3, 4, 5], 9)));
+    let restored = Engine::restore(&engine.snapshot()).unwrap();
+    assert_eq!((restored.digest(), restored.state_digest()), (engine.digest(), engine.state_digest()));
+    let bytes = engine.snapshot();
+    assert!(Engine::restore(&bytes[..bytes.len() - 1]).is_err());
+    assert!(Engine::restore(&[&bytes[..], &[0]].concat()).is_err());
+}
