@@ -2,6 +2,7 @@
 //!
 //! [`checkpoint`] reads what a directory holds and trusts none of it; [`families`] turn a `config.json` into an
 //! [`arch::Arch`], the architecture as data; [`model::Model`] loads and computes it on the CPU by the [`kernels`].
+//! [`synth`] writes random checkpoints to try all this with.
 
 pub mod arch;
 pub mod checkpoint;
@@ -9,6 +10,7 @@ pub mod families;
 pub mod forward;
 pub mod kernels;
 pub mod model;
+pub mod synth;
 pub mod tokenizer;
 
 pub use checkpoint::{Checkpoint, CheckpointError};
