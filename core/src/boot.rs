@@ -192,10 +192,10 @@ impl State {
         experts.into_iter().map(|(_, key)| key).collect()
     }
 
-    /// The placement policy of a tier.
+    /// The placement policy of a tier: the operator's, or else the checkpoint's hint.
     pub(crate) fn placement(&self, tier: u32) -> Placement {
-        let name = &self.plan().tiers[index(tier)].name;
-        self.config.placement.get(name).copied().unwrap_or_default()
+        let plan = &self.plan().tiers[index(tier)];
+        self.config.placement.get(&plan.name).copied().unwrap_or(plan.placement)
     }
 
     /// Goes on from the expert phase once the arena is filled.

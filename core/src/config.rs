@@ -65,7 +65,7 @@ pub struct Config {
     pub tier_set: Vec<String>,
     /// Named TierSets: mode to tier names.
     pub modes: BTreeMap<String, Vec<String>>,
-    /// Placement of tiers, by name; a tier that is not named is hot.
+    /// Placement of tiers, by name; a tier that is not named is placed as the checkpoint hints.
     pub placement: BTreeMap<String, Placement>,
     /// Positions of a prompt that one step computes for one request.
     pub prefill_chunk: u32,

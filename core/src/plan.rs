@@ -1,5 +1,6 @@
 //! What the core knows of a checkpoint: its shape in experts and bytes. Tensors and files are the driver's.
 
+use crate::config::Placement;
 use crate::digest::Digest;
 use crate::ids::ExpertKey;
 use alloc::{format, string::String, vec::Vec};
@@ -27,6 +28,8 @@ pub struct TierPlan {
     pub groups: u32,
     /// Experts of a group.
     pub experts: u32,
+    /// Where they belong, unless the configuration says otherwise.
+    pub placement: Placement,
 }
 
 /// The shape of a checkpoint.

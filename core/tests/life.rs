@@ -16,8 +16,8 @@ fn plan() -> ModelPlan {
         format: ModelPlan::FORMAT,
         identity: Identity::default(),
         tiers: vec![
-            TierPlan { name: "base".into(), groups: 1, experts: 2 },
-            TierPlan { name: "extra".into(), groups: 1, experts: 2 },
+            TierPlan { name: "base".into(), groups: 1, experts: 2, placement: Placement::Hot },
+            TierPlan { name: "extra".into(), groups: 1, experts: 2, placement: Placement::Hot },
         ],
         moe_layers: vec![0, 1],
         top_k: 2,
@@ -174,7 +174,15 @@ fn a_manifest_of_another_version_or_an_impossible_one_is_refused() {
         (ModelPlan { top_k: 0, ..plan() }, "top_k"),
         (ModelPlan { moe_layers: vec![1, 0], ..plan() }, "ascend"),
         (
-            ModelPlan { tiers: vec![TierPlan { name: "x".into(), groups: u32::MAX, experts: 2 }], ..plan() },
+            ModelPlan {
+                tiers: vec![TierPlan {
+                    name: "x".into(),
+                    groups: u32::MAX,
+                    experts: 2,
+                    placement: Placement::Hot,
+                }],
+                ..plan()
+            },
             "too many",
         ),
     ] {

@@ -1,7 +1,7 @@
 //! A model on this machine: its base parameters packed for the kernels, its routers, and how experts are loaded.
 
 use crate::arch::Arch;
-use crate::checkpoint::{Checkpoint, CheckpointError, Gated, Tensor, projections, qk_norm_sizes};
+use crate::checkpoint::{Checkpoint, CheckpointError, Gated, Tensor, Tier, projections, qk_norm_sizes};
 use crate::kernels::{
     CONTRACT_VERSION, DType, Isa, KvShape, PAGE_POSITIONS, PackedView, Pool, RopeTable, SelfTestError,
     convert, pack, packed_len,
@@ -35,6 +35,9 @@ pub enum ModelError {
     /// An expert that the checkpoint does not have, or a slot of the wrong size.
     #[error("expert {0:?} does not fit this checkpoint")]
     Expert(ExpertKey),
+    /// An expert whose matrices are stored in other types than those of the first.
+    #[error("expert {0:?} has other storage types than the first expert; all experts must have the same")]
+    MixedTypes(ExpertKey),
 }
 
 /// How a model is computed. None of it changes a bit of a result but `kv_dtype` and `routing_seed`.
@@ -125,9 +128,7 @@ pub(crate) struct ExpertLayout {
 }
 
 impl ExpertLayout {
-    fn of(gated: &Gated) -> Result<Self, ModelError> {
-        let [width, hidden] = gated.gate.shape[..] else { unreachable!("matrices are asked for by shape") };
-        let dtypes = [gated.gate.dtype, gated.up.dtype, gated.down.dtype];
+    fn new(dtypes: [DType; 3], width: usize, hidden: usize) -> Result<Self, ModelError> {
         let gate = packed_bytes(dtypes[0], width, hidden)?;
         let up = packed_bytes(dtypes[1], width, hidden)?;
         let down = packed_bytes(dtypes[2], hidden, width)?;
@@ -176,21 +177,7 @@ impl Model {
             value_dim: arch.head_dim,
             dtype: options.kv_dtype.unwrap_or(weights.dtype),
         };
-        let mut expert = None;
-        for layer in arch.moe_layers() {
-            for index in 0..arch.moe.as_ref().map_or(0, |moe| moe.experts) {
-                let layout = ExpertLayout::of(&checkpoint.expert(layer as usize, index)?)?;
-                let first = expert.get_or_insert(layout);
-                if first.dtypes != layout.dtypes {
-                    return Err(ModelError::Expert(ExpertKey {
-                        layer,
-                        tier: 0,
-                        group: 0,
-                        expert: index as u32,
-                    }));
-                }
-            }
-        }
+        let expert = expert_layout(&checkpoint)?;
         let rope = RopeTable::new(&arch.rope.inverse_frequencies(), 1.0, arch.context);
         let routers = arch.layers.iter().map(|_| None).collect();
         Ok(Self {
@@ -243,10 +230,7 @@ impl Model {
         Ok(ModelPlan {
             format: ModelPlan::FORMAT,
             identity,
-            tiers: moe
-                .map(|moe| TierPlan { name: "all".into(), groups: 1, experts: moe.experts as u32 })
-                .into_iter()
-                .collect(),
+            tiers: self.checkpoint.tiers().iter().map(tier_plan).collect(),
             moe_layers: arch.moe_layers(),
             top_k: moe.map_or(0, |moe| moe.top_k as u32),
             slot_bytes: self.slot_bytes() as u64,
@@ -272,15 +256,16 @@ impl Model {
     }
 
     fn base_bytes(&self) -> Result<u64, ModelError> {
-        let list = self.checkpoint.canonical()?;
-        let base = list.iter().filter(|(name, _)| !name.contains(".experts.") && !name.ends_with(".router"));
+        let list = self.checkpoint.inventory()?;
+        let base =
+            list.iter().filter(|item| !item.name.contains(".experts.") && !item.name.ends_with(".router"));
         let head = if self.arch().tied { 2 } else { 1 };
-        Ok(base.map(|(name, t)| t.bytes_len() as u64 * if name.contains("embed") { head } else { 1 }).sum())
+        Ok(base.map(|item| item.bytes * if item.name.contains("embed") { head } else { 1 }).sum())
     }
 
     fn router_bytes(&self) -> Result<u64, ModelError> {
-        let list = self.checkpoint.canonical()?;
-        Ok(list.iter().filter(|(name, _)| name.ends_with(".router")).map(|(_, t)| t.bytes_len() as u64).sum())
+        let list = self.checkpoint.inventory()?;
+        Ok(list.iter().filter(|item| item.name.ends_with(".router")).map(|item| item.bytes).sum())
     }
 
     /// Buffers of the largest step, the rotation tables, and the process itself.
@@ -299,13 +284,14 @@ impl Model {
         PROCESS_BYTES + rope + 4 * (positions * position as u64 * copies + rows * arch.vocab as u64 * 2)
     }
 
-    /// Loads base parameters. All are one shard on one machine.
+    /// Loads and verifies base parameters, routers included. All are one shard on one machine.
     ///
     /// # Errors
     /// If a tensor cannot be read.
     pub fn load_base(&mut self, shard: u32) -> Result<(), ModelError> {
         assert_eq!(shard, 0, "the plan has one shard");
         let checkpoint = &self.checkpoint;
+        checkpoint.verify_base()?;
         let arch = checkpoint.arch();
         let embedding = checkpoint.tensor("model.embed_tokens.weight", &[arch.vocab, arch.hidden])?;
         let head = if arch.tied {
@@ -350,32 +336,57 @@ pub struct ExpertLoader {
 }
 
 impl ExpertLoader {
-    /// Packs an expert into a slot.
+    /// Puts an expert into a slot: read as it is and verified, or packed from its tensors.
     ///
     /// # Errors
-    /// If the checkpoint has no such expert, or the slot is too small.
+    /// If the checkpoint has no such expert, its bytes are not what they should be, or the slot is too small.
     pub fn load(&self, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
-        let arch = self.checkpoint.arch();
         let layout =
             self.layout.filter(|layout| slot.len() >= layout.ends[2]).ok_or(ModelError::Expert(key))?;
-        let (layer, expert) = (key.layer as usize, key.expert as usize);
-        let known = arch.layers.get(layer).is_some_and(|layer| layer.dense.is_none());
-        if !known
-            || key.tier != 0
-            || key.group != 0
-            || arch.moe.as_ref().is_none_or(|moe| expert >= moe.experts)
-        {
-            return Err(ModelError::Expert(key));
+        let ordinal = self.checkpoint.ordinal(key).ok_or(ModelError::Expert(key))?;
+        if let Some(native) = self.checkpoint.native() {
+            return Ok(native.read(key.layer, ordinal, &mut slot[..layout.ends[2]])?);
         }
-        let gated = self.checkpoint.expert(layer, expert)?;
-        let mut start = 0;
-        for (tensor, end) in [&gated.gate, &gated.up, &gated.down].into_iter().zip(layout.ends) {
-            let (outputs, inputs) = (tensor.shape[0], tensor.shape[1]);
-            pack(tensor.dtype, outputs, inputs, self.checkpoint.bytes(tensor), &mut slot[start..end]);
-            start = end;
-        }
+        let gated = self.checkpoint.expert(key.layer as usize, ordinal as usize)?;
+        pack_expert(&self.checkpoint, &gated, &layout, slot);
         Ok(())
     }
+}
+
+/// Packs gate, up and down one after the other.
+pub(crate) fn pack_expert(checkpoint: &Checkpoint, gated: &Gated, layout: &ExpertLayout, slot: &mut [u8]) {
+    let mut start = 0;
+    for (tensor, end) in [&gated.gate, &gated.up, &gated.down].into_iter().zip(layout.ends) {
+        pack(tensor.dtype, tensor.shape[0], tensor.shape[1], checkpoint.bytes(tensor), &mut slot[start..end]);
+        start = end;
+    }
+}
+
+/// The one layout that all experts of a checkpoint have.
+pub(crate) fn expert_layout(checkpoint: &Checkpoint) -> Result<Option<ExpertLayout>, ModelError> {
+    let arch = checkpoint.arch();
+    let Some(moe) = &arch.moe else { return Ok(None) };
+    if let Some(native) = checkpoint.native() {
+        return ExpertLayout::new(native.expert_dtypes(), moe.intermediate, arch.hidden).map(Some);
+    }
+    let mut first: Option<ExpertLayout> = None;
+    for layer in arch.moe_layers() {
+        for ordinal in 0..moe.experts {
+            let gated = checkpoint.expert(layer as usize, ordinal)?;
+            let dtypes = [gated.gate.dtype, gated.up.dtype, gated.down.dtype];
+            if first.is_none() {
+                first = Some(ExpertLayout::new(dtypes, moe.intermediate, arch.hidden)?);
+            } else if first.is_some_and(|first| first.dtypes != dtypes) {
+                let key = checkpoint.key(layer, ordinal as u32);
+                return Err(ModelError::MixedTypes(key));
+            }
+        }
+    }
+    Ok(first)
+}
+
+fn tier_plan(tier: &Tier) -> TierPlan {
+    TierPlan { name: tier.name.clone(), groups: 1, experts: tier.experts, placement: tier.placement }
 }
 
 fn load_layer(checkpoint: &Checkpoint, layer: usize) -> Result<LayerWeights, ModelError> {

@@ -1,6 +1,7 @@
 //! The simulated arithmetic: every result mixes exactly what it may depend on, so that any wrong expert, page, order,
 //! generation or stale byte shows in the next token.
 
+use lite_llm_core::config::Placement;
 use lite_llm_core::ids::ExpertKey;
 use lite_llm_core::input::Body;
 use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
@@ -13,8 +14,8 @@ pub fn plan() -> ModelPlan {
         format: ModelPlan::FORMAT,
         identity: Identity::default(),
         tiers: vec![
-            TierPlan { name: "small".into(), groups: 1, experts: 3 },
-            TierPlan { name: "large".into(), groups: 2, experts: 2 },
+            TierPlan { name: "small".into(), groups: 1, experts: 3, placement: Placement::Hot },
+            TierPlan { name: "large".into(), groups: 2, experts: 2, placement: Placement::Hot },
         ],
         moe_layers: vec![0, 1, 3],
         top_k: 2,

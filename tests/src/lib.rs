@@ -1,1 +1,3 @@
-//! Tests across the crates: oracles, real processes, crashes.
+//! What the tests across the crates share.
+
+pub mod harness;

@@ -2,18 +2,13 @@
 //! depend on chunking, batch, threads, instruction set or the order in which experts come.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use lite_llm_core::digest::Digest;
-use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
-use lite_llm_core::input::{RowResult, Sampling};
-use lite_llm_core::output::{Forward, Row, SampleSpec};
-use lite_llm_model::kernels::{DType, Isa};
+use lite_llm_model::Checkpoint;
+use lite_llm_model::kernels::Isa;
 use lite_llm_model::tokenizer::{Message, Tokenizer};
-use lite_llm_model::{Capture, Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped};
+use lite_llm_tests::harness::{How, PLAIN, Seen, folder, open, run};
 use safetensors::SafeTensors;
 use serde_json::Value;
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 const FOLDERS: [&str; 8] = [
     "llama",
@@ -25,147 +20,6 @@ const FOLDERS: [&str; 8] = [
     "qwen3_moe",
     "qwen3_moe_bf16",
 ];
-
-fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
-}
-
-/// How a run is cut and computed. None of it may change a bit.
-#[derive(Clone, Copy, Debug)]
-struct How {
-    chunk: usize,
-    threads: usize,
-    isa: Isa,
-    resident: bool,
-    batch: usize,
-}
-
-const PLAIN: How = How { chunk: 64, threads: 1, isa: Isa::Scalar, resident: true, batch: 1 };
-
-fn open(dir: &Path, how: How) -> Model {
-    let checkpoint = Checkpoint::open(dir).unwrap();
-    let options =
-        ModelOptions { threads: how.threads, isa: how.isa, kv_dtype: Some(DType::F32), routing_seed: 0 };
-    let mut model = Model::open(Arc::new(checkpoint), options).unwrap();
-    model.load_base(0).unwrap();
-    model.load_routers().unwrap();
-    model
-}
-
-/// Every expert in a slot of its own; hands them out in waves of three, last first.
-struct Experts {
-    slots: Vec<Vec<u8>>,
-    table: Vec<(ExpertKey, Slot)>,
-    wanted: Vec<ExpertKey>,
-    wave: u32,
-    wave_len: u32,
-}
-
-impl Experts {
-    fn load(model: &Model) -> Self {
-        let loader = model.expert_loader();
-        let plan = model.plan(64, 8, Digest::default()).unwrap();
-        let mut this = Self { slots: vec![], table: vec![], wanted: vec![], wave: 0, wave_len: 0 };
-        for key in plan.experts(&[0]) {
-            let mut slot = vec![0; usize::try_from(plan.slot_bytes).unwrap()];
-            loader.load(key, &mut slot).unwrap();
-            this.table.push((key, Slot(u32::try_from(this.slots.len()).unwrap())));
-            this.slots.push(slot);
-        }
-        this
-    }
-}
-
-impl ExpertSource for Experts {
-    fn need(&mut self, _: u32, experts: &[ExpertKey]) -> Result<(), Stopped> {
-        assert!(self.wanted.is_empty() && experts.is_sorted());
-        self.wanted = experts.to_vec();
-        (self.wave, self.wave_len) = (0, u32::try_from(experts.len().min(3)).unwrap());
-        Ok(())
-    }
-    fn provided(&mut self) -> Result<Provided, Stopped> {
-        let expert = self.wanted.pop().unwrap();
-        let at = self.table.binary_search_by_key(&expert, |&(key, _)| key).unwrap();
-        Ok(Provided { wave: self.wave, wave_len: self.wave_len, expert, slot: self.table[at].1 })
-    }
-    fn slot(&self, slot: Slot) -> &[u8] {
-        &self.slots[slot.0 as usize]
-    }
-    fn released(&mut self, _: u32, wave: u32) -> Result<(), Stopped> {
-        assert_eq!(wave, self.wave);
-        self.wave += 1;
-        self.wave_len = u32::try_from(self.wanted.len().min(3)).unwrap();
-        Ok(())
-    }
-}
-
-/// What a run shows.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Seen {
-    logits: BTreeMap<u32, Vec<u32>>,
-    routes: BTreeMap<(u32, u32), (Vec<u32>, Vec<u32>)>,
-    tokens: Vec<u32>,
-}
-
-impl Capture for Seen {
-    fn wants_logits(&self, request: u64) -> bool {
-        request == 0
-    }
-    fn logits(&mut self, _: u64, position: u32, logits: &[f32]) {
-        self.logits.insert(position, logits.iter().map(|l| l.to_bits()).collect());
-    }
-    fn routes(&mut self, request: u64, layer: u32, position: u32, experts: &[u32], weights: &[f32]) {
-        if request == 0 {
-            let bits = weights.iter().map(|w| w.to_bits()).collect();
-            self.routes.insert((layer, position), (experts.to_vec(), bits));
-        }
-    }
-}
-
-/// Runs a prompt greedily as request 0, beside other requests with other prompts.
-fn run(model: &Model, prompt: &[u32], steps: usize, how: How) -> Seen {
-    let mut cache = KvCache::new(model, 3 * u32::try_from(how.batch).unwrap()).unwrap();
-    let mut experts = Experts::load(model);
-    let table = experts.table.clone();
-    let mut sequences: Vec<Vec<u32>> = (0..how.batch)
-        .map(|r| prompt.iter().map(|t| (t + 13 * u32::try_from(r).unwrap()) % 512).collect())
-        .collect();
-    let mut computed = 0;
-    let mut seen = Seen::default();
-    while seen.tokens.len() < steps {
-        let end = sequences[0].len().min(computed + how.chunk);
-        let rows: Vec<Row> = (0u32..)
-            .zip(&sequences)
-            .map(|(r, sequence)| Row {
-                request: u64::from(r),
-                start: u32::try_from(computed).unwrap(),
-                tokens: sequence[computed..end].to_vec(),
-                pages: vec![3 * r + 2, 3 * r, 3 * r + 1],
-                sample: (end == sequence.len()).then(|| SampleSpec {
-                    sampling: Sampling::default(),
-                    draw: 0,
-                    history: vec![],
-                }),
-            })
-            .collect();
-        let step = Forward {
-            step: StepId(0),
-            attempt: 0,
-            generation: Generation(0),
-            tiers: vec![0],
-            rows,
-            resident: how.resident.then(|| table.clone()),
-        };
-        let results: Vec<RowResult> =
-            model.forward(&step, &mut cache, &mut experts, Some(&mut seen)).unwrap();
-        computed = end;
-        for (sequence, result) in sequences.iter_mut().zip(&results) {
-            sequence.extend(result.token);
-        }
-        seen.tokens.extend(results[0].token);
-    }
-    seen
-}
 
 fn json(dir: &Path, file: &str) -> Value {
     serde_json::from_slice(&std::fs::read(dir.join(file)).unwrap()).unwrap()
@@ -217,7 +71,7 @@ fn check_folder(name: &str, dir: &Path) {
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let model = open(dir, PLAIN);
     for p in 0..3 {
-        let seen = run(&model, &numbers(&oracle["prompts"][p]), 24, PLAIN);
+        let seen = run(&model, &[0], &numbers(&oracle["prompts"][p]), 24, PLAIN);
         check(name, &seen, p, &oracle, &tensors);
     }
 }
@@ -248,14 +102,14 @@ fn bits_do_not_depend_on_how_they_are_computed() {
     for name in FOLDERS {
         let dir = folder(name);
         let prompt = numbers(&json(&dir, "oracle.json")["prompts"][2]);
-        let reference = run(&open(&dir, PLAIN), &prompt, 8, PLAIN);
+        let reference = run(&open(&dir, PLAIN), &[0], &prompt, 8, PLAIN);
         for &isa in &isas {
             for threads in [1, 2] {
                 let model = open(&dir, How { threads, isa, ..PLAIN });
                 for (chunk, resident, batch) in [(1, false, 1), (7, true, 2), (64, false, 8), (13, false, 3)]
                 {
                     let how = How { chunk, threads, isa, resident, batch };
-                    assert_eq!(run(&model, &prompt, 8, how), reference, "{name}, {how:?}");
+                    assert_eq!(run(&model, &[0], &prompt, 8, how), reference, "{name}, {how:?}");
                 }
             }
         }

@@ -1,15 +1,23 @@
 //! A checkpoint directory: configuration, tensors, and the one canonical list of the tensors that are used.
 //!
+//! There are two forms: a Hugging Face directory as published ([`tensors`]), and a native checkpoint that
+//! [`import`](import::import) makes of one ([`native`]): a manifest beside shards in which each expert is one blob.
+//!
 //! Nothing that a file says is trusted: every size, offset and name is checked before anything is allocated for it.
 
 pub mod config;
+pub mod import;
+pub mod native;
 mod tensors;
 
 use crate::arch::{Arch, QkNorm};
 use crate::families;
 use crate::kernels::{CONTRACT_VERSION, DType};
 use config::Config;
+use lite_llm_core::config::Placement;
 use lite_llm_core::digest::Digest;
+use lite_llm_core::ids::ExpertKey;
+use native::Native;
 use std::path::{Path, PathBuf};
 pub use tensors::{Tensor, TensorFiles};
 use thiserror::Error;
@@ -61,7 +69,33 @@ pub struct Checkpoint {
     dir: PathBuf,
     arch: Arch,
     files: TensorFiles,
+    native: Option<Native>,
+    tiers: Vec<Tier>,
     eos: Vec<u32>,
+}
+
+/// A tier: a run of the experts of every mixture layer, by original number.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Tier {
+    /// Its name, as TierSets use it.
+    pub name: String,
+    /// Experts of a layer.
+    pub experts: u32,
+    /// Where they belong.
+    pub placement: Placement,
+}
+
+/// A tensor that is used.
+#[derive(Clone, Debug)]
+pub(crate) struct Item {
+    pub(crate) name: String,
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: u64,
+    /// Where its row-major bytes are, if they are in a mapped file.
+    tensor: Option<Tensor>,
+    /// BLAKE3 of its row-major bytes, if somebody has hashed them.
+    hash: Option<[u8; 32]>,
 }
 
 /// The three matrices of an expert (or of any gated block): gate, up, down.
@@ -76,7 +110,7 @@ pub struct Gated {
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face directory.
+    /// Opens a Hugging Face directory or a native checkpoint, whichever it is.
     ///
     /// # Errors
     /// Names the file, what is wrong with it, and the remedy.
@@ -85,10 +119,50 @@ impl Checkpoint {
         let text = std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
         let arch = families::read(&Config::parse(&path, &text)?)?;
         let eos = generation_eos(dir)?.unwrap_or_else(|| arch.eos.clone());
-        let this = Self { dir: dir.into(), arch, files: TensorFiles::open(dir)?, eos };
+        let one =
+            |experts: usize| Tier { name: "all".into(), experts: experts as u32, placement: Placement::Hot };
+        let (files, native, tiers) = if native::is_native(dir) {
+            let (files, native) = native::open(dir, &arch)?;
+            let tiers = native.tiers().to_vec();
+            (files, Some(native), tiers)
+        } else {
+            (TensorFiles::open(dir)?, None, arch.moe.iter().map(|moe| one(moe.experts)).collect())
+        };
+        let this = Self { dir: dir.into(), arch, files, native, tiers, eos };
         // Every tensor is found, with its shape, before anything is loaded.
-        this.canonical()?;
+        this.inventory()?;
         Ok(this)
+    }
+
+    /// The tiers, in order of the experts' original numbers; none for a dense model.
+    pub fn tiers(&self) -> &[Tier] {
+        &self.tiers
+    }
+
+    /// The key of an expert by its original number.
+    pub fn key(&self, layer: u32, ordinal: u32) -> ExpertKey {
+        let mut expert = ordinal;
+        for (tier, plan) in (0..).zip(&self.tiers) {
+            if expert < plan.experts {
+                return ExpertKey { layer, tier, group: 0, expert };
+            }
+            expert -= plan.experts;
+        }
+        unreachable!("expert {ordinal} is beyond every tier")
+    }
+
+    /// The original number of an expert, if the checkpoint has it.
+    pub fn ordinal(&self, key: ExpertKey) -> Option<u32> {
+        let tier =
+            self.tiers.get(key.tier as usize).filter(|tier| key.group == 0 && key.expert < tier.experts)?;
+        let layer = self.arch.layers.get(key.layer as usize).filter(|layer| layer.dense.is_none());
+        let before: u32 = self.tiers[..key.tier as usize].iter().map(|tier| tier.experts).sum();
+        layer.map(|_| (before + key.expert).min(before + tier.experts))
+    }
+
+    /// The native form, if it is one.
+    pub(crate) fn native(&self) -> Option<&Native> {
+        self.native.as_ref()
     }
 
     /// The directory.
@@ -158,6 +232,24 @@ impl Checkpoint {
         })
     }
 
+    /// The name under which the files hold a tensor that is no expert, by its canonical one.
+    pub(crate) fn published_name(&self, canonical: &str) -> Option<String> {
+        if canonical.contains(".experts.") {
+            return None;
+        }
+        if let Some(prefix) = canonical.strip_suffix(".router") {
+            let names = self.arch.moe.as_ref()?.names;
+            return Some(format!("{prefix}.{}.{}.weight", names.block, names.router));
+        }
+        let gated = [("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")];
+        for (part, published) in gated {
+            if let Some(prefix) = canonical.strip_suffix(part).filter(|prefix| prefix.ends_with('.')) {
+                return Some(format!("{prefix}{published}.weight"));
+            }
+        }
+        Some(canonical.into())
+    }
+
     /// The router of a layer.
     pub fn router(&self, layer: usize) -> Result<Tensor, CheckpointError> {
         let moe = self.arch.moe.as_ref().expect("only a mixture has routers");
@@ -166,12 +258,25 @@ impl Checkpoint {
     }
 
     /// Every tensor that is used, by its canonical name: the same list for every layout of the same weights.
-    pub fn canonical(&self) -> Result<Vec<(String, Tensor)>, CheckpointError> {
-        let arch = &self.arch;
+    pub(crate) fn inventory(&self) -> Result<Vec<Item>, CheckpointError> {
         let mut list = Vec::new();
+        self.list_base(&mut list)?;
+        self.list_experts(&mut list)?;
+        list.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(list)
+    }
+
+    fn item(&self, name: String, tensor: Tensor) -> Item {
+        let hash = self.native.as_ref().and_then(|native| native.hash(&name));
+        let bytes = tensor.bytes_len() as u64;
+        Item { name, dtype: tensor.dtype, shape: tensor.shape.clone(), bytes, tensor: Some(tensor), hash }
+    }
+
+    fn list_base(&self, list: &mut Vec<Item>) -> Result<(), CheckpointError> {
+        let arch = &self.arch;
         let mut add = |name: String, shape: &[usize]| -> Result<(), CheckpointError> {
             let tensor = self.tensor(&name, shape)?;
-            list.push((name, tensor));
+            list.push(self.item(name, tensor));
             Ok(())
         };
         add("model.embed_tokens.weight".into(), &[arch.vocab, arch.hidden])?;
@@ -202,55 +307,102 @@ impl Checkpoint {
             }
         }
         for (i, layer) in arch.layers.iter().enumerate() {
-            let prefix = format!("model.layers.{i}");
-            let mut add_gated = |name: String, gated: Gated| {
-                for (part, tensor) in [("gate", gated.gate), ("up", gated.up), ("down", gated.down)] {
-                    list.push((format!("{name}.{part}"), tensor));
+            let prefix = format!("model.layers.{i}.mlp");
+            let shared = arch.moe.as_ref().and_then(|moe| moe.shared.as_ref());
+            match (layer.dense, shared) {
+                (Some(width), _) => self.list_gated(list, &prefix, self.gated(&prefix, width)?),
+                (None, Some(shared)) => {
+                    let name = format!("{prefix}.shared_expert");
+                    self.list_gated(list, &name, self.gated(&name, shared.intermediate)?);
                 }
-            };
-            if let Some(width) = layer.dense {
-                add_gated(format!("{prefix}.mlp"), self.gated(&format!("{prefix}.mlp"), width)?);
-                continue;
+                (None, None) => {}
             }
-            let moe = arch.moe.as_ref().expect("a layer that is not dense is a mixture");
-            for expert in 0..moe.experts {
-                add_gated(format!("{prefix}.experts.{expert}"), self.expert(i, expert)?);
+            if layer.dense.is_none() {
+                list.push(self.item(format!("model.layers.{i}.router"), self.router(i)?));
             }
-            if let Some(shared) = &moe.shared {
-                let name = format!("{prefix}.mlp.shared_expert");
-                add_gated(name.clone(), self.gated(&name, shared.intermediate)?);
-            }
-            list.push((format!("{prefix}.router"), self.router(i)?));
         }
-        list.sort_by(|a, b| a.0.cmp(&b.0));
-        Ok(list)
+        Ok(())
+    }
+
+    fn list_gated(&self, list: &mut Vec<Item>, name: &str, gated: Gated) {
+        for (part, tensor) in [("gate", gated.gate), ("up", gated.up), ("down", gated.down)] {
+            list.push(self.item(format!("{name}.{part}"), tensor));
+        }
+    }
+
+    fn list_experts(&self, list: &mut Vec<Item>) -> Result<(), CheckpointError> {
+        let Some(moe) = &self.arch.moe else { return Ok(()) };
+        for layer in self.arch.moe_layers() {
+            for expert in 0..moe.experts as u32 {
+                let name = format!("model.layers.{layer}.experts.{expert}");
+                if let Some(native) = &self.native {
+                    list.extend(native.expert_items(&name));
+                } else {
+                    self.list_gated(list, &name, self.expert(layer as usize, expert as usize)?);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Digest of the weights: canonical name, type, shape and BLAKE3 of the bytes of every tensor, in order of names.
-    /// It reads everything, with this many threads.
+    /// Reads whatever has not been hashed before, with this many threads.
+    ///
+    /// # Errors
+    /// If a tensor is missing.
     pub fn weights_digest(&self, threads: usize) -> Result<Digest, CheckpointError> {
-        let list = self.canonical()?;
+        let hashed = self.hashed(threads)?;
+        let mut all = blake3::Hasher::new();
+        for (item, hash) in &hashed {
+            let hash = blake3::Hash::from_bytes(*hash);
+            let line = format!("{} {:?} {:?} {}\n", item.name, item.dtype, item.shape, hash.to_hex());
+            all.update(line.as_bytes());
+        }
+        Ok(Digest(*all.finalize().as_bytes()))
+    }
+
+    /// Reads the base parameters of a native checkpoint and compares them with the manifest. A Hugging Face directory has
+    /// nothing to compare with; there the weights digest of the identity is taken from the bytes themselves.
+    ///
+    /// # Errors
+    /// Names the tensor that is damaged.
+    pub fn verify_base(&self) -> Result<(), CheckpointError> {
+        let mut list = Vec::new();
+        self.list_base(&mut list)?;
+        for item in &list {
+            let (Some(tensor), Some(hash)) = (&item.tensor, item.hash) else { continue };
+            if *blake3::hash(self.bytes(tensor)).as_bytes() != hash {
+                let what =
+                    format!("tensor {} does not have its checksum: import the checkpoint again", item.name);
+                return Err(CheckpointError::invalid(self.files.path(), &what));
+            }
+        }
+        Ok(())
+    }
+
+    /// The inventory with the BLAKE3 of each tensor.
+    pub(crate) fn hashed(&self, threads: usize) -> Result<Vec<(Item, [u8; 32])>, CheckpointError> {
+        let list = self.inventory()?;
         let next = std::sync::atomic::AtomicUsize::new(0);
-        let hashes = std::sync::Mutex::new(vec![blake3::Hash::from_bytes([0; 32]); list.len()]);
+        let hashes = std::sync::Mutex::new(vec![[0u8; 32]; list.len()]);
         std::thread::scope(|scope| {
             for _ in 0..threads.max(1) {
                 scope.spawn(|| {
                     loop {
                         let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                        let Some((_, tensor)) = list.get(i) else { break };
-                        let hash = blake3::hash(self.bytes(tensor));
+                        let Some(item) = list.get(i) else { break };
+                        let hash = item.hash.unwrap_or_else(|| {
+                            let tensor =
+                                item.tensor.as_ref().expect("what is not hashed is in a mapped file");
+                            *blake3::hash(self.bytes(tensor)).as_bytes()
+                        });
                         hashes.lock().expect("no thread panics with the lock")[i] = hash;
                     }
                 });
             }
         });
         let hashes = hashes.into_inner().expect("no thread panicked");
-        let mut all = blake3::Hasher::new();
-        for ((name, tensor), hash) in list.iter().zip(&hashes) {
-            let line = format!("{name} {:?} {:?} {}\n", tensor.dtype, tensor.shape, hash.to_hex());
-            all.update(line.as_bytes());
-        }
-        Ok(Digest(*all.finalize().as_bytes()))
+        Ok(list.into_iter().zip(hashes).collect())
     }
 
     /// Digest of everything beside the weights that decides a bit.

@@ -58,11 +58,37 @@ impl TensorFiles {
         Ok(this)
     }
 
+    /// No files yet.
+    pub(super) fn empty() -> Self {
+        Self { files: Vec::new(), tensors: BTreeMap::new() }
+    }
+
+    /// Maps a file whose tensors are listed elsewhere: name, type, shape, offset. Each is checked against the file.
+    pub(super) fn map(
+        &mut self,
+        path: &Path,
+        listed: impl IntoIterator<Item = (String, DType, Vec<usize>, u64)>,
+    ) -> Result<(), CheckpointError> {
+        let map = map_file(path)?;
+        let file = self.files.len();
+        for (name, dtype, shape, offset) in listed {
+            let values = shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size));
+            let bytes = values.and_then(|values| values.checked_mul(dtype.bytes()));
+            let start = usize::try_from(offset).ok();
+            let end = start.zip(bytes).and_then(|(start, bytes)| start.checked_add(bytes));
+            let (Some(start), Some(end)) = (start, end.filter(|&end| end <= map.len())) else {
+                let what =
+                    format!("tensor {name} is beyond the end of the file: the file is cut, import it again");
+                return Err(CheckpointError::invalid(path, &what));
+            };
+            self.tensors.insert(name, Tensor { file, start, end, dtype, shape });
+        }
+        self.files.push((path.to_owned(), map));
+        Ok(())
+    }
+
     fn add(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        let file = File::open(path).map_err(|e| CheckpointError::io(path, e))?;
-        // SAFETY: the map is only read. Whoever changes a checkpoint's file under a running engine breaks the
-        // documented rule that checkpoints are immutable; the digest at start then no longer covers what is read.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| CheckpointError::io(path, e))?;
+        let map = map_file(path)?;
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
             CheckpointError::invalid(path, &format!("its header is no safetensors header ({e})"))
         })?;
@@ -91,6 +117,13 @@ impl TensorFiles {
     pub fn path(&self) -> &Path {
         &self.files[0].0
     }
+}
+
+fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
+    let file = File::open(path).map_err(|e| CheckpointError::io(path, e))?;
+    // SAFETY: the map is only read. Whoever changes a checkpoint's file under a running engine breaks the documented
+    // rule that checkpoints are immutable; the digest at start then no longer covers what is read.
+    unsafe { Mmap::map(&file) }.map_err(|e| CheckpointError::io(path, e))
 }
 
 fn tensors_of(

@@ -41,7 +41,7 @@ impl Model {
             let digest = &mut batch.digests[at.row as usize];
             for (place, (&expert, weight)) in route.experts.iter().zip(&route.weights).enumerate() {
                 digest.update(&expert.to_le_bytes()).update(&weight.to_bits().to_le_bytes());
-                let key = ExpertKey { layer: layer as u32, tier: 0, group: 0, expert };
+                let key = self.checkpoint.key(layer as u32, expert);
                 users.entry(key).or_default().push((i, place));
             }
             if let Some(capture) = capture {
@@ -84,15 +84,24 @@ impl Model {
         let router = self.routers[layer].as_ref().expect("routers are loaded before the first step").view();
         let mut logits = vec![0.0; batch.at.len() * moe.experts];
         linear(&self.pool, self.isa, &batch.normed, batch.at.len(), &router, None, &mut logits);
+        // Experts of tiers outside the TierSet are masked out: they have no share of the softmax and are never selected.
+        let tiers = self.checkpoint.tiers().iter().zip(0u32..);
+        let eligible: Vec<bool> = tiers
+            .flat_map(|(tier, index)| std::iter::repeat_n(step.tiers.contains(&index), tier.experts as usize))
+            .collect();
         let mut routes = Vec::with_capacity(batch.at.len());
         for (at, logits) in batch.at.iter().zip(logits.chunks_exact_mut(moe.experts)) {
             if !logits.iter().all(|logit| logit.is_finite()) {
                 return Err(StepError::NonFinite { row: at.row, layer: layer as u32, position: at.position });
             }
-            debug_assert_eq!(step.tiers, [0], "one tier, whose experts are all eligible");
+            for (logit, eligible) in logits.iter_mut().zip(&eligible) {
+                if !eligible {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
             let scores = softmax(logits);
             let ties = Ties { seed: self.routing_seed, layer: layer as u32, position: at.position };
-            let mut experts = select(ties, scores, |_| true, moe.group_limit, moe.top_k);
+            let mut experts = select(ties, scores, |id| eligible[id as usize], moe.group_limit, moe.top_k);
             experts.sort_unstable();
             let mut weights: Vec<f32> = experts.iter().map(|&expert| scores[expert as usize]).collect();
             if moe.normalise {

@@ -1,0 +1,341 @@
+//! The native checkpoint: `manifest.json` beside shards.
+//!
+//! `base.bin` holds every tensor that is no expert, row-major, each at a multiple of 4 KiB. `experts-LAYER.bin` holds the
+//! experts of a layer by original number, each one contiguous blob in the packed layout of the kernels (gate, up, down)
+//! at a multiple of 4 KiB: one expert is one aligned read. The configuration and tokenizer files lie beside them as
+//! published. The manifest lists everything with sizes and checksums, and nothing in it is trusted: each number is
+//! checked against the architecture and the files before anything is allocated.
+
+use super::tensors::TensorFiles;
+use super::{CheckpointError, Item, Tier};
+use crate::arch::Arch;
+use crate::kernels::{CONTRACT_VERSION, DType, packed_len};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// The file that makes a directory a native checkpoint.
+pub const MANIFEST: &str = "manifest.json";
+/// The version of the manifest that is written and read.
+pub const FORMAT: u32 = 1;
+/// Everything in a shard begins at a multiple of this.
+pub const ALIGN: u64 = 4096;
+/// The manifest's own checksum.
+const CHECKSUM: &str = "checksum";
+/// The largest manifest that is read.
+const MANIFEST_BYTES_MAX: u64 = 1 << 30;
+
+/// What a checkpoint holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Version of this form.
+    pub format: u32,
+    /// Version of the numeric contract whose packed layout the blobs have.
+    pub contract: u32,
+    /// The files that lie beside the shards as published, with the BLAKE3 of each.
+    pub companions: BTreeMap<String, String>,
+    /// The tiers, in order of the experts' original numbers.
+    pub tiers: Vec<Tier>,
+    /// The shard of base parameters.
+    pub base: BaseShard,
+    /// The shards of experts, in order of layers.
+    pub experts: Vec<ExpertShard>,
+}
+
+impl Manifest {
+    /// The manifest as a file: with the BLAKE3 of all else as its last key.
+    pub(super) fn to_json(&self) -> String {
+        let mut json = serde_json::to_value(self).expect("a manifest is plain data");
+        let checksum = checksum(&json);
+        json[CHECKSUM] = checksum.into();
+        format!("{json:#}\n")
+    }
+}
+
+/// BLAKE3 of a manifest without its checksum, in compact form.
+fn checksum(json: &serde_json::Value) -> String {
+    blake3::hash(json.to_string().as_bytes()).to_hex().to_string()
+}
+
+/// The shard of base parameters.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaseShard {
+    /// File name.
+    pub file: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Its tensors.
+    pub tensors: Vec<BaseTensor>,
+}
+
+/// A tensor of the base shard.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaseTensor {
+    /// Name as published.
+    pub name: String,
+    /// Canonical name, by which the weights digest lists it.
+    pub canonical: String,
+    /// Storage type.
+    pub dtype: String,
+    /// Sizes, slowest first.
+    pub shape: Vec<usize>,
+    /// Where it begins.
+    pub offset: u64,
+    /// BLAKE3 of its bytes, in hexadecimal.
+    pub blake3: String,
+}
+
+/// The experts of a layer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExpertShard {
+    /// File name.
+    pub file: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Decoder layer.
+    pub layer: u32,
+    /// Version of the blobs: 0 as imported.
+    pub version: u32,
+    /// Storage types of gate, up and down.
+    pub dtypes: [String; 3],
+    /// The blobs, by original number.
+    pub blobs: Vec<Blob>,
+}
+
+/// One expert.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Blob {
+    /// Where it begins.
+    pub offset: u64,
+    /// CRC-32 of the packed bytes, checked at every load.
+    pub crc32: u32,
+    /// BLAKE3 of gate, up and down as published, in hexadecimal: what the weights digest lists.
+    pub blake3: [String; 3],
+}
+
+/// An opened native checkpoint.
+#[derive(Debug)]
+pub(crate) struct Native {
+    manifest: Manifest,
+    dtypes: [DType; 3],
+    blob_bytes: usize,
+    sizes: [(usize, usize); 3],
+    files: BTreeMap<u32, (PathBuf, File)>,
+    hashes: BTreeMap<String, [u8; 32]>,
+}
+
+/// Whether a directory is a native checkpoint.
+pub(super) fn is_native(dir: &Path) -> bool {
+    dir.join(MANIFEST).exists()
+}
+
+/// The name of a storage type.
+pub(super) const fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::Bf16 => "bf16",
+        DType::F16 => "f16",
+    }
+}
+
+fn dtype_of(path: &Path, name: &str) -> Result<DType, CheckpointError> {
+    [DType::F32, DType::Bf16, DType::F16].into_iter().find(|&dtype| dtype_name(dtype) == name).ok_or_else(
+        || CheckpointError::invalid(path, &format!("storage type {name:?} is none of f32, bf16 and f16")),
+    )
+}
+
+fn hash_of(path: &Path, hex: &str) -> Result<[u8; 32], CheckpointError> {
+    let hash = blake3::Hash::from_hex(hex);
+    hash.map(|hash| *hash.as_bytes())
+        .map_err(|_| CheckpointError::invalid(path, &format!("{hex:?} is no BLAKE3")))
+}
+
+/// Opens the shards that the manifest lists.
+pub(super) fn open(dir: &Path, arch: &Arch) -> Result<(TensorFiles, Native), CheckpointError> {
+    let path = dir.join(MANIFEST);
+    let manifest = read_manifest(&path)?;
+    check(&path, &manifest, arch)?;
+    for (name, hash) in &manifest.companions {
+        let path = shard(dir, name)?;
+        let bytes = std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
+        if *blake3::hash(&bytes).as_bytes() != hash_of(&path, hash)? {
+            let what = "it is not what was imported: restore it, or import the checkpoint again";
+            return Err(CheckpointError::invalid(&path, what));
+        }
+    }
+    let mut files = TensorFiles::empty();
+    let mut hashes = BTreeMap::new();
+    let mut listed = Vec::new();
+    for tensor in &manifest.base.tensors {
+        hashes.insert(tensor.canonical.clone(), hash_of(&path, &tensor.blake3)?);
+        let dtype = dtype_of(&path, &tensor.dtype)?;
+        listed.push((tensor.name.clone(), dtype, tensor.shape.clone(), tensor.offset));
+    }
+    files.map(&shard(dir, &manifest.base.file)?, listed)?;
+
+    let (hidden, width) = (arch.hidden, arch.moe.as_ref().map_or(0, |moe| moe.intermediate));
+    let sizes = [(width, hidden), (width, hidden), (hidden, width)];
+    let mut native = Native {
+        dtypes: [DType::F32; 3],
+        blob_bytes: 0,
+        sizes,
+        files: BTreeMap::new(),
+        hashes,
+        manifest: manifest.clone(),
+    };
+    for (i, experts) in manifest.experts.iter().enumerate() {
+        let [gate, up, down] = experts.dtypes.each_ref().map(|name| dtype_of(&path, name));
+        let dtypes = [gate?, up?, down?];
+        if i > 0 && dtypes != native.dtypes {
+            return Err(CheckpointError::invalid(&path, "the layers' experts have different storage types"));
+        }
+        let bytes = dtypes.iter().zip(sizes).try_fold(0usize, |sum, (&dtype, (outputs, inputs))| {
+            packed_len(dtype, outputs, inputs).and_then(|bytes| sum.checked_add(bytes))
+        });
+        native.dtypes = dtypes;
+        native.blob_bytes = bytes.ok_or_else(|| CheckpointError::invalid(&path, "an expert is too large"))?;
+        native.open_shard(dir, &path, experts)?;
+    }
+    Ok((files, native))
+}
+
+fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
+    let size = std::fs::metadata(path).map_err(|e| CheckpointError::io(path, e))?.len();
+    if size > MANIFEST_BYTES_MAX {
+        return Err(CheckpointError::invalid(path, &format!("{size} bytes are more than any manifest has")));
+    }
+    let text = std::fs::read(path).map_err(|e| CheckpointError::io(path, e))?;
+    // The version is read first: a later form may have other keys.
+    let mut json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| {
+        CheckpointError::invalid(path, &format!("it is not JSON: {e}; import the checkpoint again"))
+    })?;
+    if json["format"] != FORMAT {
+        let what = format!("manifest format {}", json["format"]);
+        let remedy = format!("this program reads format {FORMAT}; import the checkpoint again");
+        return Err(CheckpointError::Unsupported { path: path.into(), what, remedy });
+    }
+    let noted = json.as_object_mut().and_then(|map| map.remove(CHECKSUM));
+    if noted.as_ref().and_then(serde_json::Value::as_str) != Some(&checksum(&json)) {
+        return Err(CheckpointError::invalid(
+            path,
+            "it does not have its checksum: import the checkpoint again",
+        ));
+    }
+    serde_json::from_value(json).map_err(|e| CheckpointError::invalid(path, &e.to_string()))
+}
+
+/// The manifest against the architecture.
+fn check(path: &Path, manifest: &Manifest, arch: &Arch) -> Result<(), CheckpointError> {
+    if manifest.contract != CONTRACT_VERSION {
+        let what = format!("packed layout of contract {}", manifest.contract);
+        let remedy = format!("this program has contract {CONTRACT_VERSION}; import the checkpoint again");
+        return Err(CheckpointError::Unsupported { path: path.into(), what, remedy });
+    }
+    let experts = arch.moe.as_ref().map_or(0, |moe| moe.experts as u64);
+    let of_tiers: u64 = manifest.tiers.iter().map(|tier| u64::from(tier.experts)).sum();
+    if of_tiers != experts || manifest.tiers.iter().any(|tier| tier.experts == 0 || tier.name.is_empty()) {
+        let what = format!("the tiers have {of_tiers} experts, the configuration {experts}");
+        return Err(CheckpointError::invalid(path, &what));
+    }
+    let layers: Vec<u32> = manifest.experts.iter().map(|shard| shard.layer).collect();
+    if layers != arch.moe_layers() {
+        return Err(CheckpointError::invalid(path, &format!("experts are listed for layers {layers:?}")));
+    }
+    match manifest.experts.iter().find(|shard| shard.blobs.len() as u64 != experts) {
+        Some(shard) => {
+            let what = format!("layer {} has {} experts of {experts}", shard.layer, shard.blobs.len());
+            Err(CheckpointError::invalid(path, &what))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A shard's path, beside the manifest.
+fn shard(dir: &Path, name: &str) -> Result<PathBuf, CheckpointError> {
+    if name.is_empty() || name.contains(['/', '\\']) || name.starts_with('.') {
+        return Err(CheckpointError::invalid(
+            &dir.join(MANIFEST),
+            &format!("{name:?} is no plain file name"),
+        ));
+    }
+    Ok(dir.join(name))
+}
+
+impl Native {
+    fn open_shard(
+        &mut self,
+        dir: &Path,
+        manifest: &Path,
+        experts: &ExpertShard,
+    ) -> Result<(), CheckpointError> {
+        let path = shard(dir, &experts.file)?;
+        let file = File::open(&path).map_err(|e| CheckpointError::io(&path, e))?;
+        let len = file.metadata().map_err(|e| CheckpointError::io(&path, e))?.len();
+        for (ordinal, blob) in (0u32..).zip(&experts.blobs) {
+            let end = blob.offset.checked_add(self.blob_bytes as u64);
+            if !blob.offset.is_multiple_of(ALIGN) || end.is_none_or(|end| end > len) {
+                let what = format!(
+                    "expert {ordinal} is beyond the end of the file, or not aligned: import it again"
+                );
+                return Err(CheckpointError::invalid(&path, &what));
+            }
+            for (part, hash) in ["gate", "up", "down"].iter().zip(&blob.blake3) {
+                let name = format!("model.layers.{}.experts.{ordinal}.{part}", experts.layer);
+                self.hashes.insert(name, hash_of(manifest, hash)?);
+            }
+        }
+        self.files.insert(experts.layer, (path, file));
+        Ok(())
+    }
+
+    pub(super) fn tiers(&self) -> &[Tier] {
+        &self.manifest.tiers
+    }
+
+    pub(super) fn hash(&self, canonical: &str) -> Option<[u8; 32]> {
+        self.hashes.get(canonical).copied()
+    }
+
+    pub(crate) fn expert_dtypes(&self) -> [DType; 3] {
+        self.dtypes
+    }
+
+    /// Gate, up and down of an expert, as the weights digest lists them.
+    pub(super) fn expert_items(&self, name: &str) -> Vec<Item> {
+        let parts = ["gate", "up", "down"].into_iter().zip(self.dtypes).zip(self.sizes);
+        parts
+            .map(|((part, dtype), (outputs, inputs))| {
+                let name = format!("{name}.{part}");
+                let hash = self.hash(&name);
+                let bytes = (outputs * inputs * dtype.bytes()) as u64;
+                Item { name, dtype, shape: vec![outputs, inputs], bytes, tensor: None, hash }
+            })
+            .collect()
+    }
+
+    /// Reads an expert's blob and verifies its checksum.
+    pub(crate) fn read(&self, layer: u32, ordinal: u32, into: &mut [u8]) -> Result<(), CheckpointError> {
+        let (path, file) = &self.files[&layer];
+        let at = self.manifest.experts.binary_search_by_key(&layer, |shard| shard.layer);
+        let shard = &self.manifest.experts[at.expect("every layer has a shard")];
+        let blob = &shard.blobs[ordinal as usize];
+        file.read_exact_at(into, blob.offset).map_err(|e| CheckpointError::io(path, e))?;
+        let found = crc32fast::hash(into);
+        if found != blob.crc32 {
+            let what = format!(
+                "expert {ordinal} of layer {layer} at byte {} has checksum {found:08x} instead of {:08x}: the file is \
+                 damaged, import the checkpoint again",
+                blob.offset, blob.crc32
+            );
+            return Err(CheckpointError::invalid(path, &what));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,170 @@
+//! A model without an engine: what the tests across the crates compute with.
+#![allow(
+    clippy::unwrap_used,
+    clippy::missing_panics_doc,
+    reason = "this is test code; a panic is a failed test"
+)]
+
+use lite_llm_core::digest::Digest;
+use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
+use lite_llm_core::input::{RowResult, Sampling};
+use lite_llm_core::output::{Forward, Row, SampleSpec};
+use lite_llm_model::kernels::{DType, Isa};
+use lite_llm_model::{Capture, Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The directory of a golden checkpoint.
+pub fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+}
+
+/// How a run is cut and computed. None of it may change a bit.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// See [`PLAIN`].
+    pub chunk: usize,
+    /// See [`PLAIN`].
+    pub threads: usize,
+    /// See [`PLAIN`].
+    pub isa: Isa,
+    /// See [`PLAIN`].
+    pub resident: bool,
+    /// See [`PLAIN`].
+    pub batch: usize,
+}
+
+/// In one chunk, alone, with one thread of portable code, every expert resident.
+pub const PLAIN: How = How { chunk: 64, threads: 1, isa: Isa::Scalar, resident: true, batch: 1 };
+
+/// A model with everything loaded.
+pub fn open(dir: &Path, how: How) -> Model {
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let options =
+        ModelOptions { threads: how.threads, isa: how.isa, kv_dtype: Some(DType::F32), routing_seed: 0 };
+    let mut model = Model::open(Arc::new(checkpoint), options).unwrap();
+    model.load_base(0).unwrap();
+    model.load_routers().unwrap();
+    model
+}
+
+/// Every expert in a slot of its own; hands them out in waves of three, last first.
+pub struct Experts {
+    slots: Vec<Vec<u8>>,
+    table: Vec<(ExpertKey, Slot)>,
+    wanted: Vec<ExpertKey>,
+    wave: u32,
+    wave_len: u32,
+}
+
+impl Experts {
+    /// Loads every expert of every tier.
+    pub fn load(model: &Model) -> Self {
+        let loader = model.expert_loader();
+        let plan = model.plan(64, 8, Digest::default()).unwrap();
+        let mut this = Self { slots: vec![], table: vec![], wanted: vec![], wave: 0, wave_len: 0 };
+        let tiers: Vec<u32> = (0..).zip(&plan.tiers).map(|(tier, _)| tier).collect();
+        for key in plan.experts(&tiers) {
+            let mut slot = vec![0; usize::try_from(plan.slot_bytes).unwrap()];
+            loader.load(key, &mut slot).unwrap();
+            this.table.push((key, Slot(u32::try_from(this.slots.len()).unwrap())));
+            this.slots.push(slot);
+        }
+        this
+    }
+}
+
+impl ExpertSource for Experts {
+    fn need(&mut self, _: u32, experts: &[ExpertKey]) -> Result<(), Stopped> {
+        assert!(self.wanted.is_empty() && experts.is_sorted());
+        self.wanted = experts.to_vec();
+        (self.wave, self.wave_len) = (0, u32::try_from(experts.len().min(3)).unwrap());
+        Ok(())
+    }
+    fn provided(&mut self) -> Result<Provided, Stopped> {
+        let expert = self.wanted.pop().unwrap();
+        let at = self.table.binary_search_by_key(&expert, |&(key, _)| key).unwrap();
+        Ok(Provided { wave: self.wave, wave_len: self.wave_len, expert, slot: self.table[at].1 })
+    }
+    fn slot(&self, slot: Slot) -> &[u8] {
+        &self.slots[slot.0 as usize]
+    }
+    fn released(&mut self, _: u32, wave: u32) -> Result<(), Stopped> {
+        assert_eq!(wave, self.wave);
+        self.wave += 1;
+        self.wave_len = u32::try_from(self.wanted.len().min(3)).unwrap();
+        Ok(())
+    }
+}
+
+/// What a run shows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Seen {
+    /// Bits of the logits after each position.
+    pub logits: BTreeMap<u32, Vec<u32>>,
+    /// Experts and bits of their weights, by layer and position.
+    pub routes: BTreeMap<(u32, u32), (Vec<u32>, Vec<u32>)>,
+    /// What was generated.
+    pub tokens: Vec<u32>,
+}
+
+impl Capture for Seen {
+    fn wants_logits(&self, request: u64) -> bool {
+        request == 0
+    }
+    fn logits(&mut self, _: u64, position: u32, logits: &[f32]) {
+        self.logits.insert(position, logits.iter().map(|l| l.to_bits()).collect());
+    }
+    fn routes(&mut self, request: u64, layer: u32, position: u32, experts: &[u32], weights: &[f32]) {
+        if request == 0 {
+            let bits = weights.iter().map(|w| w.to_bits()).collect();
+            self.routes.insert((layer, position), (experts.to_vec(), bits));
+        }
+    }
+}
+
+/// Runs a prompt greedily as request 0, beside other requests with other prompts.
+pub fn run(model: &Model, tiers: &[u32], prompt: &[u32], steps: usize, how: How) -> Seen {
+    let mut cache = KvCache::new(model, 3 * u32::try_from(how.batch).unwrap()).unwrap();
+    let mut experts = Experts::load(model);
+    let table: Vec<_> = experts.table.iter().copied().filter(|(key, _)| tiers.contains(&key.tier)).collect();
+    let mut sequences: Vec<Vec<u32>> = (0..how.batch)
+        .map(|r| prompt.iter().map(|t| (t + 13 * u32::try_from(r).unwrap()) % 512).collect())
+        .collect();
+    let mut computed = 0;
+    let mut seen = Seen::default();
+    while seen.tokens.len() < steps {
+        let end = sequences[0].len().min(computed + how.chunk);
+        let rows: Vec<Row> = (0u32..)
+            .zip(&sequences)
+            .map(|(r, sequence)| Row {
+                request: u64::from(r),
+                start: u32::try_from(computed).unwrap(),
+                tokens: sequence[computed..end].to_vec(),
+                pages: vec![3 * r + 2, 3 * r, 3 * r + 1],
+                sample: (end == sequence.len()).then(|| SampleSpec {
+                    sampling: Sampling::default(),
+                    draw: 0,
+                    history: vec![],
+                }),
+            })
+            .collect();
+        let step = Forward {
+            step: StepId(0),
+            attempt: 0,
+            generation: Generation(0),
+            tiers: tiers.to_vec(),
+            rows,
+            resident: how.resident.then(|| table.clone()),
+        };
+        let results: Vec<RowResult> =
+            model.forward(&step, &mut cache, &mut experts, Some(&mut seen)).unwrap();
+        computed = end;
+        for (sequence, result) in sequences.iter_mut().zip(&results) {
+            sequence.extend(result.token);
+        }
+        seen.tokens.extend(results[0].token);
+    }
+    seen
+}
