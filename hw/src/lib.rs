@@ -1,3 +1,10 @@
 //! Real drivers of the Lite LLM runtime: files, CPU, clock, processes.
+//!
+//! [`node::Node`] runs the engine of one node: an event loop that owns it, a journal thread, a compute thread and a few
+//! loaders. What the engine decides, they obey; what happens, they report. Nothing here decides anything.
 
+pub mod arena;
 pub mod disk;
+pub mod memory;
+pub mod node;
+pub mod telemetry;

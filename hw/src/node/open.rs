@@ -1,0 +1,133 @@
+//! How a node comes to life: model and journal opened, the journal folded, the threads started.
+//!
+//! There is no second path for recovery. The fold gives the state of the last durable record; the event loop then begins
+//! with `Restarted`, or with `Boot` on an empty journal.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
+use std::sync::mpsc::{channel, sync_channel};
+use std::time::Duration;
+
+use lite_llm_core::LOGIC_VERSION;
+use lite_llm_core::digest::Digest;
+use lite_llm_core::engine::Engine;
+use lite_llm_core::ids::{Incarnation, Seq};
+use lite_llm_core::input::Input;
+use lite_llm_core::journal::{Header, Recovered, Store, scan};
+use lite_llm_core::output::Output;
+use lite_llm_core::replay::fold;
+use lite_llm_model::tokenizer::Tokenizer;
+use lite_llm_model::{Checkpoint, Model, ModelOptions};
+
+use super::compute::Compute;
+use super::event_loop::{Clock, EventLoop, Parts};
+use super::journal::Journal;
+use super::loaders::Loaders;
+use super::{Node, NodeError, NodeHandle, NodeOptions};
+use crate::disk::FileDisk;
+use crate::memory;
+use crate::telemetry::Telemetry;
+
+/// Commands and completions that may wait for the event loop.
+const MESSAGES_MAX: usize = 4096;
+/// Loader threads, if there are cores for them.
+const LOADERS_MAX: usize = 4;
+/// The node's number in its journal; a node of a cluster has another.
+const NODE: u32 = 0;
+
+pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
+    let NodeOptions { model_dir, state_dir, mut config, threads, isa, kv_dtype, capture, on_event } = options;
+    if config.memory_bytes == u64::MAX {
+        let measured = memory::measure();
+        let what = "cannot tell how much memory there is, so it must be given";
+        config.memory_bytes = measured.map_err(|source| NodeError::System { what, source })?.available;
+    }
+    // The lock first: nobody else may serve this state while its model is being read.
+    let mut disk = FileDisk::open(&state_dir)?;
+
+    let checkpoint = Arc::new(Checkpoint::open(&model_dir)?);
+    let tokenizer = Tokenizer::open(&model_dir)?;
+    let options = ModelOptions { threads, isa, kv_dtype, routing_seed: config.routing_seed.unwrap_or(0) };
+    let model = Model::open(checkpoint, options)?;
+    let tokenizer_digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);
+    let limits = &config.limits;
+    let plan = model.plan(limits.step_positions_max, limits.rows_max, tokenizer_digest)?;
+    let identity = Arc::new(plan.identity.clone());
+
+    let former = scan(&mut disk)?.header.map_or(0, |header| header.incarnation);
+    let header = Header {
+        logic_version: LOGIC_VERSION,
+        node: NODE,
+        incarnation: former + 1,
+        identity: Digest::of_value(&*identity).0,
+    };
+    let (store, recovered) = Store::open(disk, &header)?;
+    let telemetry = Telemetry::open(&state_dir, header.incarnation);
+    let what = "cannot open the telemetry files in the state directory";
+    let mut telemetry = telemetry.map_err(|source| NodeError::System { what, source })?;
+    let engine = refold(&recovered, &mut telemetry)?;
+    drop(recovered);
+
+    let incarnation = Incarnation(header.incarnation);
+    let entropy = RandomState::new().build_hasher().finish();
+    let loaders = threads.clamp(1, LOADERS_MAX).min(config.limits.loads_max as usize);
+    let first = if engine.next_seq() == Seq(1) {
+        Input::Boot { incarnation, config, entropy }
+    } else {
+        Input::Restarted { incarnation, config, entropy }
+    };
+
+    let (messages, receiver) = sync_channel(MESSAGES_MAX);
+    let (ready_sender, ready) = channel();
+    let parts = Parts {
+        loaders: Loaders::start(loaders, &model.expert_loader(), &messages)?,
+        compute: Compute::start(model, capture, messages.clone())?,
+        journal: Journal::start(store, messages.clone())?,
+    };
+    let clock = Clock::start(engine.now());
+    let event_loop = EventLoop::new(engine, clock, plan, tokenizer, telemetry, on_event, ready_sender);
+    let thread = std::thread::Builder::new()
+        .name("node".into())
+        .spawn(move || event_loop.run(parts, receiver, first))
+        .map_err(|source| NodeError::System { what: "cannot start the event loop", source })?;
+    Ok(Node { handle: NodeHandle { messages, identity }, ready, thread: Some(thread) })
+}
+
+/// The engine that the journal yields; telemetry that the former life had not written is written now.
+fn refold(recovered: &Recovered, telemetry: &mut Telemetry) -> Result<Engine, NodeError> {
+    let mut engine = match &recovered.snapshot {
+        None => Engine::new(),
+        Some(snapshot) => {
+            let broken = |what: String| NodeError::Snapshot { next: snapshot.next, what };
+            if snapshot.logic_version != LOGIC_VERSION {
+                return Err(broken(format!(
+                    "it is of logic version {}, this program reads {LOGIC_VERSION}; use the version that wrote it",
+                    snapshot.logic_version
+                )));
+            }
+            let engine = Engine::restore(&snapshot.bytes).map_err(|error| broken(error.to_string()))?;
+            if engine.next_seq() != Seq(snapshot.next) || engine.digest() != Digest(snapshot.digest) {
+                return Err(broken(
+                    "its state is of another record; restore the state directory from a copy".into(),
+                ));
+            }
+            engine
+        }
+    };
+    fold(&mut engine, &recovered.records, |_, output| {
+        if let Output::Event { seq, event } = output {
+            telemetry.regenerate(*seq, event);
+        }
+    })?;
+    Ok(engine)
+}
+
+impl Clock {
+    /// A clock that begins now, or at `last` if the system's clock has been set back since.
+    fn start(last: lite_llm_core::time::Time) -> Self {
+        let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now = u64::try_from(since_1970.unwrap_or(Duration::ZERO).as_nanos()).unwrap_or(u64::MAX);
+        Self::new(lite_llm_core::time::Time(now).max(last))
+    }
+}

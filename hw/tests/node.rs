@@ -1,0 +1,393 @@
+//! A node on real files and real arithmetic: the oracle's tokens, whatever happens to the process in between.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use lite_llm_core::config::Config;
+use lite_llm_core::engine::Engine;
+use lite_llm_core::event::{Event, Phase};
+use lite_llm_core::ids::{Generation, Incarnation, RequestId};
+use lite_llm_core::input::{Body, SwitchTarget};
+use lite_llm_core::journal::{JournalError, scan};
+use lite_llm_core::lifecycle::Lifecycle;
+use lite_llm_core::output::{FinishReason, Output};
+use lite_llm_core::replay::fold;
+use lite_llm_hw::disk::FileDisk;
+use lite_llm_hw::node::{Node, NodeError, NodeOptions, StreamEvent};
+use lite_llm_hw::telemetry;
+use lite_llm_model::Capture;
+use lite_llm_model::tokenizer::Tokenizer;
+
+/// A budget in which everything of a fixture fits.
+const ROOMY: u64 = 512 << 20;
+
+struct Oracle {
+    dir: PathBuf,
+    prompts: Vec<Vec<u32>>,
+    greedy: Vec<Vec<u32>>,
+}
+
+impl Oracle {
+    fn of(name: &str) -> Self {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name);
+        let text = std::fs::read_to_string(dir.join("oracle.json")).unwrap();
+        let oracle: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let tokens = |value: &serde_json::Value| -> Vec<u32> {
+            value.as_array().unwrap().iter().map(|token| token.as_u64().unwrap() as u32).collect()
+        };
+        let prompts = oracle["prompts"].as_array().unwrap().iter().map(tokens).collect();
+        let greedy = oracle["greedy"].as_array().unwrap().iter().map(|g| tokens(&g["tokens"])).collect();
+        Self { dir, prompts, greedy }
+    }
+
+    fn options(&self, state: &Path) -> NodeOptions {
+        let config = Config { memory_bytes: ROOMY, ..Config::default() };
+        NodeOptions { threads: 2, ..NodeOptions::new(&self.dir, state, config) }
+    }
+
+    fn start(&self, state: &Path) -> Node {
+        Node::start(self.options(state)).unwrap()
+    }
+
+    fn body(&self, prompt: usize) -> Body {
+        let (prompt, max_tokens) = (self.prompts[prompt].clone(), self.greedy[prompt].len() as u32);
+        Body { prompt, max_tokens, ..Body::default() }
+    }
+
+    /// The least memory that the node says it needs.
+    fn memory_min(&self) -> u64 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut options = self.options(dir.path());
+        options.config.memory_bytes = 1;
+        let Err(NodeError::Boot(refusal)) = Node::start(options) else { panic!("one byte is not enough") };
+        let (_, needed) = refusal.split_once("needs at least ").unwrap();
+        needed.split(':').next().unwrap().parse().unwrap()
+    }
+}
+
+fn id(name: &str) -> RequestId {
+    RequestId::new(name).unwrap()
+}
+
+/// Tokens until the stream ends, which begins at an offset.
+fn collect(events: &Receiver<StreamEvent>, from: u32) -> (Vec<u32>, Option<FinishReason>) {
+    let mut tokens = Vec::new();
+    assert!(matches!(events.recv(), Ok(StreamEvent::Accepted { .. })), "accepted before anything else");
+    for event in events {
+        match event {
+            StreamEvent::Token { offset, token } => {
+                assert_eq!(offset, from + tokens.len() as u32, "offsets are dense");
+                tokens.push(token);
+            }
+            StreamEvent::Finish { reason, generated } => {
+                assert_eq!(generated, from + tokens.len() as u32, "every token before the end");
+                return (tokens, Some(reason));
+            }
+            other => panic!("{other:?} in the middle of a stream"),
+        }
+    }
+    (tokens, None)
+}
+
+#[test]
+fn greedy_tokens_are_the_oracles() {
+    let oracle = Oracle::of("olmoe");
+    let state = tempfile::tempdir().unwrap();
+    let node = oracle.start(state.path());
+    for prompt in 0..oracle.prompts.len() {
+        let events = node.submit(id(&format!("p{prompt}")), oracle.body(prompt), 0);
+        assert_eq!(collect(&events, 0), (oracle.greedy[prompt].clone(), Some(FinishReason::Length)));
+    }
+    let status = node.status().unwrap();
+    assert_eq!((status.lifecycle, status.incarnation), (Lifecycle::Active, Incarnation(1)));
+    assert!(status.requests.is_empty() && status.durable <= status.seq);
+    node.drain(None).unwrap();
+    let handle = node.handle();
+    let report = node.wait().unwrap();
+    assert_eq!(report.unfinished, 0);
+    assert!(matches!(handle.status(), Err(NodeError::Ended)));
+    let refused = handle.submit(id("late"), oracle.body(0), 0).recv().unwrap();
+    assert!(matches!(refused, StreamEvent::Refused { .. }));
+}
+
+#[test]
+fn a_killed_node_goes_on_where_its_journal_ends() {
+    let oracle = Oracle::of("olmoe");
+    for after in [0, 1, 7, 20] {
+        let state = tempfile::tempdir().unwrap();
+        let mut heard = Vec::new();
+        {
+            let node = oracle.start(state.path());
+            let events = node.submit(id("r"), oracle.body(1), 0);
+            let other = node.submit(id("other"), oracle.body(2), 0);
+            assert!(matches!(events.recv(), Ok(StreamEvent::Accepted { generated: 0 })));
+            assert!(matches!(other.recv(), Ok(StreamEvent::Accepted { generated: 0 })));
+            while heard.len() < after {
+                match events.recv().unwrap() {
+                    StreamEvent::Token { token, .. } => heard.push(token),
+                    other => panic!("{other:?} before token {after}"),
+                }
+            }
+        }
+        assert_eq!(heard, oracle.greedy[1][..after], "what was heard is a prefix");
+        let node = oracle.start(state.path());
+        assert_eq!(node.status().unwrap().incarnation, Incarnation(2));
+        let rest = node.submit(id("r"), oracle.body(1), after as u32);
+        assert_eq!(
+            collect(&rest, after as u32),
+            (oracle.greedy[1][after..].to_vec(), Some(FinishReason::Length))
+        );
+        let again = node.submit(id("other"), oracle.body(2), 0);
+        assert_eq!(collect(&again, 0).0, oracle.greedy[2], "it goes on unasked, and is found again");
+        let changed = node.submit(id("r"), oracle.body(0), 0);
+        assert!(matches!(changed.recv(), Ok(StreamEvent::Refused { .. })), "the same id with another body");
+    }
+}
+
+#[test]
+fn many_lives_make_one_stream() {
+    let oracle = Oracle::of("olmoe");
+    let state = tempfile::tempdir().unwrap();
+    let mut tokens: Vec<u32> = Vec::new();
+    for life in 1.. {
+        let node = oracle.start(state.path());
+        assert_eq!(node.status().unwrap().incarnation, Incarnation(life));
+        let events = node.submit(id("r"), oracle.body(2), tokens.len() as u32);
+        let mut now = events.into_iter().filter_map(|event| match event {
+            StreamEvent::Token { token, .. } => Some(token),
+            _ => None,
+        });
+        tokens.extend(now.by_ref().take(3));
+        if tokens.len() == oracle.greedy[2].len() {
+            break;
+        }
+        if life == 3 {
+            node.snapshot().unwrap();
+        }
+    }
+    assert_eq!(tokens, oracle.greedy[2]);
+}
+
+#[test]
+fn the_smallest_arena_gives_the_same_tokens() {
+    let oracle = Oracle::of("olmoe");
+    let least = oracle.memory_min();
+    let state = tempfile::tempdir().unwrap();
+    let mut options = oracle.options(state.path());
+    options.config.memory_bytes = least;
+    let node = Node::start(options).unwrap();
+    let carving = node.status().unwrap().carving;
+    assert_eq!((carving.slots, carving.pages), (2, 1), "the smallest arena that can be had");
+    for prompt in [2, 0] {
+        let events = node.submit(id(&format!("p{prompt}")), oracle.body(prompt), 0);
+        assert_eq!(collect(&events, 0).0, oracle.greedy[prompt]);
+    }
+    let long = Body { max_tokens: 65, ..oracle.body(0) };
+    assert!(matches!(node.submit(id("long"), long, 0).recv(), Ok(StreamEvent::Refused { .. })));
+    drop(node);
+
+    let mut options = oracle.options(tempfile::tempdir().unwrap().path());
+    options.config.memory_bytes = least - 1;
+    assert!(matches!(Node::start(options), Err(NodeError::Boot(_))), "a byte less is refused");
+    let mut options = oracle.options(tempfile::tempdir().unwrap().path());
+    options.config.memory_bytes = 1 << 60;
+    let Err(NodeError::Boot(refusal)) = Node::start(options) else { panic!("an exbibyte is not there") };
+    assert!(refusal.contains("give at most "), "{refusal}");
+}
+
+#[test]
+fn a_batch_gives_what_each_gives_alone() {
+    let oracle = Oracle::of("olmoe");
+    let state = tempfile::tempdir().unwrap();
+    let mut options = oracle.options(state.path());
+    options.config.memory_bytes = oracle.memory_min() + 20 * 4096;
+    options.config.limits.rows_max = 8;
+    let node = Node::start(options).unwrap();
+    let streams: Vec<_> =
+        (0..8).map(|n| (n % 3, node.submit(id(&format!("r{n}")), oracle.body(n % 3), 0))).collect();
+    for (prompt, events) in streams {
+        assert_eq!(collect(&events, 0), (oracle.greedy[prompt].clone(), Some(FinishReason::Length)));
+    }
+}
+
+#[test]
+fn a_drain_with_a_bound_leaves_the_rest_to_the_next_life() {
+    let oracle = Oracle::of("olmoe");
+    let state = tempfile::tempdir().unwrap();
+    let node = oracle.start(state.path());
+    let events = node.submit(id("r"), oracle.body(2), 0);
+    assert!(matches!(events.recv(), Ok(StreamEvent::Accepted { .. })));
+    node.drain(Some(Duration::ZERO)).unwrap();
+    let report = node.wait().unwrap();
+    assert_eq!(report.unfinished, 1);
+    let disk = &mut FileDisk::open_read_only(state.path()).unwrap();
+    let mut engine = Engine::new();
+    fold(&mut engine, &scan(disk).unwrap().records, |_, _| {}).unwrap();
+    assert_eq!(engine.state_digest(), report.state_digest, "the journal holds the clean stop");
+    assert_eq!(engine.view().lifecycle(), Lifecycle::Stopped);
+    let node = oracle.start(state.path());
+    let events = node.submit(id("r"), oracle.body(2), 0);
+    assert_eq!(collect(&events, 0).0, oracle.greedy[2]);
+}
+
+#[test]
+fn telemetry_is_what_a_replay_writes() {
+    let oracle = Oracle::of("olmoe");
+    let state = tempfile::tempdir().unwrap();
+    let mut options = oracle.options(state.path());
+    let (phases, seen) = std::sync::mpsc::channel();
+    options.on_event = Some(Box::new(move |_, event| {
+        if let Event::PhaseDone { phase, .. } = event {
+            phases.send(*phase).unwrap();
+        }
+    }));
+    let node = Node::start(options).unwrap();
+    let phases: Vec<Phase> = seen.try_iter().collect();
+    assert!(phases.is_sorted() && phases.len() == 9, "every phase in its order: {phases:?}");
+    assert_eq!(collect(&node.submit(id("a"), oracle.body(0), 0), 0).0, oracle.greedy[0]);
+    drop(node);
+    let node = oracle.start(state.path());
+    assert_eq!(collect(&node.submit(id("b"), oracle.body(1), 0), 0).0, oracle.greedy[1]);
+    node.drain(None).unwrap();
+    node.wait().unwrap();
+
+    let disk = &mut FileDisk::open_read_only(state.path()).unwrap();
+    let mut replayed = String::new();
+    fold(&mut Engine::new(), &scan(disk).unwrap().records, |_, output| {
+        if let Output::Event { seq, event } = output {
+            replayed += &telemetry::line(*seq, event);
+        }
+    })
+    .unwrap();
+    let written = std::fs::read_to_string(state.path().join(telemetry::EVENTS_NAME)).unwrap();
+    assert_eq!(written, replayed);
+    assert!(std::fs::read_to_string(state.path().join(telemetry::TIMINGS_NAME)).unwrap().contains("Step"));
+}
+
+#[test]
+fn snapshots_bound_the_journal_and_carry_the_streams() {
+    let oracle = Oracle::of("olmoe");
+    let state = tempfile::tempdir().unwrap();
+    let mut options = oracle.options(state.path());
+    options.config.snapshot_every = 10;
+    let node = Node::start(options).unwrap();
+    assert_eq!(collect(&node.submit(id("a"), oracle.body(0), 0), 0).0, oracle.greedy[0]);
+    let next = node.snapshot().unwrap();
+    drop(node);
+    let disk = &mut FileDisk::open_read_only(state.path()).unwrap();
+    assert_eq!(scan(disk).unwrap().snapshot.map(|snapshot| snapshot.next), Some(next.0));
+    let node = oracle.start(state.path());
+    let found = node.submit(id("a"), oracle.body(0), 0);
+    assert_eq!(collect(&found, 0), (oracle.greedy[0].clone(), Some(FinishReason::Length)));
+}
+
+#[test]
+fn tiers_are_switched_by_name() {
+    let oracle = Oracle::of("olmoe");
+    let state = tempfile::tempdir().unwrap();
+    let node = oracle.start(state.path());
+    let pinned = node.switch(SwitchTarget::Tiers(vec!["all".into()]), Some((id("r"), 9)));
+    let unknown = node.switch(SwitchTarget::Tiers(vec!["none".into()]), None).recv().unwrap();
+    assert!(unknown.unwrap_err().contains("unknown tier"));
+    let now = node.switch(SwitchTarget::Tiers(vec![]), None).recv().unwrap();
+    assert_eq!(now, Ok(Generation(0)), "all tiers are the one that is active");
+    let events = node.submit(id("r"), oracle.body(1), 0);
+    assert_eq!(collect(&events, 0).0, oracle.greedy[1]);
+    assert_eq!(pinned.recv().unwrap(), Ok(Generation(0)));
+    let spans = node.handle().generations(&id("r")).unwrap().unwrap();
+    assert_eq!(spans.last().unwrap().tiers, ["all"]);
+    assert_eq!(node.handle().generations(&id("x")).unwrap(), None);
+}
+
+#[test]
+fn streams_are_cancelled_and_stop_at_a_text() {
+    let oracle = Oracle::of("mixtral");
+    let tokenizer = Tokenizer::open(&oracle.dir).unwrap().unwrap();
+    let state = tempfile::tempdir().unwrap();
+    let node = oracle.start(state.path());
+    assert!(matches!(node.cancel(id("nobody")), Err(NodeError::Refused(_))));
+    let endless = Body { max_tokens: 150, ignore_eos: true, ..oracle.body(0) };
+    let events = node.submit(id("endless"), endless, 0);
+    assert!(matches!(events.recv(), Ok(StreamEvent::Accepted { .. })));
+    node.cancel(id("endless")).unwrap();
+    let last = events.into_iter().last().unwrap();
+    assert!(matches!(last, StreamEvent::Finish { reason: FinishReason::Cancelled, .. }), "{last:?}");
+
+    let greedy = &oracle.greedy[2];
+    let text = |n: usize| tokenizer.decode(&greedy[..n]).unwrap();
+    let whole = text(greedy.len());
+    let (end, _) = whole.char_indices().nth(whole.chars().count() / 2).unwrap();
+    let (start, _) = whole[..end].char_indices().rev().nth(2).unwrap();
+    let stop = &whole[start..end];
+    let expected = (1..=greedy.len()).find(|&n| text(n).contains(stop)).unwrap();
+    assert!(expected < greedy.len());
+    let body = Body { stop: vec!["never in there".into(), stop.into()], ..oracle.body(2) };
+    let events = node.submit(id("stop"), body, 0);
+    assert_eq!(collect(&events, 0), (greedy[..expected].to_vec(), Some(FinishReason::Stop)));
+
+    let bare = Oracle::of("olmoe");
+    let state = tempfile::tempdir().unwrap();
+    let node = bare.start(state.path());
+    let body = Body { stop: vec!["x".into()], ..bare.body(0) };
+    assert!(matches!(node.submit(id("a"), body, 0).recv(), Ok(StreamEvent::Refused { .. })));
+}
+
+#[test]
+fn a_state_directory_is_of_one_model_and_one_process() {
+    let (olmoe, mixtral) = (Oracle::of("olmoe"), Oracle::of("mixtral"));
+    let state = tempfile::tempdir().unwrap();
+    let node = olmoe.start(state.path());
+    assert!(matches!(Node::start(olmoe.options(state.path())), Err(NodeError::State(_))));
+    drop(node);
+    let other = Node::start(mixtral.options(state.path()));
+    assert!(matches!(other, Err(NodeError::Journal(JournalError::Identity { .. }))));
+    let mut options = olmoe.options(state.path());
+    options.config.routing_seed = Some(5);
+    assert!(matches!(Node::start(options), Err(NodeError::Boot(_))), "the routing seed decides bits too");
+    drop(olmoe.start(state.path()));
+}
+
+/// Sees that all is as it was, then panics.
+struct Bomb {
+    routes: u32,
+}
+
+impl Capture for Bomb {
+    fn wants_logits(&self, _: u64) -> bool {
+        false
+    }
+    fn logits(&mut self, _: u64, _: u32, _: &[f32]) {}
+    fn routes(&mut self, _: u64, _: u32, _: u32, _: &[u32], _: &[f32]) {
+        self.routes += 1;
+        assert!(self.routes < 40, "boom");
+    }
+}
+
+#[test]
+fn a_panic_is_reported_and_leaves_a_journal_that_goes_on() {
+    let oracle = Oracle::of("olmoe");
+    let state = tempfile::tempdir().unwrap();
+    let mut options = oracle.options(state.path());
+    options.capture = Some(Box::new(Bomb { routes: 0 }));
+    let node = Node::start(options).unwrap();
+    let events = node.submit(id("r"), oracle.body(1), 0);
+    assert_eq!(collect(&events, 0).1, None, "the stream breaks off");
+    let Err(NodeError::Panic { thread, message, .. }) = node.wait() else { panic!("no panic") };
+    assert_eq!((thread, message.as_str()), ("compute", "boom"));
+
+    let mut options = oracle.options(state.path());
+    options.on_event = Some(Box::new(|_, event| {
+        assert!(!matches!(event, Event::StepDone { .. }), "bang");
+    }));
+    let node = Node::start(options).unwrap();
+    let Err(NodeError::Panic { seq, thread, message }) = node.wait() else { panic!("no panic") };
+    assert_eq!((thread, message.as_str()), ("node", "bang"));
+    let disk = &mut FileDisk::open_read_only(state.path()).unwrap();
+    assert_eq!(scan(disk).unwrap().records.last().unwrap().seq, seq.0, "every input is in the log");
+
+    let node = oracle.start(state.path());
+    let events = node.submit(id("r"), oracle.body(1), 0);
+    assert_eq!(collect(&events, 0).0, oracle.greedy[1]);
+}
