@@ -1,1 +1,109 @@
-//! Criterion benches of the Lite LLM runtime.
+//! Models for the benches.
+#![allow(clippy::missing_panics_doc, reason = "a bench that cannot run has nothing to report")]
+
+use lite_llm_core::digest::Digest;
+use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
+use lite_llm_core::input::Sampling;
+use lite_llm_core::output::{Forward, Row, SampleSpec};
+use lite_llm_model::kernels::{DType, Isa};
+use lite_llm_model::synth::{SynthFamily, SynthSpec, synth};
+use lite_llm_model::{Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// The synthetic OLMoE shape of the figures: hidden 2048, 16 heads of 128, 64 experts of 1024, top 8, 4 layers, bf16. It
+/// is made once and kept in the target directory.
+#[must_use]
+pub fn olmoe_shape() -> PathBuf {
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/bench-models/olmoe");
+    if !dir.exists() {
+        std::fs::create_dir_all(dir.parent().expect("a joined path")).expect("the target directory");
+        let spec = SynthSpec {
+            layers: 4,
+            hidden: 2048,
+            heads: 16,
+            kv_heads: 16,
+            head_dim: 128,
+            experts: 64,
+            top_k: 8,
+            intermediate: 1024,
+            vocab: 50304,
+            context: 4096,
+            dtype: DType::Bf16,
+            ..SynthSpec::of(SynthFamily::Olmoe)
+        };
+        synth(&dir, &spec).expect("room for 4 GB in the target directory");
+    }
+    dir
+}
+
+/// A model whose experts are all in memory.
+pub struct Resident {
+    model: Model,
+    cache: KvCache,
+    slots: Slots,
+    table: Vec<(ExpertKey, Slot)>,
+}
+
+struct Slots(Vec<Vec<u8>>);
+
+impl ExpertSource for Slots {
+    fn need(&mut self, _: u32, _: &[ExpertKey]) -> Result<(), Stopped> {
+        Err(Stopped)
+    }
+    fn provided(&mut self) -> Result<Provided, Stopped> {
+        Err(Stopped)
+    }
+    fn slot(&self, slot: Slot) -> &[u8] {
+        &self.0[slot.0 as usize]
+    }
+    fn released(&mut self, _: u32, _: u32) -> Result<(), Stopped> {
+        Err(Stopped)
+    }
+}
+
+impl Resident {
+    /// Loads everything.
+    #[must_use]
+    pub fn load(dir: &std::path::Path, threads: usize) -> Self {
+        let checkpoint = Arc::new(Checkpoint::open(dir).expect("a checkpoint"));
+        let options = ModelOptions { threads, isa: Isa::detect(), kv_dtype: None, routing_seed: 0 };
+        let mut model = Model::open(checkpoint, options).expect("a model");
+        model.load_base(0).expect("base parameters");
+        model.load_routers().expect("routers");
+        let plan = model.plan(256, 1, Digest::default()).expect("a plan");
+        let loader = model.expert_loader();
+        let (mut slots, mut table) = (Vec::new(), Vec::new());
+        for key in plan.experts(&[0]) {
+            let mut slot = vec![0; model.slot_bytes()];
+            loader.load(key, &mut slot).expect("an expert");
+            table.push((key, Slot(u32::try_from(slots.len()).expect("few experts"))));
+            slots.push(slot);
+        }
+        let cache = KvCache::new(&model, 16).expect("a cache");
+        Self { model, cache, slots: Slots(slots), table }
+    }
+
+    /// Computes positions `start..start + tokens` of one sequence and returns the next token.
+    pub fn step(&mut self, start: u32, tokens: &[u32]) -> u32 {
+        let sampling = Sampling::default();
+        let row = Row {
+            request: 0,
+            start,
+            tokens: tokens.to_vec(),
+            pages: (0..16).collect(),
+            sample: Some(SampleSpec { sampling, draw: 0, history: vec![] }),
+        };
+        let forward = Forward {
+            step: StepId(0),
+            attempt: 0,
+            generation: Generation(0),
+            tiers: vec![0],
+            rows: vec![row],
+            resident: Some(self.table.clone()),
+        };
+        let results =
+            self.model.forward(&forward, &mut self.cache, &mut self.slots, None).expect("finite values");
+        results[0].token.expect("the row samples")
+    }
+}
