@@ -34,6 +34,7 @@ mod state;
 mod step;
 mod switch;
 pub mod time;
+pub mod topology;
 pub mod view;
 
 /// Version of the fold: a core that would fold a journal differently has another.

@@ -14,7 +14,9 @@ pub(super) const TURN_END: u32 = 2;
 /// `config.json`.
 pub(super) fn model(spec: &SynthSpec) -> Value {
     let mut fields = Map::new();
-    let mut set = |key: &str, value: Value| fields.insert(key.into(), value);
+    let mut set = |key: &str, value: Value| {
+        fields.insert(key.into(), value);
+    };
     let class = match spec.family {
         SynthFamily::Llama => "LlamaForCausalLM",
         SynthFamily::Mixtral => "MixtralForCausalLM",
@@ -51,6 +53,12 @@ pub(super) fn model(spec: &SynthSpec) -> Value {
         set("output_router_logits", json!(false));
         set("router_aux_loss_coef", json!(0.001));
     }
+    of_family(spec, set);
+    Value::Object(fields)
+}
+
+/// What each family has of its own.
+fn of_family(spec: &SynthSpec, mut set: impl FnMut(&str, Value)) {
     match spec.family {
         SynthFamily::Llama => {
             set("attention_bias", json!(false));
@@ -92,7 +100,6 @@ pub(super) fn model(spec: &SynthSpec) -> Value {
             }
         }
     }
-    Value::Object(fields)
 }
 
 /// `generation_config.json`.
