@@ -7,4 +7,5 @@ pub mod arena;
 pub mod disk;
 pub mod memory;
 pub mod node;
+pub mod supervisor;
 pub mod telemetry;

@@ -5,6 +5,7 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{channel, sync_channel};
 use std::time::Duration;
@@ -21,6 +22,7 @@ use lite_llm_model::tokenizer::Tokenizer;
 use lite_llm_model::{Checkpoint, Model, ModelOptions};
 
 use super::compute::Compute;
+use super::error::panic_message;
 use super::event_loop::{Clock, EventLoop, Parts};
 use super::journal::Journal;
 use super::loaders::Loaders;
@@ -115,11 +117,21 @@ fn refold(recovered: &Recovered, telemetry: &mut Telemetry) -> Result<Engine, No
             engine
         }
     };
-    fold(&mut engine, &recovered.records, |_, output| {
-        if let Output::Event { seq, event } = output {
-            telemetry.regenerate(*seq, event);
+    // A record that broke an invariant in the last life breaks it again: that is a report, not a second crash.
+    let folded = catch_unwind(AssertUnwindSafe(|| {
+        fold(&mut engine, &recovered.records, |_, output| {
+            if let Output::Event { seq, event } = output {
+                telemetry.regenerate(*seq, event);
+            }
+        })
+    }));
+    match folded {
+        Ok(folded) => folded?,
+        Err(panic) => {
+            let seq = Seq(engine.next_seq().0 - 1);
+            return Err(NodeError::Panic { seq, thread: "recovery", message: panic_message(&*panic) });
         }
-    })?;
+    }
     Ok(engine)
 }
 
