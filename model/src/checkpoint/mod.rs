@@ -1,7 +1,7 @@
 //! A checkpoint directory: configuration, tensors, and the one canonical list of the tensors that are used.
 //!
-//! There are two forms: a Hugging Face directory as published ([`tensors`]), and a native checkpoint that
-//! [`import`](import::import) makes of one ([`native`]): a manifest beside shards in which each expert is one blob.
+//! There are two forms: a Hugging Face directory as published (`tensors`), and a native checkpoint that
+//! `import`(import::import) makes of one (`native`): a manifest beside shards in which each expert is one blob.
 //!
 //! Nothing that a file says is trusted: every size, offset and name is checked before anything is allocated for it.
 

@@ -1,7 +1,7 @@
 //! The forward pass of one batch step: every row through every layer, experts as they come.
 //!
 //! All rows share each matrix product; the bits of a row depend on that row alone. Attention is per row, over pages.
-//! [`experts`] is the mixture with the protocol of need, provision and release; [`output`] chooses tokens and digests.
+//! `experts` is the mixture with the protocol of need, provision and release; `output` chooses tokens and digests.
 
 mod attention;
 mod cache;

@@ -83,7 +83,7 @@ impl Pool {
         pool
     }
 
-    /// Runs the [`self_test`] on every thread of the pool, the caller included: the control registers belong to
+    /// Runs [`self_test`](super::self_test()) on every thread of the pool, the caller included: the control registers belong to
     /// threads, not to the process. Not to be called from inside a task.
     ///
     /// # Errors
