@@ -82,7 +82,13 @@ unsafe fn tile<const TYPE: u8, const ROWS: usize, const FLIGHT: usize>(
             for step in 0..steps {
                 for (lane, acc) in acc.iter_mut().enumerate() {
                     let index = lane * steps + step;
-                    let [low, high] = load_entry::<TYPE>(w_first.add(index * entry));
+                    let at = w_first.add(index * entry);
+                    if ROWS <= 2 {
+                        // The weights are read once: what the next lanes need is asked for now. Each lane is a run too
+                        // short for the hardware to see ahead.
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(FLIGHT * steps * entry).cast());
+                    }
+                    let [low, high] = load_entry::<TYPE>(at);
                     for (row, acc) in acc.iter_mut().enumerate() {
                         let x = _mm256_broadcast_ss(&*x_first.add(index * ROWS + row));
                         acc[0] = _mm256_fmadd_ps(x, low, acc[0]);
