@@ -18,6 +18,7 @@ use lite_llm_hw::disk::FileDisk;
 use lite_llm_hw::node::{Node, NodeError, NodeOptions, StreamEvent};
 use lite_llm_hw::telemetry;
 use lite_llm_model::Capture;
+use lite_llm_model::checkpoint::import::{import, parse_tiers};
 use lite_llm_model::tokenizer::Tokenizer;
 
 /// A budget in which everything of a fixture fits.
@@ -194,7 +195,7 @@ fn the_smallest_arena_gives_the_same_tokens() {
     let mut options = oracle.options(tempfile::tempdir().unwrap().path());
     options.config.memory_bytes = 1 << 60;
     let Err(NodeError::Boot(refusal)) = Node::start(options) else { panic!("an exbibyte is not there") };
-    assert!(refusal.contains("give at most "), "{refusal}");
+    assert!(refusal.contains("give at most that"), "{refusal}");
 }
 
 #[test]
@@ -347,6 +348,87 @@ fn a_state_directory_is_of_one_model_and_one_process() {
     options.config.routing_seed = Some(5);
     assert!(matches!(Node::start(options), Err(NodeError::Boot(_))), "the routing seed decides bits too");
     drop(olmoe.start(state.path()));
+}
+
+/// A fixture in two tiers, and where its files are.
+fn tiered(oracle: &Oracle, tiers: &str) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let native = dir.path().join("native");
+    import(&oracle.dir, &native, Some(parse_tiers(tiers).unwrap()), 2, |_, _| {}).unwrap();
+    (dir, native)
+}
+
+/// A stream that begins under one tier and is switched to both at a position of its own.
+fn switched_stream(native: &Path, state: &Path, oracle: &Oracle, kill_after: Option<usize>) -> Vec<u32> {
+    let options = || {
+        let tier_set = vec!["small".into()];
+        let config = Config { memory_bytes: ROOMY, tier_set, ..Config::default() };
+        NodeOptions { threads: 2, ..NodeOptions::new(native, state, config) }
+    };
+    let mut node = Node::start(options()).unwrap();
+    let switched = node.switch(SwitchTarget::Tiers(vec![]), Some((id("r"), 40)));
+    let mut events = node.submit(id("r"), oracle.body(2), 0);
+    if let Some(tokens) = kill_after {
+        assert_eq!(events.iter().take(tokens + 1).count(), tokens + 1);
+        drop(node);
+        node = Node::start(options()).unwrap();
+        events = node.submit(id("r"), oracle.body(2), 0);
+    }
+    let (tokens, finish) = collect(&events, 0);
+    assert_eq!(finish, Some(FinishReason::Length));
+    if kill_after.is_none() {
+        assert_eq!(switched.recv().unwrap(), Ok(Generation(1)));
+    }
+    let spans = node.handle().generations(&id("r")).unwrap().unwrap();
+    let map: Vec<_> = spans.iter().map(|span| (span.until, span.tiers.join("+"))).collect();
+    assert_eq!(map, [(40, "small".to_owned()), (56, "small+large".to_owned())]);
+    assert_eq!(node.status().unwrap().generation.unwrap().1, ["small", "large"]);
+    tokens
+}
+
+#[test]
+fn a_switch_of_tiers_is_where_the_journal_says_in_every_life() {
+    let oracle = Oracle::of("olmoe");
+    let (_dir, native) = tiered(&oracle, "small:4,large:4:cold");
+    let stream = |kill_after| {
+        let state = tempfile::tempdir().unwrap();
+        switched_stream(&native, state.path(), &oracle, kill_after)
+    };
+    let reference = stream(None);
+    assert_ne!(reference, oracle.greedy[2], "the small tier alone is another model");
+    for kill_after in [0, 3, 7, 8, 9, 20] {
+        assert_eq!(stream(Some(kill_after)), reference, "killed after {kill_after}");
+    }
+    let state = tempfile::tempdir().unwrap();
+    let whole = Node::start(NodeOptions::new(&native, state.path(), Config::default())).unwrap();
+    assert_eq!(collect(&whole.submit(id("r"), oracle.body(2), 0), 0).0, oracle.greedy[2]);
+}
+
+#[test]
+fn a_corrupt_expert_is_a_fault_of_who_needs_it() {
+    let oracle = Oracle::of("olmoe");
+    let (_dir, native) = tiered(&oracle, "small:4,large:4:cold");
+    let experts = std::fs::read_dir(&native).unwrap().map(|entry| entry.unwrap().path());
+    let experts = experts.filter(|path| path.file_name().unwrap().to_str().unwrap().contains("expert"));
+    for path in experts {
+        // The second half of each file is the large tier.
+        let mut bytes = std::fs::read(&path).unwrap();
+        let half = bytes.len() / 2;
+        for at in (half..bytes.len()).step_by(512) {
+            bytes[at] ^= 1;
+        }
+        std::fs::write(&path, bytes).unwrap();
+    }
+    let state = tempfile::tempdir().unwrap();
+    let config = Config { tier_set: vec!["small".into()], ..Config::default() };
+    let node = Node::start(NodeOptions { threads: 1, ..NodeOptions::new(&native, state.path(), config) });
+    let node = node.unwrap();
+    let (_, finish) = collect(&node.submit(id("small"), oracle.body(1), 0), 0);
+    assert_eq!(finish, Some(FinishReason::Length), "the small tier is whole");
+    let refused = node.switch(SwitchTarget::Tiers(vec![]), None).recv().unwrap();
+    assert!(refused.unwrap_err().contains("corrupt"), "a tier that does not verify is not switched to");
+    let (_, finish) = collect(&node.submit(id("after"), oracle.body(1), 0), 0);
+    assert_eq!(finish, Some(FinishReason::Length), "the old tiers go on");
 }
 
 /// Sees that all is as it was, then panics.

@@ -315,18 +315,22 @@ impl EventLoop {
     }
 
     fn reserve(&mut self, memory_bytes: u64) {
+        let refuse = |what: String| Input::BootFailed { fault: Fault::Resource(what) };
         let answer = match memory::measure() {
-            Ok(memory) if memory_bytes > memory.available => {
-                let fault = Fault::Resource(format!(
-                    "memory_bytes is {memory_bytes}, but this machine has {} available of {}: give at most {}",
-                    memory.available, memory.total, memory.available
-                ));
-                Input::BootFailed { fault }
+            Err(error) => refuse(format!("cannot tell how much memory there is: {error}")),
+            Ok(memory) => {
+                // The budget is the whole process's: what it has already is part of it.
+                let most = memory.available.saturating_add(memory::resident_bytes().unwrap_or(0));
+                if memory_bytes <= most {
+                    Input::Reserved
+                } else {
+                    refuse(format!(
+                        "memory_bytes is {memory_bytes}, but of the {} bytes of this machine only {most} can be had: give \
+                         at most that",
+                        memory.total
+                    ))
+                }
             }
-            Ok(_) => Input::Reserved,
-            Err(error) => Input::BootFailed {
-                fault: Fault::Resource(format!("cannot tell how much memory there is: {error}")),
-            },
         };
         self.inbox.push_back(answer);
     }

@@ -8,13 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use lite_llm_core::disk::Disk;
 use lite_llm_core::ids::Seq;
 use lite_llm_core::journal::frame::{GROUP_BYTES_MAX, frame_bytes};
 use lite_llm_core::journal::{JournalError, Record, Store};
 
 use super::NodeError;
 use super::event_loop::Message;
-use crate::disk::FileDisk;
 
 /// Records that may wait for the disk.
 const RECORDS_MAX: usize = 4096;
@@ -49,7 +49,10 @@ pub(super) struct Journal {
 
 impl Journal {
     /// Starts the thread. It wakes the event loop by `messages`.
-    pub(super) fn start(store: Store<FileDisk>, messages: SyncSender<Message>) -> Result<Self, NodeError> {
+    pub(super) fn start<D: Disk + Send + 'static>(
+        store: Store<D>,
+        messages: SyncSender<Message>,
+    ) -> Result<Self, NodeError> {
         let (entries, receiver) = sync_channel(RECORDS_MAX);
         let progress =
             Arc::new(Mutex::new(Progress { durable: Seq(store.durable()), ..Progress::default() }));
@@ -113,15 +116,15 @@ impl Journal {
     }
 }
 
-struct Writer {
-    store: Store<FileDisk>,
+struct Writer<D: Disk> {
+    store: Store<D>,
     /// Bytes of the records that are not yet written.
     buffered: usize,
     messages: SyncSender<Message>,
     progress: Arc<Mutex<Progress>>,
 }
 
-impl Writer {
+impl<D: Disk> Writer<D> {
     fn run(mut self, entries: &Receiver<Entry>) {
         while let Ok(first) = entries.recv() {
             match self.group(first, entries) {
@@ -186,4 +189,122 @@ impl Writer {
 
 fn lock(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
     progress.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use crate::disk::FileDisk;
+    use lite_llm_core::disk::{DiskError, DiskErrorKind, DiskOp};
+    use lite_llm_core::journal::{Header, scan};
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc::Receiver;
+
+    const HEADER: Header = Header { logic_version: 1, node: 0, incarnation: 1, identity: [7; 32] };
+
+    /// A disk whose appends can be made to fail for want of space.
+    struct Full {
+        disk: FileDisk,
+        full: Arc<AtomicBool>,
+    }
+
+    impl Disk for Full {
+        fn create_new(&mut self, name: &str) -> Result<(), DiskError> {
+            self.disk.create_new(name)
+        }
+        fn append(&mut self, name: &str, bytes: &[u8]) -> Result<(), DiskError> {
+            if self.full.load(Ordering::SeqCst) {
+                let detail = "no space left on device".into();
+                let (op, kind) = (DiskOp::Append, DiskErrorKind::NoSpace);
+                return Err(DiskError { op, name: name.into(), kind, detail });
+            }
+            self.disk.append(name, bytes)
+        }
+        fn sync(&mut self, name: &str) -> Result<(), DiskError> {
+            self.disk.sync(name)
+        }
+        fn sync_dir(&mut self) -> Result<(), DiskError> {
+            self.disk.sync_dir()
+        }
+        fn read_at(&mut self, name: &str, offset: u64, into: &mut [u8]) -> Result<usize, DiskError> {
+            self.disk.read_at(name, offset, into)
+        }
+        fn len(&mut self, name: &str) -> Result<u64, DiskError> {
+            self.disk.len(name)
+        }
+        fn rename(&mut self, from: &str, to: &str) -> Result<(), DiskError> {
+            self.disk.rename(from, to)
+        }
+        fn remove(&mut self, name: &str) -> Result<(), DiskError> {
+            self.disk.remove(name)
+        }
+        fn list(&mut self) -> Result<Vec<String>, DiskError> {
+            self.disk.list()
+        }
+    }
+
+    fn record(seq: u64, bytes: usize) -> Record {
+        Record { seq, time_ns: seq, digest: [0; 32], payload: vec![1; bytes] }
+    }
+
+    fn wait_for(journal: &Journal, messages: &Receiver<Message>, seq: u64) {
+        while journal.progress().durable < Seq(seq) {
+            assert!(matches!(messages.recv(), Ok(Message::Wake)));
+        }
+    }
+
+    #[test]
+    fn a_full_disk_ends_the_journal_and_what_was_durable_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let full = Arc::new(AtomicBool::new(false));
+        let disk = Full { disk: FileDisk::open(dir.path()).unwrap(), full: Arc::clone(&full) };
+        let (messages, wakes) = sync_channel(16);
+        let journal = Journal::start(Store::open(disk, &HEADER).unwrap().0, messages).unwrap();
+        journal.record(record(1, 100)).unwrap();
+        wait_for(&journal, &wakes, 1);
+        full.store(true, Ordering::SeqCst);
+        journal.record(record(2, 100)).unwrap();
+        while journal.progress().failed.is_none() {
+            assert!(matches!(wakes.recv(), Ok(Message::Wake)), "a failure wakes the event loop");
+        }
+        assert_eq!(journal.progress().durable, Seq(1));
+        let error = journal.close().unwrap_err().to_string();
+        assert!(error.contains("no space left"), "{error}");
+        let records = scan(&mut FileDisk::open_read_only(dir.path()).unwrap()).unwrap().records;
+        assert_eq!(records, [record(1, 100)]);
+    }
+
+    #[test]
+    fn what_is_more_than_a_group_becomes_several() {
+        let dir = tempfile::tempdir().unwrap();
+        let (messages, _wakes) = sync_channel(1);
+        let store = Store::open(FileDisk::open(dir.path()).unwrap(), &HEADER).unwrap().0;
+        let journal = Journal::start(store, messages).unwrap();
+        let large = 15 << 20;
+        for seq in 1..=6 {
+            journal.record(record(seq, large)).unwrap();
+        }
+        journal.snapshot(Seq(4), [9; 32], vec![5; 1000]).unwrap();
+        journal.record(record(7, 10)).unwrap();
+        journal.close().unwrap();
+        let scanned = scan(&mut FileDisk::open_read_only(dir.path()).unwrap()).unwrap();
+        assert_eq!(scanned.records.iter().map(|record| record.seq).collect::<Vec<_>>(), [4, 5, 6, 7]);
+        assert_eq!(scanned.snapshot.unwrap().bytes, vec![5; 1000]);
+    }
+
+    #[test]
+    fn what_is_abandoned_is_lost_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (messages, wakes) = sync_channel(16);
+        let store = Store::open(FileDisk::open(dir.path()).unwrap(), &HEADER).unwrap().0;
+        let journal = Journal::start(store, messages).unwrap();
+        journal.record(record(1, 10)).unwrap();
+        wait_for(&journal, &wakes, 1);
+        journal.record(record(2, 10)).unwrap();
+        journal.abandon();
+        let (_, recovered) = Store::open(FileDisk::open(dir.path()).unwrap(), &HEADER).unwrap();
+        let seqs: Vec<u64> = recovered.records.iter().map(|record| record.seq).collect();
+        assert!(seqs == [1] || seqs == [1, 2], "{seqs:?}");
+    }
 }

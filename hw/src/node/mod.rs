@@ -46,7 +46,8 @@ pub struct NodeOptions {
     pub model_dir: PathBuf,
     /// Where the journal is; made if there is none.
     pub state_dir: PathBuf,
-    /// What the operator decides. `memory_bytes` of `u64::MAX` stands for what the machine has available.
+    /// What the operator decides. `memory_bytes` of `u64::MAX` stands for seven eighths of what the machine has
+    /// available. Where `placement` does not name a tier, the checkpoint's hint holds.
     pub config: Config,
     /// Compute threads.
     pub threads: usize,

@@ -43,12 +43,17 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     if config.memory_bytes == u64::MAX {
         let measured = memory::measure();
         let what = "cannot tell how much memory there is, so it must be given";
-        config.memory_bytes = measured.map_err(|source| NodeError::System { what, source })?.available;
+        let available = measured.map_err(|source| NodeError::System { what, source })?.available;
+        config.memory_bytes = available - available / 8;
     }
     // The lock first: nobody else may serve this state while its model is being read.
     let mut disk = FileDisk::open(&state_dir)?;
 
     let checkpoint = Arc::new(Checkpoint::open(&model_dir)?);
+    // The checkpoint's hints hold where the operator says nothing.
+    for tier in checkpoint.tiers() {
+        config.placement.entry(tier.name.clone()).or_insert(tier.placement);
+    }
     let tokenizer = Tokenizer::open(&model_dir)?;
     let options = ModelOptions { threads, isa, kv_dtype, routing_seed: config.routing_seed.unwrap_or(0) };
     let model = Model::open(checkpoint, options)?;
