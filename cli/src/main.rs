@@ -1,3 +1,34 @@
-//! The `lite-llm` command.
+//! The `lite-llm` command: arguments in, exit code out.
+//!
+//! Each subcommand is a file of [`commands`]. A panic is caught here and reported as the bug that it is.
 
-fn main() {}
+mod beats;
+mod commands;
+mod control;
+mod exit;
+mod generations;
+mod history;
+mod prompt;
+mod quantity;
+mod recompute;
+mod serve;
+mod settings;
+mod state;
+mod stream;
+mod tensors;
+
+use clap::Parser;
+use exit::Exit;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = match commands::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // A closed pipe is the only way this fails; then nobody reads the message.
+            let _ = error.print();
+            return if error.use_stderr() { Exit::Usage } else { Exit::Ok }.into();
+        }
+    };
+    exit::guard(|| cli.command.run()).into()
+}

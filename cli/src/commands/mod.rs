@@ -1,0 +1,62 @@
+//! The subcommands, one file each.
+
+mod batch;
+mod completions;
+mod ctl;
+mod demo;
+mod import;
+mod inspect;
+mod replay;
+mod run;
+mod synth;
+
+use crate::exit::Exit;
+use clap::{Parser, Subcommand};
+
+/// Run mixture-of-experts language models that never forget where they were.
+#[derive(Debug, Parser)]
+#[command(
+    name = "lite-llm",
+    version,
+    after_help = "Exit codes: 0 done; 1 refused or failed; 2 wrong command line; 3 bytes fail their verification or a \
+                  replay diverges; 4 a bug of this program."
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Generate: one request, or a batch of them
+    Run(Box<run::RunArgs>),
+    /// Ask a running process to switch tiers, drain, cancel, snapshot or tell its status
+    Ctl(ctl::CtlArgs),
+    /// Verify a journal: fold it again and compare every digest
+    Replay(replay::ReplayArgs),
+    /// Say what a checkpoint, state directory, journal segment, snapshot or crash report holds
+    Inspect(inspect::InspectArgs),
+    /// Turn a Hugging Face directory into a native checkpoint, whole or in tiers
+    Import(import::ImportArgs),
+    /// Write a random checkpoint of any size
+    Synth(synth::SynthArgs),
+    /// Show it all: generate, get killed in mid-token, recover, prove that the bits are the same
+    Demo(demo::DemoArgs),
+    /// Write shell completions to standard output
+    Completions(completions::CompletionsArgs),
+}
+
+impl Command {
+    pub(crate) fn run(self) -> anyhow::Result<Exit> {
+        match self {
+            Self::Run(args) => args.run(),
+            Self::Ctl(args) => args.run(),
+            Self::Replay(args) => args.run(),
+            Self::Inspect(args) => args.run(),
+            Self::Import(args) => args.run(),
+            Self::Synth(args) => args.run(),
+            Self::Demo(args) => args.run(),
+            Self::Completions(args) => args.run(),
+        }
+    }
+}

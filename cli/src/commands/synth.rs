@@ -1,0 +1,192 @@
+//! `lite-llm synth`: a random checkpoint of any size.
+
+use crate::exit::{Exit, usage};
+use crate::quantity::Size;
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use lite_llm_model::checkpoint::import::{import, parse_tiers};
+use lite_llm_model::kernels::DType;
+use lite_llm_model::synth::{SynthError, SynthFamily, SynthReport, SynthSpec, synth};
+use serde_json::json;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+#[derive(Debug, Args)]
+pub(crate) struct SynthArgs {
+    /// The directory to make
+    dir: PathBuf,
+    /// The family
+    #[arg(long)]
+    family: Family,
+    /// Decoder layers
+    #[arg(long, value_name = "N")]
+    layers: Option<u32>,
+    /// Width of the residual stream
+    #[arg(long, value_name = "N")]
+    hidden: Option<u32>,
+    /// Query heads
+    #[arg(long, value_name = "N")]
+    heads: Option<u32>,
+    /// Key/value heads; must divide the query heads
+    #[arg(long, value_name = "N")]
+    kv_heads: Option<u32>,
+    /// Values in a head; hidden / heads if left out
+    #[arg(long, value_name = "N")]
+    head_dim: Option<u32>,
+    /// Experts of a layer
+    #[arg(long, value_name = "N")]
+    experts: Option<u32>,
+    /// Experts that a position selects
+    #[arg(long, value_name = "N")]
+    top_k: Option<u32>,
+    /// Width of an expert, or of the dense block
+    #[arg(long, value_name = "N")]
+    intermediate: Option<u32>,
+    /// Width of the shared expert of a family that has one
+    #[arg(long, value_name = "N")]
+    shared_intermediate: Option<u32>,
+    /// Tokens; from 259 on a tokenizer is written too
+    #[arg(long, value_name = "N")]
+    vocab: Option<u32>,
+    /// Longest sequence
+    #[arg(long, value_name = "N")]
+    context: Option<u32>,
+    /// Write a native checkpoint with these tiers of experts: NAME:COUNT[:hot|warm|cold],...
+    #[arg(long, value_name = "SPEC")]
+    tiers: Option<String>,
+    /// Storage type of the weights
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    dtype: WeightType,
+    /// Seed of the weights; the same seed gives the same bytes
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// The most that one file of weights holds
+    #[arg(long, value_name = "SIZE")]
+    shard_size: Option<Size>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Family {
+    Llama,
+    Mixtral,
+    Olmoe,
+    Qwen2Moe,
+    Qwen3Moe,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum WeightType {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl SynthArgs {
+    pub(crate) fn run(self) -> anyhow::Result<Exit> {
+        let report = match &self.tiers {
+            None => write(&self.dir, &self.spec()?)?,
+            Some(tiers) => self.native(tiers)?,
+        };
+        let mut out = std::io::stdout().lock();
+        if self.json {
+            let value = json!({
+                "path": report.dir,
+                "tensors": report.tensors,
+                "parameters": report.parameters,
+                "bytes": report.bytes,
+                "files": report.shards,
+                "tokenizer": report.tokenizer,
+            });
+            writeln!(out, "{value}")?;
+        } else {
+            writeln!(
+                out,
+                "{}: {} parameters in {} tensors, {} in {} file{}{}",
+                report.dir.display(),
+                report.parameters,
+                report.tensors,
+                Size(report.bytes),
+                report.shards,
+                if report.shards == 1 { "" } else { "s" },
+                if report.tokenizer { ", with a tokenizer" } else { ", no tokenizer: prompts are token ids" }
+            )?;
+        }
+        Ok(Exit::Ok)
+    }
+
+    /// Writes the Hugging Face form aside, then imports it.
+    fn native(&self, tiers: &str) -> anyhow::Result<SynthReport> {
+        let tiers = parse_tiers(tiers).map_err(|error| usage(format!("--tiers: {error}")))?;
+        let parent = match self.dir.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let aside = tempfile::Builder::new().prefix(".synth-").tempdir_in(parent);
+        let aside = aside.with_context(|| format!("cannot write in {}", parent.display()))?;
+        let report = write(&aside.path().join("model"), &self.spec()?)?;
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let imported = import(&aside.path().join("model"), &self.dir, Some(tiers), threads, |_, _| {})?;
+        Ok(SynthReport {
+            dir: self.dir.clone(),
+            bytes: imported.bytes,
+            shards: imported.written as u64,
+            ..report
+        })
+    }
+
+    fn spec(&self) -> anyhow::Result<SynthSpec> {
+        let family = match self.family {
+            Family::Llama => SynthFamily::Llama,
+            Family::Mixtral => SynthFamily::Mixtral,
+            Family::Olmoe => SynthFamily::Olmoe,
+            Family::Qwen2Moe => SynthFamily::Qwen2Moe,
+            Family::Qwen3Moe => SynthFamily::Qwen3Moe,
+        };
+        let mut spec = SynthSpec::of(family);
+        let mixed = spec.kv_heads == spec.heads;
+        for (given, field) in [
+            (self.layers, &mut spec.layers),
+            (self.hidden, &mut spec.hidden),
+            (self.experts, &mut spec.experts),
+            (self.intermediate, &mut spec.intermediate),
+            (self.shared_intermediate, &mut spec.shared_intermediate),
+            (self.vocab, &mut spec.vocab),
+            (self.context, &mut spec.context),
+        ] {
+            *field = given.unwrap_or(*field);
+        }
+        spec.top_k = self.top_k.unwrap_or(spec.top_k.min(spec.experts));
+        spec.heads = self.heads.unwrap_or_else(|| fitting_heads(spec.hidden, spec.heads));
+        let implied = if mixed {
+            spec.heads
+        } else {
+            (1..=2).rev().find(|n| spec.heads.is_multiple_of(*n)).unwrap_or(1)
+        };
+        spec.kv_heads = self.kv_heads.unwrap_or(implied);
+        spec.head_dim = self.head_dim.unwrap_or(spec.hidden / spec.heads.max(1));
+        spec.dtype = match self.dtype {
+            WeightType::F32 => DType::F32,
+            WeightType::Bf16 => DType::Bf16,
+            WeightType::F16 => DType::F16,
+        };
+        spec.seed = self.seed;
+        spec.shard_bytes = self.shard_size.map_or(spec.shard_bytes, |size| size.0);
+        Ok(spec)
+    }
+}
+
+fn write(dir: &Path, spec: &SynthSpec) -> anyhow::Result<SynthReport> {
+    synth(dir, spec).map_err(|error| match error {
+        SynthError::Invalid { .. } => usage(error.to_string()),
+        other => other.into(),
+    })
+}
+
+/// The most heads, up to the usual number, into which the width divides evenly.
+fn fitting_heads(hidden: u32, usual: u32) -> u32 {
+    (1..=usual).rev().find(|heads| hidden.is_multiple_of(2 * heads)).unwrap_or(1)
+}

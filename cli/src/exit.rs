@@ -1,0 +1,116 @@
+//! Exit codes, and which error has which.
+
+use lite_llm_core::engine::RestoreError;
+use lite_llm_core::journal::JournalError;
+use lite_llm_core::replay::ReplayError;
+use lite_llm_hw::node::NodeError;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+/// How the process ends. The numbers are documented: `lite-llm --help`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// Done.
+    Ok = 0,
+    /// Refused or failed.
+    Failed = 1,
+    /// The command line is wrong.
+    Usage = 2,
+    /// Bytes fail their verification, or a replay diverges.
+    Corrupt = 3,
+    /// A bug of this program.
+    Bug = 4,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// An error that knows its exit code.
+#[derive(Debug)]
+pub(crate) struct Coded {
+    exit: Exit,
+    text: String,
+}
+
+impl fmt::Display for Coded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Coded {}
+
+/// A wrong command line that clap cannot see.
+pub(crate) fn usage(text: impl Into<String>) -> anyhow::Error {
+    Coded { exit: Exit::Usage, text: text.into() }.into()
+}
+
+/// Something that does not verify.
+pub(crate) fn corrupt(text: impl Into<String>) -> anyhow::Error {
+    Coded { exit: Exit::Corrupt, text: text.into() }.into()
+}
+
+/// Runs a command; reports its error, or its panic, on standard error.
+pub(crate) fn guard(command: impl FnOnce() -> anyhow::Result<Exit>) -> Exit {
+    match catch_unwind(AssertUnwindSafe(command)) {
+        Ok(Ok(exit)) => exit,
+        Ok(Err(error)) => {
+            if broken_pipe(&error) {
+                return Exit::Failed;
+            }
+            eprintln!("error: {error:#}");
+            of(&error)
+        }
+        Err(_) => {
+            eprintln!(
+                "error: this is a bug of lite-llm, not of what you did. If there is a state directory, keep it: its \
+                 journal is the bug report"
+            );
+            Exit::Bug
+        }
+    }
+}
+
+/// The reader of our output went away: there is nobody to tell.
+fn broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+fn of(error: &anyhow::Error) -> Exit {
+    error.chain().find_map(code).unwrap_or(Exit::Failed)
+}
+
+fn code(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
+    if let Some(coded) = cause.downcast_ref::<Coded>() {
+        return Some(coded.exit);
+    }
+    if let Some(journal) = cause.downcast_ref::<JournalError>() {
+        return Some(of_journal(journal));
+    }
+    if let Some(node) = cause.downcast_ref::<NodeError>() {
+        return Some(of_node(node));
+    }
+    let verification = cause.is::<ReplayError>() || cause.is::<RestoreError>();
+    verification.then_some(Exit::Corrupt)
+}
+
+fn of_journal(error: &JournalError) -> Exit {
+    match error {
+        JournalError::Damage { .. } | JournalError::Missing { .. } => Exit::Corrupt,
+        _ => Exit::Failed,
+    }
+}
+
+fn of_node(error: &NodeError) -> Exit {
+    match error {
+        NodeError::Journal(journal) => of_journal(journal),
+        NodeError::Replay(_) | NodeError::Snapshot { .. } => Exit::Corrupt,
+        NodeError::Panic { .. } => Exit::Bug,
+        _ => Exit::Failed,
+    }
+}

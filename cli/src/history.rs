@@ -1,0 +1,161 @@
+//! A journal read back without being touched: restored, folded record by record, and proved by its digests.
+
+use crate::exit::corrupt;
+use anyhow::{Context, bail};
+use lite_llm_core::LOGIC_VERSION;
+use lite_llm_core::engine::Engine;
+use lite_llm_core::input::Input;
+use lite_llm_core::journal::{JournalError, Record, Scanned, scan};
+use lite_llm_core::output::Output;
+use lite_llm_core::replay::{ReplayError, decode_input, fold};
+use lite_llm_hw::disk::FileDisk;
+use std::path::Path;
+
+/// A journal and the engine that it begins with.
+#[derive(Debug)]
+pub(crate) struct History {
+    /// What the files say.
+    pub(crate) scanned: Scanned,
+    /// The state so far: of the snapshot, or nothing; then of every record that was walked.
+    pub(crate) engine: Engine,
+}
+
+/// One record, folded.
+#[derive(Debug)]
+pub(crate) struct Moment<'a> {
+    /// As it is on disk.
+    pub(crate) record: &'a Record,
+    /// What it holds.
+    pub(crate) input: &'a Input,
+    /// What followed.
+    pub(crate) outputs: &'a [Output],
+    /// The state after it.
+    pub(crate) engine: &'a Engine,
+}
+
+impl History {
+    /// Reads the journal of a state directory, which another process may have open.
+    pub(crate) fn open(state: &Path) -> anyhow::Result<Self> {
+        let mut disk = FileDisk::open_read_only(state)?;
+        let scanned = scan(&mut disk).with_context(|| format!("in {}", state.display()))?;
+        let Some(header) = scanned.header else {
+            bail!("{} holds no journal; give the directory that --state named", state.display());
+        };
+        if header.logic_version != LOGIC_VERSION {
+            let file = scanned.segments.last().map_or_else(String::new, |segment| segment.name.clone());
+            return Err(
+                JournalError::Logic { file, found: header.logic_version, expected: LOGIC_VERSION }.into()
+            );
+        }
+        let engine = match &scanned.snapshot {
+            Some(snapshot) => {
+                let engine = Engine::restore(&snapshot.bytes)?;
+                if engine.next_seq().0 != snapshot.next || engine.digest().0 != snapshot.digest {
+                    return Err(corrupt(format!(
+                        "the snapshot before record {} holds the state before record {} with digest {}",
+                        snapshot.next,
+                        engine.next_seq(),
+                        engine.digest()
+                    )));
+                }
+                engine
+            }
+            None => Engine::new(),
+        };
+        Ok(Self { scanned, engine })
+    }
+
+    /// Folds the records up to `until` and shows each with what followed from it.
+    ///
+    /// # Errors
+    /// At the first record whose digest is not that of the state before it; or what `each` says.
+    pub(crate) fn walk(
+        &mut self,
+        until: Option<u64>,
+        mut each: impl FnMut(&Moment<'_>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<u64> {
+        let mut walked = 0;
+        let mut outputs = Vec::new();
+        let mut before: Option<&Record> = None;
+        for record in &self.scanned.records {
+            if until.is_some_and(|until| record.seq > until) {
+                break;
+            }
+            let engine = &mut self.engine;
+            let source = |error: ReplayError| match before {
+                Some(before) => diverged(error, before, &outputs),
+                None => error.into(),
+            };
+            // Checked here first, so that the outputs that led to a divergence can still be shown.
+            if record.digest != engine.digest().0 {
+                let (seq, expected) = (engine.next_seq(), lite_llm_core::digest::Digest(record.digest));
+                return Err(source(ReplayError::Diverged { seq, expected, found: engine.digest() }));
+            }
+            outputs.clear();
+            fold(engine, [record], |_, output| outputs.push(output.clone()))?;
+            let input = decode_input(&record.payload).context("a record that was folded")?;
+            each(&Moment { record, input: &input, outputs: &outputs, engine: &self.engine })?;
+            before = Some(record);
+            walked += 1;
+        }
+        Ok(walked)
+    }
+}
+
+/// Adds the record whose handling differs: the one before the digest that does not match.
+fn diverged(error: ReplayError, before: &Record, outputs: &[Output]) -> anyhow::Error {
+    let input = match decode_input(&before.payload) {
+        Ok(input) => describe(&input),
+        Err(error) => error.to_string(),
+    };
+    let outputs: Vec<String> = outputs.iter().map(|output| format!("  {output:?}")).collect();
+    anyhow::Error::new(error).context(format!(
+        "record {} ({input}) is handled differently here than by the process that wrote the journal; here it brings \
+         about\n{}",
+        before.seq,
+        outputs.join("\n")
+    ))
+}
+
+/// An input in one line, for people.
+pub(crate) fn describe(input: &Input) -> String {
+    match input {
+        Input::Submit { id, body, from } => format!(
+            "Submit {id}: {} prompt tokens, at most {} new ones, from offset {from}",
+            body.prompt.len(),
+            body.max_tokens
+        ),
+        Input::ManifestRead { plan } => format!("ManifestRead: weights {}", plan.identity.weights),
+        Input::Boot { incarnation, .. } => format!("Boot of incarnation {incarnation}"),
+        Input::Restarted { incarnation, .. } => format!("Restarted as incarnation {incarnation}"),
+        Input::Finished { step, attempt, rows, duration_ns } => {
+            let tokens: Vec<String> = rows
+                .iter()
+                .map(|row| row.token.map_or_else(|| "-".into(), |token| token.to_string()))
+                .collect();
+            format!(
+                "Finished step {step}, attempt {attempt}, {:.3} ms: tokens {}",
+                *duration_ns as f64 / 1e6,
+                tokens.join(" ")
+            )
+        }
+        Input::Need { step, layer, experts, .. } => {
+            format!("Need of step {step}, layer {layer}: {} experts", experts.len())
+        }
+        Input::Reserved
+        | Input::BaseLoaded { .. }
+        | Input::RoutersLoaded
+        | Input::BootFailed { .. }
+        | Input::Loaded { .. }
+        | Input::Cancel { .. }
+        | Input::Switch { .. }
+        | Input::Drain { .. }
+        | Input::SnapshotWanted
+        | Input::SnapshotDurable { .. }
+        | Input::Released { .. }
+        | Input::Failed { .. }
+        | Input::Tick
+        | Input::TelemetryFlushed
+        | Input::ResourcesReleased => format!("{input:?}"),
+    }
+}

@@ -1,0 +1,298 @@
+//! Full replay: every step that the journal says was computed is computed again, and its digests compared.
+
+use crate::exit::corrupt;
+use crate::history::Moment;
+use anyhow::{Context, bail};
+use lite_llm_core::engine::Engine;
+use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
+use lite_llm_core::input::{Input, RowResult};
+use lite_llm_core::output::{Forward, Output, Row};
+use lite_llm_core::plan::ModelPlan;
+use lite_llm_core::view::RequestView;
+use lite_llm_model::kernels::{DType, Isa};
+use lite_llm_model::tokenizer::Tokenizer;
+use lite_llm_model::{
+    Checkpoint, ExpertLoader, ExpertSource, KvCache, Model, ModelError, ModelOptions, Provided, StepError,
+    Stopped,
+};
+use std::collections::{BTreeMap, VecDeque};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Positions that one step of a recomputed prefix takes.
+const PREFIX_CHUNK: usize = 256;
+
+/// A model that follows a journal.
+pub(crate) struct Recompute {
+    model: Model,
+    experts: Experts,
+    cache: Option<KvCache>,
+    /// The step that the engine asked for last.
+    pending: Option<Forward>,
+    /// Positions of each request that were in the cache of a snapshot, and are in this one.
+    prefix: BTreeMap<u64, u32>,
+    /// Steps compared.
+    pub(crate) steps: u64,
+    /// Rows compared.
+    pub(crate) rows: u64,
+    /// Steps that began before the snapshot, so that nothing tells what they were to compute.
+    pub(crate) unknown: u64,
+}
+
+impl Recompute {
+    /// Opens the model that a journal names.
+    ///
+    /// # Errors
+    /// If the directory holds another model.
+    pub(crate) fn open(
+        dir: &Path,
+        plan: &ModelPlan,
+        routing_seed: u64,
+        rows_max: u32,
+        positions_max: u32,
+        isa: Isa,
+        threads: usize,
+    ) -> anyhow::Result<Self> {
+        let checkpoint = Arc::new(Checkpoint::open(dir)?);
+        let tokenizer = Tokenizer::open(dir)?.map(|tokenizer| tokenizer.digest()).unwrap_or_default();
+        // The KV type is part of the architecture's digest and of nothing else that the journal says.
+        let kv_dtype = [DType::F32, DType::Bf16, DType::F16]
+            .into_iter()
+            .find(|&dtype| checkpoint.architecture_digest(dtype) == plan.identity.architecture);
+        let Some(kv_dtype) = kv_dtype else {
+            bail!("{} has another architecture or tiers than the journal's model", dir.display());
+        };
+        let options = ModelOptions { threads, isa, kv_dtype: Some(kv_dtype), routing_seed };
+        let mut model = Model::open(checkpoint, options)?;
+        let here = model.plan(positions_max, rows_max, tokenizer)?;
+        if here.identity != plan.identity {
+            bail!(
+                "the journal is of weights {}, contract {}, tokenizer {}; {} has {}, {}, {}",
+                plan.identity.weights,
+                plan.identity.contract,
+                plan.identity.tokenizer,
+                dir.display(),
+                here.identity.weights,
+                here.identity.contract,
+                here.identity.tokenizer
+            );
+        }
+        for shard in 0..here.base_shards.len() as u32 {
+            model.load_base(shard)?;
+        }
+        model.load_routers()?;
+        let experts = Experts::new(model.expert_loader(), model.slot_bytes());
+        Ok(Self {
+            model,
+            experts,
+            cache: None,
+            pending: None,
+            prefix: BTreeMap::new(),
+            steps: 0,
+            rows: 0,
+            unknown: 0,
+        })
+    }
+
+    /// Computes the prefixes that were in the cache when a snapshot was taken.
+    pub(crate) fn begin(&mut self, engine: &Engine) -> anyhow::Result<()> {
+        let view = engine.view();
+        self.cache = Some(KvCache::new(&self.model, view.carving().pages)?);
+        for request in view.requests() {
+            self.fill(engine, &request)?;
+        }
+        Ok(())
+    }
+
+    /// Follows one record.
+    ///
+    /// # Errors
+    /// If a step computed other bits then.
+    pub(crate) fn follow(&mut self, moment: &Moment<'_>) -> anyhow::Result<()> {
+        match moment.input {
+            Input::Restarted { .. } => {
+                self.cache = None;
+                self.pending = None;
+                self.prefix.clear();
+            }
+            Input::Finished { step, attempt, rows, .. } => {
+                let pending = self.pending.take();
+                match pending.filter(|forward| (forward.step, forward.attempt) == (*step, *attempt)) {
+                    Some(forward) => self.compare(moment.record.seq, &forward, rows)?,
+                    None => self.catch_up(moment.engine)?,
+                }
+            }
+            _ => {}
+        }
+        for output in moment.outputs {
+            match output {
+                Output::Carve(carving) => self.cache = Some(KvCache::new(&self.model, carving.pages)?),
+                Output::Forward(forward) => self.pending = Some(forward.clone()),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn compare(&mut self, seq: u64, forward: &Forward, expected: &[RowResult]) -> anyhow::Result<()> {
+        let found = self.compute(forward)?;
+        self.steps += 1;
+        for ((row, expected), found) in forward.rows.iter().zip(expected).zip(&found) {
+            self.rows += 1;
+            if expected.digest != found.digest || expected.token != found.token {
+                let say = |token: Option<u32>| token.map_or_else(|| "none".into(), |token| token.to_string());
+                return Err(corrupt(format!(
+                    "record {seq}, step {}: request {}, positions {}..{}: the journal has token {} and digest {}, \
+                     recomputed are {} and {}",
+                    forward.step,
+                    row.request,
+                    row.start,
+                    row.start as usize + row.tokens.len(),
+                    say(expected.token),
+                    expected.digest,
+                    say(found.token),
+                    found.digest
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// After a step that nobody has seen begin: computes what it left in the cache.
+    fn catch_up(&mut self, engine: &Engine) -> anyhow::Result<()> {
+        self.unknown += 1;
+        for request in engine.view().requests() {
+            if request.computed > 0 {
+                self.fill(engine, &request)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Computes a request's positions under the generations that the engine says.
+    fn fill(&mut self, engine: &Engine, request: &RequestView<'_>) -> anyhow::Result<()> {
+        let view = engine.view();
+        let plan = view.plan().context("a request without a plan")?;
+        let all: Vec<u32> = request.body.prompt.iter().chain(request.tokens).copied().collect();
+        let mut start = self.prefix.get(&request.number).copied().unwrap_or(0).min(request.computed);
+        for segment in request.segments {
+            let names = view.generations().into_iter().find(|(g, _)| *g == segment.generation);
+            let names = names.context("a segment of an unknown generation")?.1;
+            let tiers = plan.tier_set(&names).map_err(anyhow::Error::msg)?;
+            while start < segment.until.min(request.computed) {
+                let until = segment.until.min(request.computed).min(start + PREFIX_CHUNK as u32);
+                let pages = until.div_ceil(plan.page_positions) as usize;
+                let row = Row {
+                    request: request.number,
+                    start,
+                    tokens: all[start as usize..until as usize].to_vec(),
+                    pages: request.pages[..pages].to_vec(),
+                    sample: None,
+                };
+                self.compute(&step(segment.generation, tiers.clone(), row))?;
+                start = until;
+            }
+        }
+        self.prefix.insert(request.number, request.computed);
+        Ok(())
+    }
+
+    fn compute(&mut self, forward: &Forward) -> anyhow::Result<Vec<RowResult>> {
+        let cache = self.cache.as_mut().context("a step before the memory was carved")?;
+        let mut forward = forward.clone();
+        forward.resident = None;
+        match self.model.forward(&forward, cache, &mut self.experts, None) {
+            Ok(rows) => Ok(rows),
+            Err(StepError::Stopped(_)) => match self.experts.failed.take() {
+                Some(error) => Err(error.into()),
+                None => bail!("step {} was given up", forward.step),
+            },
+            Err(error) => Err(corrupt(format!(
+                "step {} was computed when the journal was written, and cannot be now: {error}",
+                forward.step
+            ))),
+        }
+    }
+}
+
+fn step(generation: Generation, tiers: Vec<u32>, row: Row) -> Forward {
+    Forward { step: StepId(0), attempt: 0, generation, tiers, rows: vec![row], resident: None }
+}
+
+/// Experts on demand, one wave each; the least recently used make room.
+struct Experts {
+    loader: ExpertLoader,
+    slots: Vec<Vec<u8>>,
+    slot_bytes: usize,
+    slots_max: usize,
+    at: BTreeMap<ExpertKey, (usize, u64)>,
+    asked: VecDeque<ExpertKey>,
+    wave: u32,
+    clock: u64,
+    failed: Option<ModelError>,
+}
+
+impl Experts {
+    /// Bytes of experts that are kept.
+    const BYTES_MAX: usize = 1 << 30;
+
+    fn new(loader: ExpertLoader, slot_bytes: usize) -> Self {
+        Self {
+            loader,
+            slots: Vec::new(),
+            slot_bytes,
+            slots_max: (Self::BYTES_MAX / slot_bytes.max(1)).max(1),
+            at: BTreeMap::new(),
+            asked: VecDeque::new(),
+            wave: 0,
+            clock: 0,
+            failed: None,
+        }
+    }
+
+    fn place(&mut self, key: ExpertKey) -> Result<usize, ModelError> {
+        self.clock += 1;
+        if let Some((slot, used)) = self.at.get_mut(&key) {
+            *used = self.clock;
+            return Ok(*slot);
+        }
+        let slot = if self.slots.len() < self.slots_max {
+            self.slots.push(vec![0; self.slot_bytes]);
+            self.slots.len() - 1
+        } else {
+            let (&old, &(slot, _)) =
+                self.at.iter().min_by_key(|(_, (_, used))| *used).expect("every slot is taken");
+            self.at.remove(&old);
+            slot
+        };
+        self.loader.load(key, &mut self.slots[slot])?;
+        self.at.insert(key, (slot, self.clock));
+        Ok(slot)
+    }
+}
+
+impl ExpertSource for Experts {
+    fn need(&mut self, _layer: u32, experts: &[ExpertKey]) -> Result<(), Stopped> {
+        self.asked = experts.iter().copied().collect();
+        self.wave = 0;
+        Ok(())
+    }
+
+    fn provided(&mut self) -> Result<Provided, Stopped> {
+        let expert = self.asked.pop_front().expect("as many are provided as were asked for");
+        let slot = self.place(expert).map_err(|error| {
+            self.failed = Some(error);
+            Stopped
+        })?;
+        self.wave += 1;
+        Ok(Provided { wave: self.wave - 1, wave_len: 1, expert, slot: Slot(slot as u32) })
+    }
+
+    fn slot(&self, slot: Slot) -> &[u8] {
+        &self.slots[slot.0 as usize]
+    }
+
+    fn released(&mut self, _layer: u32, _wave: u32) -> Result<(), Stopped> {
+        Ok(())
+    }
+}

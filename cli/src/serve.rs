@@ -1,0 +1,159 @@
+//! A node with everything that a process around it needs: progress, the memory plan, signals, the control socket.
+
+use crate::control::ControlSocket;
+use crate::quantity::Size;
+use crate::settings::Settings;
+use crate::state::StateDir;
+use crate::tensors::Recorder;
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use lite_llm_core::event::{Event, Phase};
+use lite_llm_hw::node::{ExitReport, Node, NodeHandle, NodeOptions, Status};
+use lite_llm_model::Capture;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// A node that serves.
+#[derive(Debug)]
+pub(crate) struct Service {
+    node: Node,
+    socket: Option<ControlSocket>,
+    /// From start to `Ready`.
+    pub(crate) load_time: Duration,
+}
+
+impl Service {
+    /// Starts a node and waits until it serves.
+    pub(crate) fn start(
+        model: &Path,
+        state: &StateDir,
+        settings: &Settings,
+        capture: Option<Recorder>,
+    ) -> anyhow::Result<Self> {
+        let begun = Instant::now();
+        let progress = progress();
+        let shown = progress.clone();
+        let mut options = NodeOptions::new(model, state.path(), settings.config.clone());
+        options.threads = settings.threads;
+        options.isa = settings.isa;
+        options.kv_dtype = settings.kv_dtype;
+        options.capture = capture.map(|recorder| Box::new(recorder) as Box<dyn Capture + Send>);
+        options.on_event = Some(Box::new(move |_, event| {
+            if let Event::PhaseDone { phase, bytes } = event {
+                shown.set_message(phase_done(*phase, *bytes));
+            }
+        }));
+        let started = Self::launch(options, state, settings.drain_bound);
+        progress.finish_and_clear();
+        let (node, socket) = started?;
+        let service = Self { node, socket, load_time: begun.elapsed() };
+        service.print_memory_plan(model, state)?;
+        Ok(service)
+    }
+
+    fn launch(
+        options: NodeOptions,
+        state: &StateDir,
+        drain_bound: Duration,
+    ) -> anyhow::Result<(Node, Option<ControlSocket>)> {
+        let mut node = Node::launch(options)?;
+        drain_on_signals(node.handle(), drain_bound)?;
+        // A private directory has no one who knows where to connect.
+        let socket =
+            if state.is_private() { None } else { Some(ControlSocket::open(state.path(), node.handle())?) };
+        node.ready()?;
+        Ok((node, socket))
+    }
+
+    /// The running node.
+    pub(crate) fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Ends the node: what is unfinished stays in the journal.
+    pub(crate) fn stop(self) -> anyhow::Result<ExitReport> {
+        // It may be draining already, or have failed: then `wait` says so.
+        let _ = self.node.drain(Some(Duration::ZERO));
+        self.wait()
+    }
+
+    /// Waits for the end of a node that drains or failed.
+    pub(crate) fn wait(self) -> anyhow::Result<ExitReport> {
+        let report = self.node.wait();
+        drop(self.socket);
+        Ok(report?)
+    }
+
+    fn print_memory_plan(&self, model: &Path, state: &StateDir) -> anyhow::Result<()> {
+        let status = self.node.status()?;
+        eprint!("{}", memory_plan(&status));
+        eprintln!("model {}, state {}", model.display(), state.path().display());
+        Ok(())
+    }
+}
+
+fn memory_plan(status: &Status) -> String {
+    let carving = &status.carving;
+    let experts = u64::from(carving.slots).saturating_mul(carving.slot_bytes);
+    let cache = u64::from(carving.pages).saturating_mul(carving.page_bytes);
+    format!(
+        "memory at most {}: {} in {} expert slots ({} filled), up to {} in {} pages of KV cache, the rest for base \
+         parameters and buffers\n",
+        Size(status.memory_bytes),
+        Size(experts),
+        carving.slots,
+        status.slots_ready,
+        Size(cache),
+        carving.pages
+    )
+}
+
+/// A line that says what loads; nothing where standard error is no terminal.
+fn progress() -> ProgressBar {
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {msg}") {
+        bar.set_style(style);
+    }
+    bar.set_message("opening the checkpoint and the journal");
+    if !bar.is_hidden() {
+        bar.enable_steady_tick(Duration::from_millis(100));
+    }
+    bar
+}
+
+fn phase_done(phase: Phase, bytes: u64) -> String {
+    let next = match phase {
+        Phase::Config => "reserving memory",
+        Phase::Resources | Phase::Seed | Phase::Log => "reading the manifest, verifying the weights",
+        Phase::Manifest => "loading base parameters",
+        Phase::Base => "loading experts",
+        Phase::Experts => "loading routers",
+        Phase::Router | Phase::Optimizer => "almost there",
+    };
+    if bytes == 0 { next.into() } else { format!("{next} ({phase:?}: {})", Size(bytes)) }
+}
+
+/// The first signal drains within the bound, the second at once.
+fn drain_on_signals(node: NodeHandle, bound: Duration) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot listen for signals")?;
+    let listen = move || {
+        let mut bound = bound;
+        for _ in signals.forever() {
+            eprintln!(
+                "draining: unfinished requests have {} s; a second signal stops at once",
+                bound.as_secs()
+            );
+            if node.drain(Some(bound)).is_err() {
+                break;
+            }
+            bound = Duration::ZERO;
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(listen)
+        .context("cannot start the thread that waits for signals")?;
+    Ok(())
+}

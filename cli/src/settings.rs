@@ -1,0 +1,267 @@
+//! What the operator decides: flags over a configuration file over defaults.
+
+use crate::exit::usage;
+use crate::quantity::{Size, duration};
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use lite_llm_core::config::{Config, Placement};
+use lite_llm_hw::memory;
+use lite_llm_model::Checkpoint;
+use lite_llm_model::checkpoint::Tier;
+use lite_llm_model::kernels::{DType, Isa};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Bytes of the largest configuration file.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// The modes that every checkpoint has: how many quarters of its tiers, smallest first, each takes.
+const MODES: [(&str, usize); 4] = [("fast", 1), ("balanced", 2), ("deep", 3), ("max", 4)];
+
+/// How the model is served.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Runtime")]
+pub(crate) struct RuntimeArgs {
+    /// Serve from these tiers of the checkpoint, by name; all if left out
+    #[arg(long, value_name = "A,B", value_delimiter = ',', conflicts_with = "mode")]
+    pub(crate) tierset: Vec<String>,
+    /// Serve from the tiers of a mode: fast, balanced, deep, max, or one of the configuration file
+    #[arg(long, value_name = "MODE")]
+    pub(crate) mode: Option<String>,
+    /// Memory that the process may use, in bytes or with KiB, MiB, GiB; three quarters of what is available if left out
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<Size>,
+    /// Compute threads; one per core if left out
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Instruction set; the choice changes no bit
+    #[arg(long, value_name = "ISA")]
+    pub(crate) isa: Option<IsaName>,
+    /// Storage type of cached keys and values; the type of the weights if left out
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) kv_type: Option<KvType>,
+    /// Positions of a prompt that one step computes [default: 64]
+    #[arg(long, value_name = "N")]
+    pub(crate) prefill_chunk: Option<u32>,
+    /// Seed of ties between experts; a journal keeps the one that it was begun with [default: 0]
+    #[arg(long, value_name = "N")]
+    pub(crate) routing_seed: Option<u64>,
+    /// Records between two snapshots of the state, 0 for none [default: 4096]
+    #[arg(long, value_name = "N")]
+    pub(crate) snapshot_every: Option<u64>,
+    /// How long unfinished requests may go on after SIGTERM or SIGINT [default: 10s]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) drain_bound: Option<Duration>,
+    /// Configuration file (TOML); flags go before it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum IsaName {
+    /// Portable code, the reference
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C
+    Avx2,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum KvType {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<KvType> for DType {
+    fn from(kv: KvType) -> Self {
+        match kv {
+            KvType::F32 => Self::F32,
+            KvType::Bf16 => Self::Bf16,
+            KvType::F16 => Self::F16,
+        }
+    }
+}
+
+/// The configuration file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    memory: Option<toml::Value>,
+    threads: Option<u16>,
+    isa: Option<IsaName>,
+    kv_type: Option<KvType>,
+    tierset: Vec<String>,
+    mode: Option<String>,
+    modes: BTreeMap<String, Vec<String>>,
+    placement: BTreeMap<String, PlacementName>,
+    prefill_chunk: Option<u32>,
+    routing_seed: Option<u64>,
+    snapshot_every: Option<u64>,
+    drain_bound: Option<String>,
+    limits: FileLimits,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum PlacementName {
+    Cold,
+    Warm,
+    Hot,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileLimits {
+    requests_max: Option<u32>,
+    rows_max: Option<u32>,
+    step_positions_max: Option<u32>,
+    loads_max: Option<u32>,
+    retries_max: Option<u32>,
+    finished_max: Option<u32>,
+    finished_age_s: Option<u64>,
+    tombstones_max: Option<u32>,
+    switches_max: Option<u32>,
+}
+
+/// Everything that was decided.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) config: Config,
+    pub(crate) threads: usize,
+    pub(crate) isa: Isa,
+    pub(crate) kv_dtype: Option<DType>,
+    pub(crate) drain_bound: Duration,
+}
+
+impl RuntimeArgs {
+    /// Puts flags, file and defaults together, and checks what can be checked without the engine.
+    pub(crate) fn settle(&self, checkpoint: &Checkpoint) -> anyhow::Result<Settings> {
+        let file = match &self.config {
+            Some(path) => read(path)?,
+            None => File::default(),
+        };
+        let isa = match self.isa.or(file.isa) {
+            None => Isa::detect(),
+            Some(IsaName::Scalar) => Isa::Scalar,
+            Some(IsaName::Avx2) => Isa::Avx2,
+        };
+        anyhow::ensure!(isa.available(), "this machine has no AVX2, FMA and F16C; use --isa scalar");
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let drain_bound = match (self.drain_bound, &file.drain_bound) {
+            (Some(bound), _) => bound,
+            (None, Some(text)) => duration(text).map_err(|e| usage(format!("drain_bound: {e}")))?,
+            (None, None) => Duration::from_secs(10),
+        };
+        Ok(Settings {
+            threads: self.threads.or(file.threads).map_or(cores, usize::from).max(1),
+            isa,
+            kv_dtype: self.kv_type.or(file.kv_type).map(DType::from),
+            drain_bound,
+            config: self.engine_config(file, checkpoint.tiers())?,
+        })
+    }
+
+    fn engine_config(&self, file: File, tiers: &[Tier]) -> anyhow::Result<Config> {
+        let mut config = Config::default();
+        let names: Vec<String> = tiers.iter().map(|tier| tier.name.clone()).collect();
+        if let Some(memory) = self.memory {
+            config.memory_bytes = memory.0;
+        } else if let Some(value) = &file.memory {
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            config.memory_bytes = text.parse::<Size>().map_err(|e| usage(format!("memory: {e}")))?.0;
+        } else {
+            // What is available changes while we look; a part of it will be there.
+            let measured =
+                memory::measure().context("cannot tell how much memory there is; give --memory")?;
+            config.memory_bytes = measured.available / 4 * 3;
+        }
+        config.routing_seed = self.routing_seed.or(file.routing_seed).or(config.routing_seed);
+        config.prefill_chunk = self.prefill_chunk.or(file.prefill_chunk).unwrap_or(config.prefill_chunk);
+        config.snapshot_every = self.snapshot_every.or(file.snapshot_every).unwrap_or(config.snapshot_every);
+        config.modes = if file.modes.is_empty() { modes(&names) } else { file.modes };
+        config.placement = tiers.iter().map(|tier| (tier.name.clone(), tier.placement)).collect();
+        for (tier, placement) in file.placement {
+            let placement = match placement {
+                PlacementName::Cold => Placement::Cold,
+                PlacementName::Warm => Placement::Warm,
+                PlacementName::Hot => Placement::Hot,
+            };
+            config.placement.insert(tier, placement);
+        }
+        let limits = &mut config.limits;
+        for (given, limit) in [
+            (file.limits.requests_max, &mut limits.requests_max),
+            (file.limits.rows_max, &mut limits.rows_max),
+            (file.limits.step_positions_max, &mut limits.step_positions_max),
+            (file.limits.loads_max, &mut limits.loads_max),
+            (file.limits.retries_max, &mut limits.retries_max),
+            (file.limits.finished_max, &mut limits.finished_max),
+            (file.limits.tombstones_max, &mut limits.tombstones_max),
+            (file.limits.switches_max, &mut limits.switches_max),
+        ] {
+            *limit = given.unwrap_or(*limit);
+        }
+        if let Some(seconds) = file.limits.finished_age_s {
+            limits.finished_age_ns = seconds.saturating_mul(1_000_000_000);
+        }
+        let mode = if self.tierset.is_empty() { self.mode.clone().or(file.mode) } else { None };
+        config.tier_set = match mode {
+            Some(mode) => config.modes.get(&mode).cloned().ok_or_else(|| {
+                let known: Vec<&str> = config.modes.keys().map(String::as_str).collect();
+                usage(format!("unknown mode {mode:?}; there are {}", known.join(", ")))
+            })?,
+            None if self.tierset.is_empty() => file.tierset,
+            None => self.tierset.clone(),
+        };
+        if let Some(unknown) = config.tier_set.iter().find(|name| !names.contains(name)) {
+            anyhow::bail!("unknown tier {unknown:?}; this checkpoint has {}", names.join(", "));
+        }
+        config.check().map_err(anyhow::Error::msg)?;
+        Ok(config)
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<File> {
+    let cannot = || format!("cannot read the configuration {}", path.display());
+    let bytes = path.metadata().with_context(cannot)?.len();
+    anyhow::ensure!(bytes <= FILE_BYTES_MAX, "{} is no configuration file: {}", path.display(), Size(bytes));
+    let text = std::fs::read_to_string(path).with_context(cannot)?;
+    toml::from_str(&text).with_context(|| format!("in the configuration {}", path.display()))
+}
+
+/// The modes of a checkpoint whose configuration names none.
+fn modes(tiers: &[String]) -> BTreeMap<String, Vec<String>> {
+    MODES
+        .iter()
+        .map(|&(mode, quarters)| {
+            let count = (tiers.len() * quarters).div_ceil(4);
+            (mode.to_owned(), tiers[..count].to_vec())
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes_take_more_tiers_from_fast_to_max() {
+        let tiers: Vec<String> = ["a", "b", "c"].map(String::from).to_vec();
+        let modes = modes(&tiers);
+        assert_eq!(modes["fast"], ["a"]);
+        assert_eq!(modes["balanced"], ["a", "b"]);
+        assert_eq!(modes["deep"], ["a", "b", "c"]);
+        assert_eq!(modes["max"], ["a", "b", "c"]);
+    }
+
+    #[test]
+    fn file_refuses_unknown_keys() {
+        assert!(toml::from_str::<File>("memory = \"1GiB\"\n[limits]\nrows_max = 4\n").is_ok());
+        let error = toml::from_str::<File>("memroy = 1\n").expect_err("a misspelt key").to_string();
+        assert!(error.contains("memroy"), "{error}");
+    }
+}

@@ -1,0 +1,66 @@
+//! The directory of a run: the one that was given, or a private one that goes when all is well.
+
+use anyhow::Context;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Where a run keeps its journal.
+#[derive(Debug)]
+pub(crate) struct StateDir {
+    path: PathBuf,
+    private: bool,
+}
+
+impl StateDir {
+    /// The given directory, or a new private one under `$XDG_STATE_HOME/lite-llm`.
+    pub(crate) fn choose(given: Option<&Path>) -> anyhow::Result<Self> {
+        if let Some(path) = given {
+            return Ok(Self { path: path.to_path_buf(), private: false });
+        }
+        let base = home()?.join("lite-llm");
+        let cannot =
+            || format!("cannot make a state directory under {}; give one with --state", base.display());
+        DirBuilder::new().recursive(true).mode(0o700).create(&base).with_context(cannot)?;
+        let path = base.join(unique("run"));
+        DirBuilder::new().mode(0o700).create(&path).with_context(cannot)?;
+        Ok(Self { path, private: true })
+    }
+
+    /// The directory.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether nobody but this run knows of it.
+    pub(crate) fn is_private(&self) -> bool {
+        self.private
+    }
+
+    /// Ends the run: a private directory goes after a clean end, and is named after any other.
+    pub(crate) fn end(self, clean: bool) {
+        if !self.private {
+            return;
+        }
+        if !clean {
+            eprintln!("the state is kept in {}: give it with --state to go on", self.path.display());
+        } else if let Err(error) = std::fs::remove_dir_all(&self.path) {
+            eprintln!("warning: cannot remove the private state directory {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// `$XDG_STATE_HOME`, or where it is by default. A relative one is to be ignored, says the specification.
+fn home() -> anyhow::Result<PathBuf> {
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute("XDG_STATE_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".local/state")))
+        .context("neither XDG_STATE_HOME nor HOME is set; give a state directory with --state")
+}
+
+/// A name that no other process and no earlier call uses.
+pub(crate) fn unique(prefix: &str) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    format!("{prefix}-{now:x}-{:x}", std::process::id())
+}
