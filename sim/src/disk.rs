@@ -26,7 +26,7 @@ pub enum Ending {
     /// Lengths and names happened; the first half of each sector did.
     Torn,
     /// Each by itself, by a seed.
-    Any(Choice),
+    Any(Box<Choice>),
 }
 
 /// A fault while running.

@@ -33,9 +33,18 @@ struct Acknowledged {
 
 /// Opens, appends in groups, takes snapshots, trims, rolls segments; stops at the first error.
 fn work(disk: &mut SimDisk, incarnation: u64, said: &mut Acknowledged) -> Result<(), JournalError> {
+    work_in(disk, incarnation, 24 << 10, said)
+}
+
+fn work_in(
+    disk: &mut SimDisk,
+    incarnation: u64,
+    segment_bytes: u64,
+    said: &mut Acknowledged,
+) -> Result<(), JournalError> {
     let (store, recovered) = Store::open(&mut *disk, &header(incarnation))?;
     check(&recovered, said);
-    let mut store = store.with_segment_bytes(24 << 10);
+    let mut store = store.with_segment_bytes(segment_bytes);
     said.records = said.records.max(store.durable());
     for round in 0..12u64 {
         for _ in 0..=round % 4 {
@@ -77,7 +86,7 @@ fn check(recovered: &Recovered, said: &Acknowledged) {
 }
 
 fn endings(seed: u64) -> Vec<Ending> {
-    let any = (0..8).map(|i| Ending::Any(Choice::new(seed * 8 + i)));
+    let any = (0..8).map(|i| Ending::Any(Box::new(Choice::new(seed * 8 + i))));
     [Ending::Old, Ending::New, Ending::Zero, Ending::Garbage, Ending::Torn].into_iter().chain(any).collect()
 }
 
@@ -111,10 +120,10 @@ fn a_crash_during_recovery_loses_nothing_either() {
             let mut said = Acknowledged::default();
             disk.fail_at(at, Fault::Crash);
             work(&mut disk, 1, &mut said).unwrap_err();
-            disk.crash(&mut Ending::Any(Choice::new(at)));
+            disk.crash(&mut Ending::Any(Box::new(Choice::new(at))));
             disk.fail_at(again, Fault::Crash);
             work(&mut disk, 2, &mut said).unwrap_err();
-            disk.crash(&mut Ending::Any(Choice::new(at + 1000 * again)));
+            disk.crash(&mut Ending::Any(Box::new(Choice::new(at + 1000 * again))));
             work(&mut disk, 3, &mut said).unwrap_or_else(|e| panic!("crash at {at}, then {again}: {e}"));
         }
     }
@@ -132,7 +141,7 @@ fn a_fault_at_every_operation_ends_the_journal_and_loses_nothing() {
                 assert!(matches!(error, JournalError::Disk(_)), "{error}");
                 disk.heal();
                 if crash {
-                    disk.crash(&mut Ending::Any(Choice::new(at)));
+                    disk.crash(&mut Ending::Any(Box::new(Choice::new(at))));
                 }
                 work(&mut disk, 2, &mut said)
                     .unwrap_or_else(|e| panic!("{fault:?} at {at}, crash {crash}: {e}"));
@@ -157,11 +166,17 @@ fn nothing_is_written_after_a_fault() {
 
 #[test]
 fn rot_is_refused_or_cut_never_believed() {
+    for segment_bytes in [24 << 10, 1 << 20] {
+        rot_everywhere(segment_bytes);
+    }
+}
+
+fn rot_everywhere(segment_bytes: u64) {
     let mut disk = SimDisk::new();
-    let mut said = Acknowledged::default();
-    work(&mut disk, 1, &mut said).unwrap();
+    work_in(&mut disk, 1, segment_bytes, &mut Acknowledged::default()).unwrap();
     let whole = scan(&mut disk).unwrap();
-    let last_group = whole.records.last().unwrap().seq.saturating_sub(4);
+    // The last round writes four records.
+    let last_group = whole.records.last().unwrap().seq - 4;
     let (mut refused, mut cut) = (0, 0);
     for name in disk.list().unwrap() {
         let len = usize::try_from(disk.len(&name).unwrap()).unwrap();
