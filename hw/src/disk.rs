@@ -212,16 +212,23 @@ impl Disk for FileDisk {
     }
 }
 
-/// Makes the directory and syncs its parent, so that it outlives a crash with what is put in it.
+/// Makes the directory and what is missing above it, and syncs the parent of each, so that it outlives a crash with what
+/// is put in it.
 fn make_directory(path: &Path) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
-    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-    match path.parent() {
-        Some(parent) if parent != Path::new("") => File::open(parent)?.sync_all(),
-        _ => File::open(".")?.sync_all(),
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    make_directory(parent)?;
+    match DirBuilder::new().mode(0o700).create(path) {
+        // Another process was faster; the lock decides between the two.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        made => made?,
     }
+    File::open(parent)?.sync_all()
 }
 
 fn error(op: DiskOp, name: &str, source: &io::Error) -> DiskError {
@@ -237,41 +244,4 @@ fn error(op: DiskOp, name: &str, source: &io::Error) -> DiskError {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-mod tests {
-    use super::*;
-    use lite_llm_core::journal::{Header, Store};
-    use std::os::unix::fs::PermissionsExt;
-
-    #[test]
-    fn journal_survives_on_real_files() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("state");
-        let mut header = Header { logic_version: 1, node: 0, incarnation: 1, identity: [7; 32] };
-        let (mut store, _) = Store::open(FileDisk::open(&path).unwrap(), &header).unwrap();
-        for seq in 1..=5 {
-            store.push(seq, seq * 10, [seq as u8; 32], vec![seq as u8; 3000]).unwrap();
-            assert_eq!(store.flush().unwrap(), seq);
-        }
-        store.write_snapshot(3, [3; 32], b"state").unwrap();
-        store.trim(3).unwrap();
-        assert!(matches!(FileDisk::open(&path), Err(OpenError::InUse(_))));
-        drop(store);
-        header.incarnation = 2;
-        let (mut store, recovered) = Store::open(FileDisk::open(&path).unwrap(), &header).unwrap();
-        assert_eq!(recovered.snapshot.unwrap().bytes, b"state");
-        assert_eq!(recovered.records.iter().map(|r| r.seq).collect::<Vec<_>>(), [3, 4, 5]);
-        assert_eq!(recovered.incarnation, Some(1));
-        for name in store.disk().list().unwrap() {
-            let mode = path.join(&name).metadata().unwrap().permissions().mode();
-            assert_eq!(mode & 0o777, 0o600, "{name}");
-        }
-    }
-
-    #[test]
-    fn read_only_refuses_to_write() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut disk = FileDisk::open_read_only(dir.path()).unwrap();
-        assert_eq!(disk.create_new("a").unwrap_err().kind, DiskErrorKind::Denied);
-        assert_eq!(disk.read_at("../a", 0, &mut []).unwrap_err().kind, DiskErrorKind::Denied);
-    }
-}
+mod tests;

@@ -21,6 +21,8 @@ pub const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 pub const GROUP_BYTES_MAX: usize = 64 << 20;
 /// The largest segment: no file above this is read.
 pub const SEGMENT_BYTES_MAX: u64 = 1 << 30;
+/// The highest number of a record or segment: what is read is never above it, so adding to it cannot overflow.
+pub const NUMBER_MAX: u64 = 1 << 62;
 /// The largest snapshot: no file above this is read.
 pub const SNAPSHOT_BYTES_MAX: u64 = 4 << 30;
 
@@ -174,6 +176,9 @@ impl GroupHeader {
             return Err("the group header's checksum is wrong");
         }
         let group = Self { watermark: at.u64(), first_seq: at.u64(), count: at.u32(), body_bytes: at.u32() };
+        if group.count == 0 {
+            return Err("the group is empty");
+        }
         if group.watermark >= group.first_seq {
             return Err("the group calls itself durable");
         }

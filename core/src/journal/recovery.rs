@@ -10,7 +10,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use super::frame::{
-    BLOCK_BYTES, GROUP_HEADER_BYTES, GroupHeader, Invalid, SEGMENT_BYTES_MAX, SNAPSHOT_BYTES_MAX,
+    BLOCK_BYTES, GROUP_HEADER_BYTES, GroupHeader, Invalid, NUMBER_MAX, SEGMENT_BYTES_MAX, SNAPSHOT_BYTES_MAX,
     SNAPSHOT_HEADER_BYTES, SegmentHeader, SnapshotHeader, Tag, decode_frame, parse_segment_name,
     parse_snapshot_name, snapshot_name,
 };
@@ -82,6 +82,10 @@ pub(super) fn read<D: Disk>(disk: &mut D, expected: Option<&Header>) -> Result<S
         .collect();
     found.sort_unstable();
     let index_max = found.last().map_or(0, |&(index, ..)| index);
+    if let (Some(_), None) = (&snapshot, found.last()) {
+        let what = "there is a snapshot and no segment, but a segment is made before any snapshot";
+        return Err(damage(&snapshot_name(next), 0, next, what));
+    }
 
     // Newest first: each segment counts up to where the later one begins, until the snapshot is reached.
     let mut out = Scanned {
@@ -155,6 +159,9 @@ impl Segment {
         if (header.index, header.first_seq) != (index, first_seq) {
             return Err(damage("the header is not that of the file's name"));
         }
+        if index > NUMBER_MAX || !(1..=NUMBER_MAX).contains(&first_seq) {
+            return Err(damage("the segment's numbers are out of bounds"));
+        }
         let info = SegmentInfo { name: String::from(name), header, bytes: length };
         Ok(Self { info, tag, bytes })
     }
@@ -169,11 +176,8 @@ impl Segment {
         let mut bad = None;
         while offset < self.bytes.len() && bad.is_none() {
             let due = first_seq + records.len() as u64;
-            match self.group(offset, due, &mut records) {
-                Ok(group) => {
-                    watermark = watermark.max(group.watermark);
-                    offset = advance(offset, group.padded_bytes());
-                }
+            match self.group(offset, due, &mut records, &mut watermark) {
+                Ok(group) => offset = advance(offset, group.padded_bytes()),
                 Err((at, what)) => bad = Some((at, what)),
             }
         }
@@ -204,6 +208,7 @@ impl Segment {
         offset: usize,
         due: u64,
         records: &mut Vec<Record>,
+        watermark: &mut u64,
     ) -> Result<GroupHeader, (usize, &'static str)> {
         let group = GroupHeader::decode(self.tag, offset as u64, &self.bytes[offset..])
             .map_err(|what| (offset, what))?;
@@ -212,6 +217,8 @@ impl Segment {
         }
         let body = offset + GROUP_HEADER_BYTES;
         let end = body.saturating_add(group.body_bytes as usize).min(self.bytes.len());
+        // Whatever becomes of this group, everything below it was durable when it was written.
+        *watermark = (*watermark).max(group.watermark);
         let mut at = body;
         for seq in (due..).take(group.count as usize) {
             let (record, length) =
@@ -254,8 +261,11 @@ fn read_snapshot<D: Disk>(
     let mut bytes = read_file(disk, &name, length)?;
     let header = SnapshotHeader::decode(&bytes).map_err(|why| invalid(&name, next, why))?;
     check_header(&name, &header.header, expected)?;
-    if header.next != next || next == 0 {
+    if header.next != next {
         return damage(0, "the header is not that of the file's name");
+    }
+    if !(1..=NUMBER_MAX).contains(&next) {
+        return damage(0, "the snapshot's number is out of bounds");
     }
     let state = bytes.split_off(SNAPSHOT_HEADER_BYTES);
     if header.state_bytes != state.len() as u64 {

@@ -256,14 +256,27 @@ fn create_segment<D: Disk>(
     records: &[Record],
 ) -> Result<Active, JournalError> {
     let (mut bytes, tag) = SegmentHeader { header: *header, index, first_seq }.encode();
-    if !records.is_empty() {
-        assert_eq!(records[0].seq, first_seq);
+    assert!(records.first().is_none_or(|record| record.seq == first_seq));
+    let mut rest = records;
+    while !rest.is_empty() {
+        let (group, after) = rest.split_at(group_len(rest));
         let offset = bytes.len() as u64;
-        bytes.extend(encode_group(tag, offset, first_seq - 1, records));
+        bytes.extend(encode_group(tag, offset, first_seq - 1, group));
+        rest = after;
     }
     let name = segment_name(index, first_seq);
     write_aside(disk, &name, &[&bytes])?;
     Ok(Active { name, index, tag, bytes: bytes.len() as u64 })
+}
+
+/// How many of `records` fit into one group: at least one, for a record's bound is below a group's.
+fn group_len(records: &[Record]) -> usize {
+    let mut bytes = 0;
+    let fits = |record: &&Record| {
+        bytes += frame_bytes(&record.payload);
+        bytes <= GROUP_BYTES_MAX
+    };
+    records.iter().take_while(fits).count()
 }
 
 /// Writes a file so that under its name there is all of it or what was there before.
