@@ -4,19 +4,20 @@
 //! node's event loop, so that a process that lives but is stuck is seen to be.
 
 use anyhow::Context;
+use lite_llm_core::lifecycle::Lifecycle;
 use lite_llm_hw::node::NodeHandle;
-use serde_json::{Value, json};
+use lite_llm_hw::supervisor::Beat;
 use std::io::Write;
 use std::time::Duration;
 
 /// Time between two beats.
-pub(crate) const EVERY: Duration = Duration::from_millis(500);
+const EVERY: Duration = Duration::from_millis(500);
 
 /// Starts the heart.
 pub(crate) fn heart() -> anyhow::Result<()> {
     spawn("heart", || {
         loop {
-            if say(&json!({ "beat": "heart" })).is_err() {
+            if say(Beat::Heart).is_err() {
                 return;
             }
             std::thread::sleep(EVERY);
@@ -28,7 +29,9 @@ pub(crate) fn heart() -> anyhow::Result<()> {
 pub(crate) fn progress(node: NodeHandle) -> anyhow::Result<()> {
     spawn("progress", move || {
         while let Ok(status) = node.status() {
-            if say(&json!({ "beat": "progress", "record": status.seq.0 })).is_err() {
+            let serving = matches!(status.lifecycle, Lifecycle::Active | Lifecycle::Reconfiguring);
+            let busy = status.stepping || !serving;
+            if say(Beat::Progress { record: status.seq.0, busy }).is_err() {
                 return;
             }
             std::thread::sleep(EVERY);
@@ -44,8 +47,8 @@ fn spawn(name: &str, beat: impl FnOnce() + Send + 'static) -> anyhow::Result<()>
     Ok(())
 }
 
-fn say(value: &Value) -> std::io::Result<()> {
+fn say(beat: Beat) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{value}")?;
+    writeln!(out, "{}", beat.line())?;
     out.flush()
 }

@@ -4,11 +4,12 @@ use crate::exit::usage;
 use anyhow::Context;
 use clap::Args;
 use lite_llm_model::tokenizer::{Message, Tokenizer};
+use std::fs::File;
 use std::io::{IsTerminal, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Bytes of the longest prompt from standard input.
-const STDIN_BYTES_MAX: u64 = 64 << 20;
+/// Bytes of the longest prompt from a file or standard input.
+const TEXT_BYTES_MAX: u64 = 64 << 20;
 
 /// What to go on from; standard input if none is given.
 #[derive(Clone, Debug, Args)]
@@ -17,6 +18,9 @@ pub(crate) struct PromptArgs {
     /// Text; - for standard input. The tokenizer's special tokens are added
     #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
+    /// Text from a file; the newline at its end is left out
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompt_file: Option<PathBuf>,
     /// A user's message, put into the checkpoint's chat template
     #[arg(long, value_name = "TEXT")]
     pub(crate) chat: Option<String>,
@@ -58,7 +62,7 @@ impl PromptArgs {
     pub(crate) fn takes_stdin(&self) -> bool {
         match &self.prompt {
             Some(text) => text == "-",
-            None => self.chat.is_none() && self.prompt_tokens.is_none(),
+            None => self.prompt_file.is_none() && self.chat.is_none() && self.prompt_tokens.is_none(),
         }
     }
 
@@ -66,6 +70,11 @@ impl PromptArgs {
     pub(crate) fn read(&self) -> anyhow::Result<Prompt> {
         if self.takes_stdin() {
             return read_stdin().map(Prompt::Text);
+        }
+        if let Some(path) = &self.prompt_file {
+            let file =
+                File::open(path).with_context(|| format!("cannot read the prompt {}", path.display()))?;
+            return read_text(file, &path.display().to_string()).map(Prompt::Text);
         }
         Ok(match (&self.prompt, &self.chat, &self.prompt_tokens) {
             (_, Some(text), _) => Prompt::Chat(user(text)),
@@ -86,13 +95,14 @@ pub(crate) fn read_stdin() -> anyhow::Result<String> {
     if stdin.is_terminal() {
         return Err(usage("no prompt: give --prompt, --chat or --prompt-tokens, or pipe a text in"));
     }
+    read_text(stdin.lock(), "standard input")
+}
+
+fn read_text(from: impl Read, name: &str) -> anyhow::Result<String> {
     let mut text = String::new();
-    let read = stdin.lock().take(STDIN_BYTES_MAX + 1).read_to_string(&mut text);
-    read.context("cannot read the prompt from standard input")?;
-    anyhow::ensure!(
-        text.len() as u64 <= STDIN_BYTES_MAX,
-        "the prompt on standard input is longer than 64 MiB"
-    );
+    let read = from.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text);
+    read.with_context(|| format!("cannot read the prompt from {name}"))?;
+    anyhow::ensure!(text.len() as u64 <= TEXT_BYTES_MAX, "the prompt from {name} is longer than 64 MiB");
     // The newline that ends a text file is no part of the prompt.
     if text.ends_with('\n') {
         text.pop();

@@ -26,9 +26,10 @@ const IN_FLIGHT_MAX: usize = 64;
 const LINE_BYTES_MAX: u64 = 64 << 20;
 
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Batch")]
 pub(crate) struct BatchArgs {
     /// Many requests: a JSON object a line, {id, prompt | prompt_tokens | chat, max_tokens, temperature, ...}
-    #[arg(long, value_name = "IN.jsonl", conflicts_with_all = ["prompt", "chat", "prompt_tokens", "request_id",
+    #[arg(long, value_name = "IN.jsonl", conflicts_with_all = ["prompt", "prompt_file", "chat", "prompt_tokens", "request_id",
         "stream", "logits", "routes", "generations", "from_offset"])]
     pub(crate) batch: Option<PathBuf>,
     /// Where the results go, a JSON object a line; what is there already is not done again

@@ -215,11 +215,12 @@ fn report(path: &Path, bytes: u64) -> anyhow::Result<Value> {
     if bytes > REPORT_BYTES_MAX {
         bail!("{} has {}: no crash report is that long", path.display(), Size(bytes));
     }
-    let value: Value = serde_json::from_slice(&std::fs::read(path)?)
+    let mut value: Value = serde_json::from_slice(&std::fs::read(path)?)
         .map_err(|error| corrupt(format!("{} is no JSON: {error}", path.display())))?;
-    if value["kind"] != "crash_report" {
+    if !value["failed_at_ns"].is_u64() || !value["journal"].is_object() {
         bail!("{} is JSON, but no crash report", path.display());
     }
+    value["kind"] = "crash_report".into();
     Ok(value)
 }
 

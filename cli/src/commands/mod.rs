@@ -8,6 +8,7 @@ mod import;
 mod inspect;
 mod replay;
 mod run;
+mod supervise;
 mod synth;
 
 use crate::exit::Exit;
@@ -30,6 +31,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Generate: one request, or a batch of them
     Run(Box<run::RunArgs>),
+    /// Run, and start again after a crash; each token is printed once
+    Supervise(supervise::SuperviseArgs),
     /// Ask a running process to switch tiers, drain, cancel, snapshot or tell its status
     Ctl(ctl::CtlArgs),
     /// Verify a journal: fold it again and compare every digest
@@ -50,6 +53,7 @@ impl Command {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
         match self {
             Self::Run(args) => args.run(),
+            Self::Supervise(args) => args.run(),
             Self::Ctl(args) => args.run(),
             Self::Replay(args) => args.run(),
             Self::Inspect(args) => args.run(),

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct RunArgs {
-    /// A Hugging Face directory
+    /// A Hugging Face directory or an imported checkpoint
     pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) prompt: PromptArgs,
@@ -36,28 +36,28 @@ pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) runtime: RuntimeArgs,
     /// Where the journal is kept; a private directory, removed after a clean end, if left out
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, help_heading = "State", value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,
     /// Idempotency key: the same id with the same request attaches to it
-    #[arg(long, value_name = "ID", value_parser = request_id)]
+    #[arg(long, help_heading = "State", value_name = "ID", value_parser = request_id)]
     pub(crate) request_id: Option<RequestId>,
     /// Send the stream again from this token on
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, help_heading = "State", value_name = "N", default_value_t = 0)]
     pub(crate) from_offset: u32,
     /// Print each token as it comes
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     pub(crate) stream: bool,
     /// Print one JSON object; with --stream, one for each token before it
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     pub(crate) json: bool,
     /// Write the logits of the prompt's positions as safetensors
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub(crate) logits: Option<PathBuf>,
     /// Write the experts of every position, and their weights, as safetensors
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub(crate) routes: Option<PathBuf>,
     /// Compute positions under these tiers, in the form that --json reports as generations
-    #[arg(long, value_name = "JSON", conflicts_with_all = ["tierset", "mode"])]
+    #[arg(long, help_heading = "Runtime", value_name = "JSON", conflicts_with_all = ["tierset", "mode"])]
     pub(crate) generations: Option<GenerationMap>,
     /// Say on standard output that the process lives, for a supervisor
     #[arg(long, hide = true)]

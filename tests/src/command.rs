@@ -1,0 +1,143 @@
+//! The `lite-llm` command as a process.
+#![allow(
+    clippy::unwrap_used,
+    clippy::missing_panics_doc,
+    reason = "this is test code; a panic is a failed test"
+)]
+
+use serde_json::Value;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+/// The binary, built with the profile of this test. Cargo builds the binaries of a test's own package only.
+pub fn binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let own = std::env::current_exe().unwrap();
+        let profile = own.parent().unwrap().parent().unwrap();
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        // The selection of the whole workspace gives dependencies the features that they have in its tests.
+        cargo.args(["build", "--quiet", "--workspace", "--exclude", "lite-llm-fuzz", "--bin", "lite-llm"]);
+        if profile.ends_with("release") {
+            cargo.arg("--release");
+        }
+        cargo.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap());
+        assert!(cargo.status().unwrap().success(), "lite-llm does not build");
+        profile.join("lite-llm")
+    })
+}
+
+/// What a command said, and how it ended.
+#[derive(Debug)]
+pub struct Ran {
+    /// Exit code; `None` after a signal.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+impl Ran {
+    /// The one JSON object on standard output of a command that went well.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        assert_eq!(self.code, Some(0), "{}", self.stderr);
+        serde_json::from_str(&self.stdout).unwrap()
+    }
+
+    /// Asserts a refusal with an exit code, whose message has these parts.
+    #[track_caller]
+    pub fn refuses(&self, code: i32, parts: &[&str]) {
+        assert_eq!(self.code, Some(code), "{}\n{}", self.stdout, self.stderr);
+        for part in parts {
+            assert!(self.stderr.contains(part), "{part:?} is not in: {}", self.stderr);
+        }
+        assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+    }
+}
+
+/// A directory with a home of its own, in which commands run.
+#[derive(Debug)]
+pub struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Place {
+    /// An empty place.
+    pub fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    /// A path in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Where private state directories go.
+    pub fn private_states(&self) -> Vec<PathBuf> {
+        let Ok(entries) = std::fs::read_dir(self.path("home/lite-llm")) else { return Vec::new() };
+        entries.map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// The command, not yet started.
+    pub fn command<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
+        let mut command = Command::new(binary());
+        command.args(arguments).current_dir(self.dir.path());
+        command.env("XDG_STATE_HOME", self.path("home"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs the command to its end.
+    pub fn run<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Ran {
+        self.command(arguments).output().unwrap().into()
+    }
+}
+
+/// The token lines of a stream in JSON, and its result line if it got that far. Half a line is no line.
+pub fn parse_stream(stdout: &str) -> (Vec<(u64, u64)>, Option<Value>) {
+    let (mut tokens, mut result) = (Vec::new(), None);
+    for line in stdout.split_inclusive('\n').filter(|line| line.ends_with('\n')) {
+        let value: Value = serde_json::from_str(line).unwrap();
+        if value["tokens"].is_array() {
+            result = Some(value);
+        } else {
+            tokens.push((value["offset"].as_u64().unwrap(), value["token"].as_u64().unwrap()));
+        }
+    }
+    (tokens, result)
+}
+
+/// Waits until `there` is, for as long as the process lives.
+#[track_caller]
+pub fn wait_until(child: &mut std::process::Child, mut there: impl FnMut() -> bool) {
+    while !there() {
+        assert!(child.try_wait().unwrap().is_none(), "the process ended before what it was to bring about");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// Sends a signal to a process.
+pub fn signal(pid: u32, name: &str) {
+    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap();
+    assert!(status.success());
+}
