@@ -10,7 +10,7 @@ use crate::output::{Carving, Output};
 use crate::pages::Pages;
 use crate::plan::ModelPlan;
 use crate::random::{Purpose, draw};
-use crate::residency::Residency;
+use crate::residency::{Held, Residency};
 use crate::state::State;
 use alloc::collections::VecDeque;
 use alloc::{format, string::String, vec::Vec};
@@ -66,6 +66,7 @@ impl State {
         self.pages = Pages::default();
         self.requests.forget_pages();
         self.generations.restart();
+        self.modifications.restart();
         self.drain = None;
         self.snapshots.writing = false;
         cx.event(Event::Recovered { incarnation, requests: len32(self.requests.live().count()) });
@@ -180,7 +181,7 @@ impl State {
     }
 
     /// Registers the experts of the active tiers: those placed hot go first, then the warm, the cold wait for demand.
-    fn experts_ahead(&self) -> VecDeque<crate::ids::ExpertKey> {
+    fn experts_ahead(&self) -> VecDeque<Held> {
         let plan = self.plan();
         let mut experts: Vec<_> = plan
             .experts(self.generations.active_tiers())
@@ -189,7 +190,7 @@ impl State {
             .collect();
         experts.sort_by_key(|&(placement, key)| (core::cmp::Reverse(placement), key));
         experts.truncate(index(self.carving.slots));
-        experts.into_iter().map(|(_, key)| key).collect()
+        experts.into_iter().map(|(_, key)| (key, self.current_blob(key))).collect()
     }
 
     /// The placement policy of a tier: the operator's, or else the checkpoint's hint.

@@ -65,7 +65,8 @@ impl State {
             return;
         }
         self.residency.stop_ahead();
-        if self.steps.current.is_none() && !self.residency.in_flight() && !self.snapshots.writing {
+        let idle = self.steps.current.is_none() && !self.residency.in_flight();
+        if idle && !self.snapshots.writing && !self.modifications.pending() {
             self.drain.as_mut().expect("it was there").phase = Phase::Telemetry;
             cx.say(Output::FlushTelemetry);
         }

@@ -186,6 +186,8 @@ impl State {
             Input::Tick => {}
             Input::TelemetryFlushed => self.telemetry_flushed(cx),
             Input::ResourcesReleased => self.resources_released(cx),
+            Input::Modify { experts } => self.modify(cx, experts),
+            Input::Persisted { asked, fault } => self.persisted(cx, asked, fault),
         }
         self.advance(cx);
     }
@@ -197,6 +199,7 @@ impl State {
         self.issue_loads(cx);
         self.expire(cx);
         self.advance_switch(cx);
+        self.advance_modification(cx);
         self.schedule(cx);
         self.advance_drain(cx);
         self.take_snapshot(cx);

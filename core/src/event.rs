@@ -58,6 +58,13 @@ pub enum Event {
         /// How many.
         experts: u32,
     },
+    /// Modified experts became active.
+    Modified {
+        /// The new generation.
+        generation: Generation,
+        /// The experts that have changed, and the digest of each one's bytes.
+        experts: Vec<(ExpertKey, Digest)>,
+    },
     /// A pending TierSet switch was given up.
     SwitchAborted,
     /// A new life began.

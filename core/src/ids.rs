@@ -29,6 +29,8 @@ id!(/// A place for one expert in the hot arena.
     Slot(u32));
 id!(/// A (TierSet, manifest revision) pair, numbered in order of its commit.
     Generation(u32));
+id!(/// A manifest revision: 0 is the checkpoint, each committed modification of experts makes the next.
+    Revision(u32));
 
 /// An expert of a checkpoint: layer, tier, group in the tier, expert in the group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

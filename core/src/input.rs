@@ -249,4 +249,16 @@ pub enum Input {
     TelemetryFlushed,
     /// `Release` was obeyed.
     ResourcesReleased,
+    /// Experts have new parameters, which the driver holds under these digests.
+    Modify {
+        /// Which experts, and the digest of each one's new bytes.
+        experts: Vec<(ExpertKey, Digest)>,
+    },
+    /// `Persist` was obeyed, or cannot be.
+    Persisted {
+        /// The input that asked for it.
+        asked: Seq,
+        /// Why not.
+        fault: Option<Fault>,
+    },
 }

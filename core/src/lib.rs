@@ -20,6 +20,7 @@ pub mod ids;
 pub mod input;
 pub mod journal;
 pub mod lifecycle;
+mod modification;
 pub mod output;
 mod pages;
 pub mod plan;

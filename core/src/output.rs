@@ -1,5 +1,6 @@
 //! Everything that an engine can ask for or say. Outputs are digested, so the order of variants and fields counts.
 
+use crate::digest::Digest;
 use crate::event::Event;
 use crate::ids::{ExpertKey, Generation, LoadId, RequestId, Seq, Slot, StepId};
 use crate::input::Sampling;
@@ -105,6 +106,8 @@ pub enum Output {
         load: LoadId,
         /// Which expert.
         expert: ExpertKey,
+        /// Its parameters as modified, or those of the checkpoint.
+        blob: Option<Digest>,
         /// Where to.
         slot: Slot,
     },
@@ -186,6 +189,31 @@ pub enum Output {
         /// The generation from the next step on, or why the old one stays.
         outcome: Result<Generation, String>,
         /// Durable before it may be told.
+        after: Seq,
+    },
+    /// Make modified experts durable as blobs of their own; answer `Persisted`.
+    Persist {
+        /// The input that asked for it.
+        asked: Seq,
+        /// Which, and the digest of each one's bytes.
+        experts: Vec<(ExpertKey, Digest)>,
+    },
+    /// The end of a modification.
+    Modified {
+        /// The input that asked for it.
+        asked: Seq,
+        /// The generation from the next step on, or why nothing has changed.
+        outcome: Result<Generation, String>,
+        /// Durable before it may be told.
+        after: Seq,
+    },
+    /// A blob that no position refers to any more may be removed.
+    Retire {
+        /// Which expert's.
+        expert: ExpertKey,
+        /// Which.
+        blob: Digest,
+        /// Durable before it may happen.
         after: Seq,
     },
     /// For telemetry.

@@ -5,6 +5,7 @@
 //! come by: cyclic access defeats plain recency.
 
 use crate::config::Placement;
+use crate::digest::Digest;
 use crate::engine::Context;
 use crate::event::Event;
 use crate::ids::{ExpertKey, LoadId, Slot, index, len32};
@@ -15,6 +16,9 @@ use alloc::collections::{BTreeMap, VecDeque};
 use alloc::{format, string::String, vec::Vec};
 use serde::{Deserialize, Serialize};
 
+/// An expert with the parameters of the checkpoint, or as modified.
+pub(crate) type Held = (ExpertKey, Option<Digest>);
+
 /// What a slot holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Content {
@@ -22,9 +26,9 @@ pub(crate) enum Content {
     #[default]
     Empty,
     /// An expert that is to come.
-    Coming(ExpertKey),
+    Coming(Held),
     /// An expert, verified.
-    Ready(ExpertKey),
+    Ready(Held),
 }
 
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
@@ -44,19 +48,19 @@ struct Load {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Residency {
     slots: Vec<SlotState>,
-    by_key: BTreeMap<ExpertKey, Slot>,
+    by_held: BTreeMap<Held, Slot>,
     loads: BTreeMap<LoadId, Load>,
     /// Slots that a step waits for, in order.
     demanded: VecDeque<Slot>,
     /// Experts to load ahead into free slots.
-    ahead: VecDeque<ExpertKey>,
+    ahead: VecDeque<Held>,
     next_load: LoadId,
 }
 
 /// What became of a load.
 pub(crate) enum Outcome {
     /// The expert is there.
-    Ready(ExpertKey),
+    Ready(Held),
     /// It is tried again.
     Retried,
     /// It could not be loaded.
@@ -92,7 +96,7 @@ impl Residency {
     }
 
     /// Experts to load ahead while slots are free.
-    pub(crate) fn want(&mut self, experts: VecDeque<ExpertKey>) {
+    pub(crate) fn want(&mut self, experts: VecDeque<Held>) {
         self.ahead = experts;
     }
 
@@ -101,8 +105,8 @@ impl Residency {
     }
 
     /// The slot of an expert that is there or coming.
-    pub(crate) fn slot_of(&self, key: ExpertKey) -> Option<(Slot, bool)> {
-        let slot = *self.by_key.get(&key)?;
+    pub(crate) fn slot_of(&self, held: Held) -> Option<(Slot, bool)> {
+        let slot = *self.by_held.get(&held)?;
         Some((slot, matches!(self.slots[index(slot.0)].content, Content::Ready(_))))
     }
 
@@ -126,7 +130,7 @@ impl Residency {
     }
 
     /// A slot that may be given away: a free one, or the unpinned one whose expert is the least worth keeping.
-    fn victim<K: Ord>(&self, worth: impl Fn(ExpertKey, u32) -> K) -> Option<Slot> {
+    fn victim<K: Ord>(&self, worth: impl Fn(Held, u32) -> K) -> Option<Slot> {
         let mut best: Option<(K, Slot)> = None;
         for (slot, state) in self.slots() {
             match state.content {
@@ -147,31 +151,31 @@ impl Residency {
         self.slots().find(|(_, state)| state.content == Content::Empty).map(|(slot, _)| slot)
     }
 
-    fn assign(&mut self, slot: Slot, key: ExpertKey) {
+    fn assign(&mut self, slot: Slot, held: Held) {
         let state = &mut self.slots[index(slot.0)];
         assert_eq!(state.pins, 0, "a pinned slot is never overwritten");
         if let Content::Ready(old) = state.content {
-            self.by_key.remove(&old);
+            self.by_held.remove(&old);
         }
-        *state = SlotState { content: Content::Coming(key), pins: 0, uses: 0 };
-        assert!(self.by_key.insert(key, slot).is_none(), "an expert has one slot");
+        *state = SlotState { content: Content::Coming(held), pins: 0, uses: 0 };
+        assert!(self.by_held.insert(held, slot).is_none(), "an expert has one slot");
     }
 
     fn clear(&mut self, slot: Slot) {
         let state = &mut self.slots[index(slot.0)];
         if let Content::Ready(key) | Content::Coming(key) = state.content {
-            self.by_key.remove(&key);
+            self.by_held.remove(&key);
         }
         *state = SlotState::default();
     }
 
     /// Empties every slot whose tier is not among `tiers`; returns how many.
     pub(crate) fn demote(&mut self, tiers: &[u32]) -> u32 {
-        self.ahead.retain(|key| tiers.contains(&key.tier));
+        self.ahead.retain(|(key, _)| tiers.contains(&key.tier));
         let obsolete: Vec<Slot> = self
             .slots()
             .filter(|(_, s)| {
-                s.pins == 0 && matches!(s.content, Content::Ready(k) if !tiers.contains(&k.tier))
+                s.pins == 0 && matches!(s.content, Content::Ready((k, _)) if !tiers.contains(&k.tier))
             })
             .map(|(slot, _)| slot)
             .collect();
@@ -179,6 +183,12 @@ impl Residency {
             self.clear(*slot);
         }
         len32(obsolete.len())
+    }
+
+    /// Whether nothing reads this blob from the disk, nor will.
+    pub(crate) fn forget(&mut self, key: ExpertKey, blob: Digest) -> bool {
+        self.ahead.retain(|&held| held != (key, Some(blob)));
+        self.slot_of((key, Some(blob))).is_none_or(|(_, ready)| ready)
     }
 
     /// Forgets loads ahead that have not begun.
@@ -198,13 +208,13 @@ impl Residency {
     }
 
     fn issue(&mut self, cx: &mut Context<'_>, slot: Slot, failures: u32) {
-        let Content::Coming(expert) = self.slots[index(slot.0)].content else {
+        let Content::Coming((expert, blob)) = self.slots[index(slot.0)].content else {
             unreachable!("only what is coming is loaded")
         };
         let load = self.next_load;
         self.next_load.0 += 1;
         self.loads.insert(load, Load { slot, failures });
-        cx.say(Output::Load { load, expert, slot });
+        cx.say(Output::Load { load, expert, blob, slot });
     }
 
     fn loaded(&mut self, cx: &mut Context<'_>, load: LoadId, fault: Option<Fault>, retries: u32) -> Outcome {
@@ -219,14 +229,14 @@ impl Residency {
                 Outcome::Ready(key)
             }
             Some(_) if failures < retries => {
-                cx.event(Event::LoadRetried { expert: key, failures: failures + 1 });
+                cx.event(Event::LoadRetried { expert: key.0, failures: failures + 1 });
                 self.issue(cx, slot, failures + 1);
                 Outcome::Retried
             }
             Some(fault) => {
                 state.pins = 0;
                 self.clear(slot);
-                Outcome::Lost(key, fault)
+                Outcome::Lost(key.0, fault)
             }
         }
     }
@@ -240,7 +250,7 @@ impl Residency {
         });
         let mut held: Vec<_> = held.collect();
         held.sort_unstable();
-        assert!(held.iter().copied().eq(self.by_key.iter().map(|(k, s)| (*k, *s))), "slots and keys agree");
+        assert!(held.iter().copied().eq(self.by_held.iter().map(|(k, s)| (*k, *s))), "slots and keys agree");
         let coming = self.slots().filter(|(_, s)| matches!(s.content, Content::Coming(_))).count();
         assert_eq!(coming, self.loads.len() + self.demanded.len(), "whatever is coming is loaded or queued");
     }
@@ -248,22 +258,20 @@ impl Residency {
 
 impl State {
     /// Gives a slot to an expert that a step demands, evicting if need be; `None` if every slot is in use.
-    pub(crate) fn demand(&mut self, key: ExpertKey) -> Option<Slot> {
+    pub(crate) fn demand(&mut self, held: Held) -> Option<Slot> {
         let (plan, tiers) = (self.plan(), self.generations.active_tiers());
         let layers = &plan.moe_layers;
         let ordinal = |layer: u32| layers.binary_search(&layer).expect("an expert is in a mixture layer");
-        let here = ordinal(key.layer);
-        let worth = |other: ExpertKey, uses: u32| {
-            let placement = if tiers.contains(&other.tier) {
-                Some(self.placement(other.tier))
-            } else {
-                None::<Placement>
-            };
+        let here = ordinal(held.0.layer);
+        let worth = |(other, blob): Held, uses: u32| {
+            // What no new position can select goes first: tiers that are masked, parameters that were replaced.
+            let current = tiers.contains(&other.tier) && self.current_blob(other) == blob;
+            let placement: Option<Placement> = current.then(|| self.placement(other.tier));
             let steps_away = (ordinal(other.layer) + layers.len() - here - 1) % layers.len();
             (placement, uses, core::cmp::Reverse(steps_away))
         };
         let slot = self.residency.victim(worth)?;
-        self.residency.assign(slot, key);
+        self.residency.assign(slot, held);
         self.residency.demanded.push_back(slot);
         Some(slot)
     }
@@ -279,7 +287,7 @@ impl State {
         let depth = if self.steps.current.is_some() { depth.div_ceil(2) } else { depth };
         while residency.loads.len() < depth && residency.demanded.is_empty() {
             let Some(key) = residency.ahead.pop_front() else { break };
-            if residency.by_key.contains_key(&key) {
+            if residency.by_held.contains_key(&key) {
                 continue;
             }
             let Some(slot) = residency.free_slot() else {

@@ -137,7 +137,7 @@ impl State {
             attempt: step.attempt,
             generation: step.generation,
             rows: step.rows.iter().map(|row| self.output_row(row)).collect(),
-            resident: self.resident(&tiers),
+            resident: self.resident(&tiers, step.generation),
             tiers,
         }));
     }
@@ -166,10 +166,10 @@ impl State {
     }
 
     /// Every expert of the tiers with its slot, if all are there. They stay: nothing is evicted without a need.
-    fn resident(&self, tiers: &[u32]) -> Option<Vec<(ExpertKey, Slot)>> {
+    fn resident(&self, tiers: &[u32], generation: Generation) -> Option<Vec<(ExpertKey, Slot)>> {
         self.plan()
             .experts(tiers)
-            .map(|key| match self.residency.slot_of(key) {
+            .map(|key| match self.residency.slot_of(self.held(key, generation)) {
                 Some((slot, true)) => Some((key, slot)),
                 _ => None,
             })

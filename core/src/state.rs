@@ -7,6 +7,7 @@ use crate::engine::Context;
 use crate::event::Event;
 use crate::ids::Incarnation;
 use crate::lifecycle::Lifecycle;
+use crate::modification::Modifications;
 use crate::output::{Carving, Output, WaitReason};
 use crate::pages::Pages;
 use crate::plan::ModelPlan;
@@ -32,6 +33,7 @@ pub(crate) struct State {
     pub(crate) requests: Requests,
     pub(crate) steps: Steps,
     pub(crate) generations: Generations,
+    pub(crate) modifications: Modifications,
     pub(crate) drain: Option<Drain>,
     pub(crate) snapshots: Snapshots,
 }

@@ -5,6 +5,7 @@ use crate::event::Event;
 use crate::ids::{ExpertKey, Generation, Slot, StepId, index, len32};
 use crate::input::{Fault, RowResult};
 use crate::output::{FinishReason, Output};
+use crate::residency::Held;
 use crate::state::State;
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::{format, string::String, vec::Vec};
@@ -105,9 +106,10 @@ impl State {
         let Some(step) = self.steps.current.as_ref().filter(|s| s.aborted.is_none()) else { return };
         let Some(need) = step.need.as_ref().filter(|need| need.members.is_empty()) else { return };
         let (first, remaining) = (need.wave == 0, need.remaining.clone());
+        let generation = step.generation;
         let mut members = BTreeMap::new();
         for key in &remaining {
-            if let Some((slot, _)) = self.residency.slot_of(*key) {
+            if let Some((slot, _)) = self.residency.slot_of(self.held(*key, generation)) {
                 self.residency.pin(slot);
                 members.insert(*key, slot);
             }
@@ -117,7 +119,7 @@ impl State {
             if members.contains_key(key) {
                 continue;
             }
-            let Some(slot) = self.demand(*key) else { break };
+            let Some(slot) = self.demand(self.held(*key, generation)) else { break };
             self.residency.pin(slot);
             members.insert(*key, slot);
         }
@@ -130,16 +132,17 @@ impl State {
         need.members = members;
         let ready: Vec<ExpertKey> = need.members.keys().copied().collect();
         for key in ready {
-            self.provide(cx, key);
+            self.provide(cx, self.held(key, generation));
         }
     }
 
     /// Hands an expert to the step if it is there and of the wave.
-    pub(crate) fn provide(&self, cx: &mut Context<'_>, expert: ExpertKey) {
+    pub(crate) fn provide(&self, cx: &mut Context<'_>, held: Held) {
         let Some(step) = self.steps.current.as_ref().filter(|s| s.aborted.is_none()) else { return };
         let Some(need) = &step.need else { return };
+        let (expert, _) = held;
         let Some(&slot) = need.members.get(&expert) else { return };
-        if self.residency.slot_of(expert) == Some((slot, true)) {
+        if self.residency.slot_of(held) == Some((slot, true)) {
             cx.say(Output::Provide {
                 step: step.id,
                 attempt: step.attempt,

@@ -6,10 +6,11 @@
 
 use crate::engine::Context;
 use crate::event::Event;
-use crate::ids::{ExpertKey, Generation, RequestId, Seq, index, len32};
+use crate::ids::{ExpertKey, Generation, RequestId, Revision, Seq, index, len32};
 use crate::input::SwitchTarget;
 use crate::lifecycle::Lifecycle;
 use crate::output::Output;
+use crate::residency::Held;
 use crate::state::State;
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::{format, string::String, vec::Vec};
@@ -18,9 +19,16 @@ use serde::{Deserialize, Serialize};
 /// The generations and the switches to come.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Generations {
-    tiers: BTreeMap<Generation, Vec<u32>>,
+    known: BTreeMap<Generation, Info>,
     current: Option<Generation>,
     waiting: VecDeque<Switch>,
+}
+
+/// What a generation is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Info {
+    pub(crate) tiers: Vec<u32>,
+    pub(crate) revision: Revision,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,7 +43,7 @@ impl Generations {
     /// Takes the configured TierSet for the first generation, unless a journal already decided one.
     pub(crate) fn begin_with(&mut self, tiers: Vec<u32>) {
         if self.current.is_none() {
-            self.tiers.insert(Generation(0), tiers);
+            self.known.insert(Generation(0), Info { tiers, revision: Revision(0) });
             self.current = Some(Generation(0));
         }
     }
@@ -51,11 +59,20 @@ impl Generations {
     }
 
     pub(crate) fn known(&self) -> impl Iterator<Item = (Generation, &[u32])> {
-        self.tiers.iter().map(|(generation, tiers)| (*generation, tiers.as_slice()))
+        self.known.iter().map(|(generation, info)| (*generation, info.tiers.as_slice()))
     }
 
     pub(crate) fn tiers(&self, generation: Generation) -> &[u32] {
-        &self.tiers[&generation]
+        &self.known[&generation].tiers
+    }
+
+    pub(crate) fn revision(&self, generation: Generation) -> Revision {
+        self.known[&generation].revision
+    }
+
+    /// Revisions that some position, or the present, refers to.
+    pub(crate) fn revisions(&self) -> impl Iterator<Item = Revision> {
+        self.known.values().map(|info| info.revision)
     }
 
     pub(crate) fn active_tiers(&self) -> &[u32] {
@@ -205,8 +222,9 @@ impl State {
         let switch = self.generations.waiting.front_mut().expect("a switch waits");
         switch.begun = true;
         let tiers = switch.tiers.clone();
-        let missing: VecDeque<ExpertKey> =
-            self.plan().experts(&tiers).filter(|&key| self.residency.slot_of(key).is_none()).collect();
+        let missing: VecDeque<Held> =
+            self.plan().experts(&tiers).map(|key| (key, self.current_blob(key))).collect();
+        let missing = missing.into_iter().filter(|&held| self.residency.slot_of(held).is_none()).collect();
         self.residency.want(missing);
         if self.lifecycle == Lifecycle::Active {
             self.move_to(cx, Lifecycle::Reconfiguring);
@@ -215,21 +233,27 @@ impl State {
 
     fn commit(&mut self, cx: &mut Context<'_>) {
         let switch = self.generations.waiting.pop_front().expect("a switch waits");
-        let last = self.generations.tiers.last_key_value().map_or(0, |(generation, _)| generation.0);
-        let mut referred = self.requests.generations();
-        let generation = if switch.tiers == self.generations.active_tiers() {
-            self.generations.current()
-        } else {
-            Generation(last + 1)
-        };
-        referred.insert(generation);
-        self.generations.tiers.insert(generation, switch.tiers.clone());
-        self.generations.tiers.retain(|generation, _| referred.contains(generation));
-        self.generations.current = Some(generation);
+        let revision = self.generations.revision(self.generations.current());
+        let generation = self.enter(cx, Info { tiers: switch.tiers.clone(), revision });
         let experts = self.residency.demote(&switch.tiers);
         cx.event(Event::Demoted { experts });
         self.generations.activate(cx);
         self.over(cx, switch.asked, Ok(generation));
+    }
+
+    /// Makes a generation the one of new positions, and forgets those that nothing refers to.
+    pub(crate) fn enter(&mut self, cx: &mut Context<'_>, info: Info) -> Generation {
+        let known = &mut self.generations.known;
+        let current = self.generations.current.expect("the manifest phase resolves the first TierSet");
+        let last = known.last_key_value().map_or(0, |(generation, _)| generation.0);
+        let generation = if known[&current] == info { current } else { Generation(last + 1) };
+        known.insert(generation, info);
+        self.generations.current = Some(generation);
+        let mut referred = self.requests.generations();
+        referred.insert(generation);
+        self.generations.known.retain(|generation, _| referred.contains(generation));
+        self.retire_blobs(cx);
+        generation
     }
 
     fn abort_switch(&mut self, cx: &mut Context<'_>, reason: String) {

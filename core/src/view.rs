@@ -164,8 +164,8 @@ impl<'a> View<'a> {
         self.0.residency.slots().map(|(slot, state)| {
             let (expert, ready) = match state.content {
                 Content::Empty => (None, false),
-                Content::Coming(key) => (Some(key), false),
-                Content::Ready(key) => (Some(key), true),
+                Content::Coming((key, _)) => (Some(key), false),
+                Content::Ready((key, _)) => (Some(key), true),
             };
             SlotView { slot, expert, ready, pins: state.pins }
         })

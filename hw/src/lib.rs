@@ -4,6 +4,7 @@
 //! loaders. What the engine decides, they obey; what happens, they report. Nothing here decides anything.
 
 pub mod arena;
+pub mod blobs;
 pub mod disk;
 pub mod memory;
 pub mod node;

@@ -4,7 +4,7 @@
 //! to be durable; slots, pages, loads and the running step are gone. Loads end in any order, some with an error. A
 //! step may fail as a whole. Nothing that has an `after` is seen before that record is durable.
 
-use crate::model;
+use crate::model::{self, Setting};
 use crate::random::Choice;
 use lite_llm_core::config::Config;
 use lite_llm_core::digest::Digest;
@@ -65,6 +65,10 @@ pub struct Report {
     pub complete: u64,
     /// TierSet switches committed.
     pub switches: u64,
+    /// Modifications committed.
+    pub modified: u64,
+    /// Blobs retired.
+    pub retired: u64,
     /// Requests preempted.
     pub preempted: u64,
     /// Layers that took more than one wave.
@@ -115,13 +119,19 @@ pub struct Machine {
     snapshot_writing: Option<(Seq, Vec<u8>)>,
     held: VecDeque<(Seq, Output)>,
     inbox: VecDeque<Input>,
-    loads: Vec<(LoadId, ExpertKey, Slot)>,
+    loads: Vec<(LoadId, ExpertKey, Option<Digest>, Slot)>,
+    /// Modified bytes on disk.
+    blobs: BTreeSet<Digest>,
+    /// Modified bytes on their way there.
+    persisting: Option<(Seq, Vec<(ExpertKey, Digest)>)>,
     slots: Vec<Option<u64>>,
     pages: Vec<Vec<u64>>,
     compute: Option<Compute>,
     clients: BTreeMap<RequestId, Client>,
     /// What the journal says of each generation, and in which record.
-    tiers: BTreeMap<Generation, (Seq, Vec<u32>)>,
+    settings: BTreeMap<Generation, (Seq, Setting)>,
+    /// Which generation became active in which record.
+    entered: Vec<(Seq, Generation)>,
     now: Time,
     faulty: bool,
     stopped: bool,
@@ -172,11 +182,14 @@ impl Machine {
             held: VecDeque::new(),
             inbox: VecDeque::new(),
             loads: Vec::new(),
+            blobs: BTreeSet::new(),
+            persisting: None,
             slots: Vec::new(),
             pages: Vec::new(),
             compute: None,
             clients: BTreeMap::new(),
-            tiers: BTreeMap::new(),
+            settings: BTreeMap::new(),
+            entered: Vec::new(),
             now: Time(1),
             faulty: true,
             stopped: false,
@@ -295,20 +308,22 @@ impl Machine {
             }
             Output::LoadBase { shard } => self.inbox.push_back(Input::BaseLoaded { shard }),
             Output::LoadRouters => self.inbox.push_back(Input::RoutersLoaded),
-            Output::Load { load, expert, slot } => {
+            Output::Load { load, expert, blob, slot } => {
                 self.check_unused(slot);
                 self.slots[slot.0 as usize] = None;
-                self.loads.push((load, expert, slot));
+                self.loads.push((load, expert, blob, slot));
+            }
+            Output::Persist { asked, experts } => {
+                assert!(self.persisting.is_none(), "one modification at a time");
+                self.persisting = Some((asked, experts));
             }
             Output::Forward(forward) => self.begin(forward),
             Output::Provide { step, attempt, wave, wave_len, expert, slot, .. } => {
                 let compute = self.compute.as_mut().expect("a step is running");
                 assert!(compute.forward.step == step && compute.forward.attempt == attempt, "of this step");
-                assert_eq!(
-                    self.slots[slot.0 as usize],
-                    Some(model::content(expert)),
-                    "what is provided is there"
-                );
+                let blob = self.settings[&compute.forward.generation].1.blobs.get(&expert).copied();
+                let content = Some(model::content(expert, blob));
+                assert_eq!(self.slots[slot.0 as usize], content, "what is provided is there");
                 (compute.wave, compute.wave_len) = (wave, wave_len);
                 compute.provided.push((expert, slot));
             }
@@ -320,6 +335,8 @@ impl Machine {
             | Output::Finish { after, .. }
             | Output::Refuse { after, .. }
             | Output::Switched { after, .. }
+            | Output::Modified { after, .. }
+            | Output::Retire { after, .. }
             | Output::Exit { after, .. } => self.held.push_back((after, output)),
             Output::Trim { before } => {
                 assert!(self.snapshots.iter().any(|(next, _)| *next >= before), "nothing needed is trimmed");
@@ -338,8 +355,13 @@ impl Machine {
     fn count(&mut self, seq: Seq, event: &Event) {
         match event {
             Event::TierSet { generation, tiers } => {
-                let (_, known) = self.tiers.entry(*generation).or_insert_with(|| (seq, tiers.clone()));
-                assert_eq!(known, tiers, "a generation never changes its tiers");
+                let blobs = self.active().map_or_else(BTreeMap::new, |setting| setting.blobs.clone());
+                self.enter(seq, *generation, Setting { tiers: tiers.clone(), blobs });
+            }
+            Event::Modified { generation, experts } => {
+                let mut setting = self.active().expect("only what is active is modified").clone();
+                setting.blobs.extend(experts.iter().copied());
+                self.enter(seq, *generation, setting);
             }
             Event::Preempted { .. } => self.report.preempted += 1,
             Event::StepRetried { .. } | Event::LoadRetried { .. } => self.report.retries += 1,
@@ -353,6 +375,16 @@ impl Machine {
         }
     }
 
+    fn active(&self) -> Option<&Setting> {
+        self.entered.last().map(|(_, generation)| &self.settings[generation].1)
+    }
+
+    fn enter(&mut self, seq: Seq, generation: Generation, setting: Setting) {
+        let (_, known) = self.settings.entry(generation).or_insert_with(|| (seq, setting.clone()));
+        assert_eq!(*known, setting, "a generation never changes");
+        self.entered.push((seq, generation));
+    }
+
     /// A slot that the running step may read is never overwritten.
     fn check_unused(&self, slot: Slot) {
         if let Some(compute) = &self.compute {
@@ -360,7 +392,7 @@ impl Machine {
             let mut used = resident.chain(&compute.provided).map(|&(_, slot)| slot);
             assert!(used.all(|used| used != slot), "slot {slot} is overwritten while in use");
         }
-        assert!(self.loads.iter().all(|&(_, _, other)| other != slot), "slot {slot} has two loads");
+        assert!(self.loads.iter().all(|&(.., other)| other != slot), "slot {slot} has two loads");
     }
 
     fn deliver(&mut self) {
@@ -402,6 +434,11 @@ impl Machine {
                 client.finish = Some(reason);
             }
             Output::Switched { outcome, .. } => self.report.switches += u64::from(outcome.is_ok()),
+            Output::Modified { outcome, .. } => self.report.modified += u64::from(outcome.is_ok()),
+            Output::Retire { blob, .. } => {
+                assert!(self.blobs.remove(&blob), "a blob is retired once");
+                self.report.retired += 1;
+            }
             Output::Exit { error, .. } => {
                 assert!(error.is_none() || self.faulty, "no exit without a fault: {error:?}");
                 self.stopped = true;
@@ -415,10 +452,14 @@ impl Machine {
             return;
         }
         let at = self.choice.index(self.loads.len());
-        let (load, expert, slot) = self.loads.swap_remove(at);
+        let (load, expert, blob, slot) = self.loads.swap_remove(at);
+        assert!(
+            blob.is_none_or(|blob| self.blobs.contains(&blob)),
+            "a blob lives while anything refers to it"
+        );
         let fault = self.fault("read failed");
         if fault.is_none() {
-            self.slots[slot.0 as usize] = Some(model::content(expert));
+            self.slots[slot.0 as usize] = Some(model::content(expert, blob));
         }
         self.handle(Input::Loaded { load, fault });
     }
@@ -524,7 +565,18 @@ impl Machine {
         self.durable = self.records.len() as u64;
     }
 
+    /// The disk says that modified bytes are durable, or full.
+    fn end_persist(&mut self) {
+        let Some((asked, experts)) = self.persisting.take() else { return };
+        let fault = self.fault("disk full");
+        if fault.is_none() {
+            self.blobs.extend(experts.iter().map(|&(_, blob)| blob));
+        }
+        self.handle(Input::Persisted { asked, fault });
+    }
+
     fn end_snapshot(&mut self) {
+        self.end_persist();
         if let Some((next, bytes)) = self.snapshot_writing.take() {
             self.sync();
             self.snapshots.push((next, bytes));
@@ -550,6 +602,7 @@ impl Machine {
                 self.attach(&id);
             }
             5 => self.handle(Input::Tick),
+            7 | 8 => self.modify(),
             6 => {
                 let bound_ns = self.choice.chance(500).then(|| self.choice.below(10_000));
                 if self.choice.chance(200) {
@@ -580,6 +633,17 @@ impl Machine {
             None
         };
         self.handle(Input::Switch { target, at });
+    }
+
+    fn modify(&mut self) {
+        let all: Vec<ExpertKey> = self.plan.experts(&[0, 1]).collect();
+        let mut experts: Vec<(ExpertKey, Digest)> = Vec::new();
+        for key in all {
+            if self.choice.chance(200) {
+                experts.push((key, Digest::of(&self.choice.below(u64::MAX).to_le_bytes())));
+            }
+        }
+        self.handle(Input::Modify { experts });
     }
 
     fn submit(&mut self, number: u64) {
@@ -629,7 +693,9 @@ impl Machine {
         let whole = kept == written;
         self.records.truncate(usize::try_from(kept).expect("a short journal"));
         self.durable = kept;
-        self.tiers.retain(|_, (seq, _)| seq.0 <= kept);
+        self.settings.retain(|_, (seq, _)| seq.0 <= kept);
+        self.entered.retain(|(seq, _)| seq.0 <= kept);
+        self.persisting = None;
         self.snapshot_writing = None;
         self.held.clear();
         self.inbox.clear();
@@ -687,11 +753,11 @@ impl Machine {
                 continue;
             }
             let stream = view.stream(id).unwrap_or_else(|| panic!("seed {seed}: {id} is lost"));
-            let tiers_at = |position: u32| {
+            let setting_at = |position: u32| {
                 let segment = stream.segments.iter().find(|segment| position < segment.until);
-                segment.map_or_else(Vec::new, |segment| self.tiers[&segment.generation].1.clone())
+                segment.map_or_else(Setting::default, |segment| self.settings[&segment.generation].1.clone())
             };
-            let expected = model::reference(&self.plan, &client.body, tiers_at, stream.tokens.len());
+            let expected = model::reference(&self.plan, &client.body, setting_at, stream.tokens.len());
             assert_eq!(stream.tokens, expected, "seed {seed}: {id} is not its reference");
             assert_eq!(client.tokens, stream.tokens, "seed {seed}: {id} was not delivered whole");
             let finish = client.finish.as_ref().unwrap_or_else(|| panic!("seed {seed}: {id} has no end"));

@@ -2,10 +2,12 @@
 //! generation or stale byte shows in the next token.
 
 use lite_llm_core::config::Placement;
+use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::ExpertKey;
 use lite_llm_core::input::Body;
 use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
 use lite_llm_core::random::{Purpose, draw};
+use std::collections::BTreeMap;
 
 /// A small plan: two tiers of 3 and 4 experts in 3 mixture layers, pages of 4 positions.
 #[must_use]
@@ -40,11 +42,21 @@ pub const fn mix(a: u64, b: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// What an expert's bytes are worth.
+/// What an expert's bytes are worth: those of the checkpoint, or those of a blob.
 #[must_use]
-pub fn content(key: ExpertKey) -> u64 {
+pub fn content(key: ExpertKey, blob: Option<Digest>) -> u64 {
     let ExpertKey { layer, tier, group, expert } = key;
-    [layer, tier, group, expert].iter().fold(7, |sum, &part| mix(sum, u64::from(part)))
+    let own = [layer, tier, group, expert].iter().fold(7, |sum, &part| mix(sum, u64::from(part)));
+    blob.map_or(own, |blob| blob.0.iter().fold(own, |sum, &byte| mix(sum, u64::from(byte))))
+}
+
+/// What positions are computed under.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Setting {
+    /// The tiers that may be selected.
+    pub tiers: Vec<u32>,
+    /// The experts that were modified.
+    pub blobs: BTreeMap<ExpertKey, Digest>,
 }
 
 /// What a position leaves in the cache: it depends on every token before it and on the tiers of each.
@@ -72,21 +84,21 @@ pub fn token(plan: &ModelPlan, cached: u64, contents: impl IntoIterator<Item = u
     u32::try_from(sum % u64::from(plan.vocab)).expect("a token is below the vocabulary")
 }
 
-/// The stream of a request alone, without an engine: `tiers_at` gives the tiers of each position.
+/// The stream of a request alone, without an engine: `setting_at` gives the setting of each position.
 #[must_use]
-pub fn reference(plan: &ModelPlan, body: &Body, tiers_at: impl Fn(u32) -> Vec<u32>, len: usize) -> Vec<u32> {
+pub fn reference(plan: &ModelPlan, body: &Body, setting_at: impl Fn(u32) -> Setting, len: usize) -> Vec<u32> {
     let mut sequence = body.prompt.clone();
     let mut tokens = Vec::new();
     let mut state = 0;
     let mut position = 0u32;
     while tokens.len() < len {
-        let tiers = tiers_at(position);
+        let Setting { tiers, blobs } = setting_at(position);
         state = cached(state, sequence[position as usize], &tiers);
         position += 1;
         if position as usize == sequence.len() {
             let experts = plan.moe_layers.iter().flat_map(|&layer| route(plan, state, layer, &tiers));
             let draw = draw(body.sampling.seed, Purpose::Sample, 0, u64::from(position));
-            let next = token(plan, state, experts.map(content), draw);
+            let next = token(plan, state, experts.map(|key| content(key, blobs.get(&key).copied())), draw);
             sequence.push(next);
             tokens.push(next);
         }

@@ -126,7 +126,19 @@ impl Capture for Seen {
 
 /// Runs a prompt greedily as request 0, beside other requests with other prompts.
 pub fn run(model: &Model, tiers: &[u32], prompt: &[u32], steps: usize, how: How) -> Seen {
-    let mut cache = KvCache::new(model, 3 * u32::try_from(how.batch).unwrap()).unwrap();
+    run_modified(model, tiers, prompt, steps, how, None)
+}
+
+/// [`run`], with new parameters of some experts from a position on.
+pub fn run_modified(
+    model: &Model,
+    tiers: &[u32],
+    prompt: &[u32],
+    steps: usize,
+    how: How,
+    mut modified: Option<(usize, &[(ExpertKey, Vec<u8>)])>,
+) -> Seen {
+    let mut cache = KvCache::new(model, 8 * u32::try_from(how.batch).unwrap()).unwrap();
     let mut experts = Experts::load(model);
     let table: Vec<_> = experts.table.iter().copied().filter(|(key, _)| tiers.contains(&key.tier)).collect();
     let mut sequences: Vec<Vec<u32>> = (0..how.batch)
@@ -135,14 +147,25 @@ pub fn run(model: &Model, tiers: &[u32], prompt: &[u32], steps: usize, how: How)
     let mut computed = 0;
     let mut seen = Seen::default();
     while seen.tokens.len() < steps {
-        let end = sequences[0].len().min(computed + how.chunk);
+        let mut end = sequences[0].len().min(computed + how.chunk);
+        if let Some((from, bytes)) = modified {
+            if computed >= from {
+                for (key, bytes) in bytes {
+                    let at = experts.table.binary_search_by_key(key, |&(key, _)| key).unwrap();
+                    experts.slots[at].clone_from(bytes);
+                }
+                modified = None;
+            } else {
+                end = end.min(from);
+            }
+        }
         let rows: Vec<Row> = (0u32..)
             .zip(&sequences)
             .map(|(r, sequence)| Row {
                 request: u64::from(r),
                 start: u32::try_from(computed).unwrap(),
                 tokens: sequence[computed..end].to_vec(),
-                pages: vec![3 * r + 2, 3 * r, 3 * r + 1],
+                pages: (0..8).map(|page| 8 * r + (page + 5) % 8).collect(),
                 sample: (end == sequence.len()).then(|| SampleSpec {
                     sampling: Sampling::default(),
                     draw: 0,

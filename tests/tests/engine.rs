@@ -19,6 +19,8 @@ fn streams_survive_everything_and_every_branch_is_taken() {
         total.complete += report.complete;
         total.switches += report.switches;
         total.preempted += report.preempted;
+        total.modified += report.modified;
+        total.retired += report.retired;
         total.waves += report.waves;
         total.retries += report.retries;
         total.restored += report.restored;
@@ -31,6 +33,8 @@ fn streams_survive_everything_and_every_branch_is_taken() {
         ("complete", total.complete),
         ("switches", total.switches),
         ("preempted", total.preempted),
+        ("modified", total.modified),
+        ("retired", total.retired),
         ("waves", total.waves),
         ("retries", total.retries),
         ("restored", total.restored),

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
+use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::event::Event;
-use lite_llm_core::ids::{Generation, RequestId, Seq};
+use lite_llm_core::ids::{ExpertKey, Generation, RequestId, Seq};
 use lite_llm_core::input::{Body, Fault, Input, RowResult, SwitchTarget};
 use lite_llm_core::journal::Record;
 use lite_llm_core::journal::frame::PAYLOAD_BYTES_MAX;
@@ -26,6 +27,7 @@ use super::loaders::{Job, Loaders};
 use super::streams::Streams;
 use super::{ExitReport, GenerationSpan, NodeError, OnEvent, Status, StreamEvent, report, stop};
 use crate::arena::Arena;
+use crate::blobs::Blobs;
 use crate::memory;
 use crate::telemetry::{Telemetry, Timing};
 
@@ -48,6 +50,7 @@ pub(super) enum Command {
     Submit { id: RequestId, body: Box<Body>, from: u32, events: Sender<StreamEvent> },
     Cancel { id: RequestId, reply: Sender<Result<(), String>> },
     Switch { target: SwitchTarget, at: Option<(RequestId, u32)>, reply: Sender<Result<Generation, String>> },
+    Modify { experts: Vec<(ExpertKey, Vec<u8>)>, reply: Sender<Result<Generation, String>> },
     Drain { bound_ns: Option<u64> },
     Snapshot { reply: Sender<Seq> },
     Status { reply: Sender<Status> },
@@ -106,7 +109,11 @@ pub(super) struct EventLoop {
     streams: Streams,
     /// Who waits to hear that an input was not refused.
     done: BTreeMap<Seq, Sender<Result<(), String>>>,
+    /// Who waits for a new generation.
     switches: BTreeMap<Seq, Sender<Result<Generation, String>>>,
+    blobs: Blobs,
+    /// Modified bytes that the engine has not yet asked for.
+    staged: Vec<(Digest, Vec<u8>)>,
     snapshots: Vec<(Seq, Sender<Seq>)>,
     /// The engine's alarm, and the last that rang.
     until: Option<Time>,
@@ -124,6 +131,7 @@ impl EventLoop {
         plan: ModelPlan,
         tokenizer: Option<Tokenizer>,
         telemetry: Telemetry,
+        blobs: Blobs,
         on_event: Option<OnEvent>,
         ready: Sender<()>,
     ) -> Self {
@@ -143,6 +151,8 @@ impl EventLoop {
             streams: Streams::default(),
             done: BTreeMap::new(),
             switches: BTreeMap::new(),
+            blobs,
+            staged: Vec::new(),
             snapshots: Vec::new(),
             until: None,
             rang: None,
@@ -278,9 +288,13 @@ impl EventLoop {
                 let routing_seed = self.engine.view().routing_seed().expect("decided in the first phase");
                 parts.compute.send(Work::LoadRouters { routing_seed });
             }
-            Output::Load { load, expert, slot } => {
+            Output::Load { load, expert, blob, slot } => {
                 let slot = self.arena.as_ref().expect("carved before any load").write(slot);
-                parts.loaders.load(Job { load, expert, slot });
+                parts.loaders.send(Job::Load { load, expert, blob, slot });
+            }
+            Output::Persist { asked, .. } => {
+                let experts = std::mem::take(&mut self.staged);
+                parts.loaders.send(Job::Persist { asked, experts });
             }
             Output::Forward(forward) => {
                 self.rows = forward.rows.iter().map(|row| row.request).collect();
@@ -297,6 +311,8 @@ impl EventLoop {
             | Output::Finish { after, .. }
             | Output::Refuse { after, .. }
             | Output::Switched { after, .. }
+            | Output::Modified { after, .. }
+            | Output::Retire { after, .. }
             | Output::Exit { after, .. } => self.held.push_back((after, output)),
             Output::Event { seq, .. } => self.held.push_back((seq, output)),
             Output::Trim { before } => parts.journal.trim(before)?,
@@ -382,6 +398,7 @@ impl EventLoop {
                 let seq = self.handle(parts, Input::Switch { target, at })?;
                 self.switches.insert(seq, reply);
             }
+            Command::Modify { experts, reply } => self.modify(parts, experts, reply)?,
             Command::Drain { bound_ns } => {
                 self.handle(parts, Input::Drain { bound_ns })?;
             }
@@ -431,6 +448,29 @@ impl EventLoop {
         Ok(())
     }
 
+    /// Modified bytes must fill a slot. The engine names them by their digests.
+    fn modify(
+        &mut self,
+        parts: &Parts,
+        experts: Vec<(ExpertKey, Vec<u8>)>,
+        reply: Sender<Result<Generation, String>>,
+    ) -> Result<(), NodeError> {
+        let slot_bytes = self.plan.slot_bytes;
+        if let Some((key, bytes)) = experts.iter().find(|(_, bytes)| bytes.len() as u64 != slot_bytes) {
+            let reason = format!("expert {key:?} has {} bytes, a slot has {slot_bytes}", bytes.len());
+            let _ = reply.send(Err(reason));
+            return Ok(());
+        }
+        let named: Vec<_> = experts.iter().map(|(key, bytes)| (*key, Digest::of(bytes))).collect();
+        self.staged =
+            named.iter().map(|(_, blob)| *blob).zip(experts.into_iter().map(|(_, bytes)| bytes)).collect();
+        let seq = self.handle(parts, Input::Modify { experts: named })?;
+        // Refused, nobody asks for them.
+        self.staged.clear();
+        self.switches.insert(seq, reply);
+        Ok(())
+    }
+
     /// Lets go of what has become durable, and takes note of a durable snapshot.
     fn release(&mut self, parts: &Parts) -> Result<(), NodeError> {
         let (durable, snapshot, flushes) = {
@@ -475,7 +515,8 @@ impl EventLoop {
                 (None, Some(id)) => self.streams.refused(&id, &reason, after),
                 (None, None) => {}
             },
-            Output::Switched { asked, outcome, .. } => {
+            Output::Retire { blob, .. } => self.blobs.remove(blob),
+            Output::Switched { asked, outcome, .. } | Output::Modified { asked, outcome, .. } => {
                 if let Some(reply) = self.switches.remove(&asked) {
                     let _ = reply.send(outcome);
                 }

@@ -1,11 +1,12 @@
-//! Loaders: a few threads that copy experts into slots, each expert packed and verified by the model.
+//! Loaders: a few threads that copy experts into slots, each packed and verified, and write modified ones.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use lite_llm_core::ids::{ExpertKey, LoadId};
+use lite_llm_core::digest::Digest;
+use lite_llm_core::ids::{ExpertKey, LoadId, Seq};
 use lite_llm_core::input::{Fault, Input};
 use lite_llm_model::{CheckpointError, ExpertLoader, ModelError};
 
@@ -13,13 +14,15 @@ use super::NodeError;
 use super::error::panic_message;
 use super::event_loop::Message;
 use crate::arena::SlotWriter;
+use crate::blobs::Blobs;
 
-/// One copy of an expert into a slot.
+/// Something to do with the bytes of experts.
 #[derive(Debug)]
-pub(super) struct Job {
-    pub(super) load: LoadId,
-    pub(super) expert: ExpertKey,
-    pub(super) slot: SlotWriter,
+pub(super) enum Job {
+    /// Copy an expert, of the checkpoint or as modified, into a slot.
+    Load { load: LoadId, expert: ExpertKey, blob: Option<Digest>, slot: SlotWriter },
+    /// Make modified experts durable.
+    Persist { asked: Seq, experts: Vec<(Digest, Vec<u8>)> },
 }
 
 /// The event loop's end of the loaders. The engine bounds how many jobs there are (`limits.loads_max`).
@@ -33,6 +36,7 @@ impl Loaders {
     pub(super) fn start(
         count: usize,
         loader: &ExpertLoader,
+        blobs: &Blobs,
         messages: &SyncSender<Message>,
     ) -> Result<Self, NodeError> {
         let (jobs, receiver) = channel();
@@ -40,16 +44,17 @@ impl Loaders {
         let mut loaders = Self { jobs, threads: Vec::new() };
         for index in 0..count.max(1) {
             let (loader, receiver, messages) = (loader.clone(), Arc::clone(&receiver), messages.clone());
+            let blobs = blobs.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("loader-{index}"))
-                .spawn(move || run(&loader, &receiver, &messages))
+                .spawn(move || run(&loader, &blobs, &receiver, &messages))
                 .map_err(|source| NodeError::System { what: "cannot start a loader thread", source })?;
             loaders.threads.push(thread);
         }
         Ok(loaders)
     }
 
-    pub(super) fn load(&self, job: Job) {
+    pub(super) fn send(&self, job: Job) {
         // A loader that is gone has reported why.
         let _ = self.jobs.send(job);
     }
@@ -63,21 +68,33 @@ impl Loaders {
     }
 }
 
-fn run(loader: &ExpertLoader, jobs: &Mutex<Receiver<Job>>, messages: &SyncSender<Message>) {
+fn run(loader: &ExpertLoader, blobs: &Blobs, jobs: &Mutex<Receiver<Job>>, messages: &SyncSender<Message>) {
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { load, expert, mut slot }) = job else { return };
-        let message = match catch_unwind(AssertUnwindSafe(|| loader.load(expert, &mut slot))) {
-            Ok(result) => {
-                let fault = result.err().map(|error| fault_of(expert, &error));
-                Message::Input(Input::Loaded { load, fault })
-            }
+        let Ok(job) = job else { return };
+        // The slot is given back within: the engine may give it to somebody else as soon as it hears.
+        let message = match catch_unwind(AssertUnwindSafe(|| work(loader, blobs, job))) {
+            Ok(input) => Message::Input(input),
             Err(panic) => Message::Panicked { thread: "loader", message: panic_message(&*panic) },
         };
-        // The engine may give the slot to somebody else as soon as it hears.
-        drop(slot);
         if messages.send(message).is_err() {
             return;
+        }
+    }
+}
+
+fn work(loader: &ExpertLoader, blobs: &Blobs, job: Job) -> Input {
+    match job {
+        Job::Load { load, expert, blob, mut slot } => {
+            let result = match blob {
+                Some(blob) => blobs.read(blob, &mut slot),
+                None => loader.load(expert, &mut slot).map_err(|error| fault_of(expert, &error)),
+            };
+            Input::Loaded { load, fault: result.err() }
+        }
+        Job::Persist { asked, experts } => {
+            let result = experts.iter().try_for_each(|(blob, bytes)| blobs.write(*blob, bytes));
+            Input::Persisted { asked, fault: result.err() }
         }
     }
 }

@@ -26,7 +26,7 @@ use std::time::Duration;
 use lite_llm_core::config::Config;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::event::Event;
-use lite_llm_core::ids::{Generation, Incarnation, RequestId, Seq};
+use lite_llm_core::ids::{ExpertKey, Generation, Incarnation, RequestId, Seq};
 use lite_llm_core::input::{Body, SwitchTarget};
 use lite_llm_core::lifecycle::Lifecycle;
 use lite_llm_core::output::{Carving, FinishReason};
@@ -247,6 +247,11 @@ impl Node {
         self.handle.switch(target, at)
     }
 
+    /// Gives experts new parameters: see [`NodeHandle::modify`].
+    pub fn modify(&self, experts: Vec<(ExpertKey, Vec<u8>)>) -> Receiver<Result<Generation, String>> {
+        self.handle.modify(experts)
+    }
+
     /// Asks for a clean stop: see [`NodeHandle::drain`].
     ///
     /// # Errors
@@ -345,6 +350,15 @@ impl NodeHandle {
     ) -> Receiver<Result<Generation, String>> {
         let (reply, receiver) = channel();
         self.send(Command::Switch { target, at, reply });
+        receiver
+    }
+
+    /// Gives experts new parameters from the next step boundary on: for each, ascending, the bytes of its slot in the
+    /// packed layout. They are made durable first. The channel tells the outcome once it is durable; it is closed without
+    /// one if the node ends first.
+    pub fn modify(&self, experts: Vec<(ExpertKey, Vec<u8>)>) -> Receiver<Result<Generation, String>> {
+        let (reply, receiver) = channel();
+        self.send(Command::Modify { experts, reply });
         receiver
     }
 

@@ -27,6 +27,7 @@ use super::event_loop::{Clock, EventLoop, Parts};
 use super::journal::Journal;
 use super::loaders::Loaders;
 use super::{Node, NodeError, NodeHandle, NodeOptions};
+use crate::blobs::Blobs;
 use crate::disk::FileDisk;
 use crate::memory;
 use crate::telemetry::Telemetry;
@@ -85,15 +86,16 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
         Input::Restarted { incarnation, config, entropy }
     };
 
+    let blobs = Blobs::of(&state_dir);
     let (messages, receiver) = sync_channel(MESSAGES_MAX);
     let (ready_sender, ready) = channel();
     let parts = Parts {
-        loaders: Loaders::start(loaders, &model.expert_loader(), &messages)?,
+        loaders: Loaders::start(loaders, &model.expert_loader(), &blobs, &messages)?,
         compute: Compute::start(model, capture, messages.clone())?,
         journal: Journal::start(store, messages.clone())?,
     };
     let clock = Clock::start(engine.now());
-    let event_loop = EventLoop::new(engine, clock, plan, tokenizer, telemetry, on_event, ready_sender);
+    let event_loop = EventLoop::new(engine, clock, plan, tokenizer, telemetry, blobs, on_event, ready_sender);
     let thread = std::thread::Builder::new()
         .name("node".into())
         .spawn(move || event_loop.run(parts, receiver, first))
