@@ -3,17 +3,19 @@
 use crate::exit::corrupt;
 use crate::history::Moment;
 use anyhow::{Context, bail};
+use lite_llm_core::config::Limits;
+use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
 use lite_llm_core::input::{Input, RowResult};
 use lite_llm_core::output::{Forward, Output, Row};
 use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::view::RequestView;
+use lite_llm_hw::blobs::Blobs;
 use lite_llm_model::kernels::{DType, Isa};
 use lite_llm_model::tokenizer::Tokenizer;
 use lite_llm_model::{
-    Checkpoint, ExpertLoader, ExpertSource, KvCache, Model, ModelError, ModelOptions, Provided, StepError,
-    Stopped,
+    Checkpoint, ExpertLoader, ExpertSource, KvCache, Model, ModelOptions, Provided, StepError, Stopped,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
@@ -46,10 +48,10 @@ impl Recompute {
     /// If the directory holds another model.
     pub(crate) fn open(
         dir: &Path,
+        state: &Path,
         plan: &ModelPlan,
         routing_seed: u64,
-        rows_max: u32,
-        positions_max: u32,
+        limits: &Limits,
         isa: Isa,
         threads: usize,
     ) -> anyhow::Result<Self> {
@@ -64,7 +66,7 @@ impl Recompute {
         };
         let options = ModelOptions { threads, isa, kv_dtype: Some(kv_dtype), routing_seed };
         let mut model = Model::open(checkpoint, options)?;
-        let here = model.plan(positions_max, rows_max, tokenizer)?;
+        let here = model.plan(limits.step_positions_max, limits.rows_max, tokenizer)?;
         if here.identity != plan.identity {
             bail!(
                 "the journal is of weights {}, contract {}, tokenizer {}; {} has {}, {}, {}",
@@ -81,7 +83,7 @@ impl Recompute {
             model.load_base(shard)?;
         }
         model.load_routers()?;
-        let experts = Experts::new(model.expert_loader(), model.slot_bytes());
+        let experts = Experts::new(model.expert_loader(), Blobs::of(state), model.slot_bytes());
         Ok(Self {
             model,
             experts,
@@ -118,7 +120,9 @@ impl Recompute {
             Input::Finished { step, attempt, rows, .. } => {
                 let pending = self.pending.take();
                 match pending.filter(|forward| (forward.step, forward.attempt) == (*step, *attempt)) {
-                    Some(forward) => self.compare(moment.record.seq, &forward, rows)?,
+                    Some(forward) => {
+                        self.compare(moment.record.seq, &forward, rows)?;
+                    }
                     None => self.catch_up(moment.engine)?,
                 }
             }
@@ -127,7 +131,10 @@ impl Recompute {
         for output in moment.outputs {
             match output {
                 Output::Carve(carving) => self.cache = Some(KvCache::new(&self.model, carving.pages)?),
-                Output::Forward(forward) => self.pending = Some(forward.clone()),
+                Output::Forward(forward) => {
+                    self.experts.modified = moment.engine.view().modified(forward.generation);
+                    self.pending = Some(forward.clone());
+                }
                 _ => {}
             }
         }
@@ -176,6 +183,7 @@ impl Recompute {
         let all: Vec<u32> = request.body.prompt.iter().chain(request.tokens).copied().collect();
         let mut start = self.prefix.get(&request.number).copied().unwrap_or(0).min(request.computed);
         for segment in request.segments {
+            self.experts.modified = view.modified(segment.generation);
             let names = view.generations().into_iter().find(|(g, _)| *g == segment.generation);
             let names = names.context("a segment of an unknown generation")?.1;
             let tiers = plan.tier_set(&names).map_err(anyhow::Error::msg)?;
@@ -204,7 +212,7 @@ impl Recompute {
         match self.model.forward(&forward, cache, &mut self.experts, None) {
             Ok(rows) => Ok(rows),
             Err(StepError::Stopped(_)) => match self.experts.failed.take() {
-                Some(error) => Err(error.into()),
+                Some(error) => Err(error),
                 None => bail!("step {} was given up", forward.step),
             },
             Err(error) => Err(corrupt(format!(
@@ -225,24 +233,29 @@ struct Experts {
     slots: Vec<Vec<u8>>,
     slot_bytes: usize,
     slots_max: usize,
-    at: BTreeMap<ExpertKey, (usize, u64)>,
+    at: BTreeMap<(ExpertKey, Option<Digest>), (usize, u64)>,
+    blobs: Blobs,
+    /// Experts that are not the checkpoint's under the generation at hand.
+    modified: BTreeMap<ExpertKey, Digest>,
     asked: VecDeque<ExpertKey>,
     wave: u32,
     clock: u64,
-    failed: Option<ModelError>,
+    failed: Option<anyhow::Error>,
 }
 
 impl Experts {
     /// Bytes of experts that are kept.
     const BYTES_MAX: usize = 1 << 30;
 
-    fn new(loader: ExpertLoader, slot_bytes: usize) -> Self {
+    fn new(loader: ExpertLoader, blobs: Blobs, slot_bytes: usize) -> Self {
         Self {
             loader,
             slots: Vec::new(),
             slot_bytes,
             slots_max: (Self::BYTES_MAX / slot_bytes.max(1)).max(1),
             at: BTreeMap::new(),
+            blobs,
+            modified: BTreeMap::new(),
             asked: VecDeque::new(),
             wave: 0,
             clock: 0,
@@ -250,9 +263,10 @@ impl Experts {
         }
     }
 
-    fn place(&mut self, key: ExpertKey) -> Result<usize, ModelError> {
+    fn place(&mut self, key: ExpertKey) -> anyhow::Result<usize> {
         self.clock += 1;
-        if let Some((slot, used)) = self.at.get_mut(&key) {
+        let held = (key, self.modified.get(&key).copied());
+        if let Some((slot, used)) = self.at.get_mut(&held) {
             *used = self.clock;
             return Ok(*slot);
         }
@@ -265,8 +279,13 @@ impl Experts {
             self.at.remove(&old);
             slot
         };
-        self.loader.load(key, &mut self.slots[slot])?;
-        self.at.insert(key, (slot, self.clock));
+        match held.1 {
+            None => self.loader.load(key, &mut self.slots[slot])?,
+            Some(blob) => self.blobs.read(blob, &mut self.slots[slot]).map_err(|fault| {
+                anyhow::anyhow!("{fault}; a blob that no stream refers to any more is removed, and with it what used it cannot be recomputed")
+            })?,
+        }
+        self.at.insert(held, (slot, self.clock));
         Ok(slot)
     }
 }

@@ -46,6 +46,11 @@ impl Modifications {
         self.pending = self.pending.take().filter(|pending| pending.durable);
     }
 
+    /// Every expert that is not the checkpoint's under a revision.
+    pub(crate) fn of(&self, revision: Revision) -> BTreeMap<ExpertKey, Digest> {
+        self.blobs.keys().filter_map(|&key| self.blob(key, revision).map(|blob| (key, blob))).collect()
+    }
+
     fn blob(&self, key: ExpertKey, revision: Revision) -> Option<Digest> {
         self.blobs.get(&key)?.range(..=revision).next_back().map(|(_, &blob)| blob)
     }

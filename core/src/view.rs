@@ -1,6 +1,7 @@
 //! A read-only look at an engine, for drivers, checkers, status pages and the debugger.
 
 use crate::config::Config;
+use crate::digest::Digest;
 use crate::ids::{ExpertKey, Generation, Incarnation, RequestId, Slot, StepId};
 use crate::input::Body;
 use crate::lifecycle::Lifecycle;
@@ -10,6 +11,7 @@ pub use crate::request::Segment;
 use crate::residency::Content;
 use crate::state::State;
 use crate::switch;
+use alloc::collections::BTreeMap;
 use alloc::{string::String, vec::Vec};
 
 /// What may be looked at.
@@ -106,6 +108,12 @@ impl<'a> View<'a> {
         let plan = self.0.plan.as_ref();
         let named = |tiers: &[u32]| plan.map_or_else(Vec::new, |plan| switch::names(plan, tiers));
         self.0.generations.known().map(|(generation, tiers)| (generation, named(tiers))).collect()
+    }
+
+    /// The experts that a known generation has modified, with the digest of each one's bytes.
+    #[must_use]
+    pub fn modified(&self, generation: Generation) -> BTreeMap<ExpertKey, Digest> {
+        self.0.modifications.of(self.0.generations.revision(generation))
     }
 
     /// The generation of new positions, once the manifest is read.

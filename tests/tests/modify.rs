@@ -11,7 +11,7 @@ use lite_llm_tests::harness::{PLAIN, folder, open, run_modified};
 use std::path::Path;
 use std::sync::mpsc::Receiver;
 
-const TOKENS: u32 = 300;
+const TOKENS: u32 = 480;
 const PROMPT: [u32; 9] = [265, 338, 449, 471, 56, 294, 193, 318, 99];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -64,10 +64,11 @@ fn tokens(events: &Receiver<StreamEvent>, count: usize) -> Vec<u32> {
 
 fn modified_in_mid_request(kill: Kill) {
     let state = tempfile::tempdir().unwrap();
+    let changes = changes();
     let mut node = start(state.path());
     let mut events = submit(&node);
     tokens(&events, 5);
-    let outcome = node.modify(changes());
+    let outcome = node.modify(changes.clone());
     if kill != Kill::Asked {
         assert_eq!(outcome.recv().unwrap(), Ok(Generation(1)));
     }
@@ -85,7 +86,6 @@ fn modified_in_mid_request(kill: Kill) {
         kill == Kill::Asked || spans.len() == 2,
         "{kill:?}: the request was computed under both: {spans:?}"
     );
-    let changes = changes();
     let from = (spans.len() == 2).then(|| (spans[0].until as usize, &changes[..]));
     let reference = run_modified(&open(&folder("olmoe"), PLAIN), &[0], &PROMPT, TOKENS as usize, PLAIN, from);
     assert_eq!(stream, reference.tokens, "{kill:?}");

@@ -80,7 +80,7 @@ pub(crate) fn prove(
     let first = history.engine.next_seq().0;
     let mut recompute = None;
     if let (Some(dir), true) = (full, history.engine.view().plan().is_some()) {
-        let mut model = open(dir, &history.engine, threads)?;
+        let mut model = open(dir, state, &history.engine, threads)?;
         model.begin(&history.engine)?;
         recompute = Some(model);
     }
@@ -92,7 +92,7 @@ pub(crate) fn prove(
             tokens += moment.outputs.iter().filter(|o| matches!(o, Output::Token { .. })).count() as u64;
         }
         if let (Some(dir), None, true) = (full, &recompute, moment.engine.view().plan().is_some()) {
-            recompute = Some(open(dir, moment.engine, threads)?);
+            recompute = Some(open(dir, state, moment.engine, threads)?);
         }
         recompute.as_mut().map_or(Ok(()), |model| model.follow(moment))
     })?;
@@ -109,13 +109,21 @@ pub(crate) fn prove(
     })
 }
 
-fn open(dir: &Path, engine: &Engine, threads: usize) -> anyhow::Result<Recompute> {
+fn open(dir: &Path, state: &Path, engine: &Engine, threads: usize) -> anyhow::Result<Recompute> {
     let view = engine.view();
     let (Some(plan), Some(seed)) = (view.plan(), view.routing_seed()) else {
         anyhow::bail!("the journal ends before its model was read");
     };
-    let limits = &view.config().limits;
-    Recompute::open(dir, plan, seed, limits.rows_max, limits.step_positions_max, Isa::detect(), threads)
+    Recompute::open(
+        dir,
+        state,
+        plan,
+        seed,
+        limits.rows_max,
+        limits.step_positions_max,
+        Isa::detect(),
+        threads,
+    )
 }
 
 impl Proof {

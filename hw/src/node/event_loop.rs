@@ -127,7 +127,6 @@ pub(super) struct EventLoop {
 impl EventLoop {
     pub(super) fn new(
         engine: Engine,
-        clock: Clock,
         plan: ModelPlan,
         tokenizer: Option<Tokenizer>,
         telemetry: Telemetry,
@@ -137,8 +136,8 @@ impl EventLoop {
     ) -> Self {
         Self {
             durable: Seq(engine.next_seq().0 - 1),
+            clock: Clock::start(engine.now()),
             engine,
-            clock,
             plan,
             tokenizer,
             telemetry,

@@ -94,8 +94,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
         compute: Compute::start(model, capture, messages.clone())?,
         journal: Journal::start(store, messages.clone())?,
     };
-    let clock = Clock::start(engine.now());
-    let event_loop = EventLoop::new(engine, clock, plan, tokenizer, telemetry, blobs, on_event, ready_sender);
+    let event_loop = EventLoop::new(engine, plan, tokenizer, telemetry, blobs, on_event, ready_sender);
     let thread = std::thread::Builder::new()
         .name("node".into())
         .spawn(move || event_loop.run(parts, receiver, first))

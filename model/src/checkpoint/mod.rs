@@ -407,7 +407,11 @@ impl Checkpoint {
 
     /// Digest of everything beside the weights that decides a bit.
     pub fn architecture_digest(&self, kv: DType) -> Digest {
-        Digest::of(format!("contract {CONTRACT_VERSION} kv {kv:?} {:?}", self.arch).as_bytes())
+        let tiers: Vec<(&str, u32)> =
+            self.tiers.iter().map(|tier| (tier.name.as_str(), tier.experts)).collect();
+        Digest::of(
+            format!("contract {CONTRACT_VERSION} kv {kv:?} tiers {tiers:?} {:?}", self.arch).as_bytes(),
+        )
     }
 }
 
