@@ -129,6 +129,9 @@ pub fn run(model: &Model, tiers: &[u32], prompt: &[u32], steps: usize, how: How)
     run_modified(model, tiers, prompt, steps, how, None)
 }
 
+/// An expert, and the bytes of its slot.
+pub type Change = (ExpertKey, Vec<u8>);
+
 /// [`run`], with new parameters of some experts from a position on.
 pub fn run_modified(
     model: &Model,
@@ -136,7 +139,7 @@ pub fn run_modified(
     prompt: &[u32],
     steps: usize,
     how: How,
-    mut modified: Option<(usize, &[(ExpertKey, Vec<u8>)])>,
+    mut modified: Option<(usize, &[Change])>,
 ) -> Seen {
     let mut cache = KvCache::new(model, 8 * u32::try_from(how.batch).unwrap()).unwrap();
     let mut experts = Experts::load(model);

@@ -114,16 +114,7 @@ fn open(dir: &Path, state: &Path, engine: &Engine, threads: usize) -> anyhow::Re
     let (Some(plan), Some(seed)) = (view.plan(), view.routing_seed()) else {
         anyhow::bail!("the journal ends before its model was read");
     };
-    Recompute::open(
-        dir,
-        state,
-        plan,
-        seed,
-        limits.rows_max,
-        limits.step_positions_max,
-        Isa::detect(),
-        threads,
-    )
+    Recompute::open(dir, state, plan, seed, &view.config().limits, Isa::detect(), threads)
 }
 
 impl Proof {

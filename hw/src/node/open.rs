@@ -143,7 +143,7 @@ fn refold(recovered: &Recovered, telemetry: &mut Telemetry) -> Result<Engine, No
 
 impl Clock {
     /// A clock that begins now, or at `last` if the system's clock has been set back since.
-    fn start(last: lite_llm_core::time::Time) -> Self {
+    pub(super) fn start(last: lite_llm_core::time::Time) -> Self {
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let now = u64::try_from(since_1970.unwrap_or(Duration::ZERO).as_nanos()).unwrap_or(u64::MAX);
         Self::new(lite_llm_core::time::Time(now).max(last))
