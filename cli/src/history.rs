@@ -142,6 +142,7 @@ pub(crate) fn describe(input: &Input) -> String {
         Input::Need { step, layer, experts, .. } => {
             format!("Need of step {step}, layer {layer}: {} experts", experts.len())
         }
+        Input::Modify { experts } => format!("Modify {} experts", experts.len()),
         Input::Reserved
         | Input::BaseLoaded { .. }
         | Input::RoutersLoaded
@@ -156,6 +157,7 @@ pub(crate) fn describe(input: &Input) -> String {
         | Input::Failed { .. }
         | Input::Tick
         | Input::TelemetryFlushed
+        | Input::Persisted { .. }
         | Input::ResourcesReleased => format!("{input:?}"),
     }
 }

@@ -282,7 +282,7 @@ impl Experts {
         match held.1 {
             None => self.loader.load(key, &mut self.slots[slot])?,
             Some(blob) => self.blobs.read(blob, &mut self.slots[slot]).map_err(|fault| {
-                anyhow::anyhow!("{fault}; a blob that no stream refers to any more is removed, and with it what used it cannot be recomputed")
+                anyhow::anyhow!("{fault}; blobs that no stream refers to are removed, and their steps cannot be recomputed")
             })?,
         }
         self.at.insert(held, (slot, self.clock));
