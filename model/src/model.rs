@@ -67,6 +67,7 @@ impl Matrix {
         let [outputs, inputs] = tensor.shape[..] else { unreachable!("matrices are asked for by shape") };
         let mut bytes = vec![0; packed_bytes(tensor.dtype, outputs, inputs)?];
         pack(tensor.dtype, outputs, inputs, checkpoint.bytes(tensor), &mut bytes);
+        checkpoint.forget(tensor);
         Ok(Self { dtype: tensor.dtype, outputs, inputs, bytes })
     }
 
@@ -358,6 +359,7 @@ pub(crate) fn pack_expert(checkpoint: &Checkpoint, gated: &Gated, layout: &Exper
     let mut start = 0;
     for (tensor, end) in [&gated.gate, &gated.up, &gated.down].into_iter().zip(layout.ends) {
         pack(tensor.dtype, tensor.shape[0], tensor.shape[1], checkpoint.bytes(tensor), &mut slot[start..end]);
+        checkpoint.forget(tensor);
         start = end;
     }
 }

@@ -185,6 +185,11 @@ impl Checkpoint {
         self.files.bytes(tensor)
     }
 
+    /// Gives back the memory that reading a tensor took. Its bytes can be read again.
+    pub fn forget(&self, tensor: &Tensor) {
+        self.files.forget(tensor);
+    }
+
     /// A tensor that must have this shape.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor, CheckpointError> {
         let Some(tensor) = self.files.find(name) else {
@@ -371,7 +376,7 @@ impl Checkpoint {
         self.list_base(&mut list)?;
         for item in &list {
             let (Some(tensor), Some(hash)) = (&item.tensor, item.hash) else { continue };
-            if *blake3::hash(self.bytes(tensor)).as_bytes() != hash {
+            if self.files.hash(tensor) != hash {
                 let what =
                     format!("tensor {} does not have its checksum: import the checkpoint again", item.name);
                 return Err(CheckpointError::invalid(self.files.path(), &what));
@@ -394,7 +399,7 @@ impl Checkpoint {
                         let hash = item.hash.unwrap_or_else(|| {
                             let tensor =
                                 item.tensor.as_ref().expect("what is not hashed is in a mapped file");
-                            *blake3::hash(self.bytes(tensor)).as_bytes()
+                            self.files.hash(tensor)
                         });
                         hashes.lock().expect("no thread panics with the lock")[i] = hash;
                     }

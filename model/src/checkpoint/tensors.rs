@@ -3,7 +3,7 @@
 
 use super::CheckpointError;
 use crate::kernels::DType;
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 
 const ONE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Bytes that are hashed before their memory is given back.
+const HASH_BYTES: usize = 4 << 20;
+const PAGE_BYTES: usize = 4096;
 
 /// Where a tensor's bytes are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,9 +116,38 @@ impl TensorFiles {
         &self.files[tensor.file].1[tensor.start..tensor.end]
     }
 
+    /// The BLAKE3 of a tensor's bytes, which take no more memory than a few megabytes while they are read.
+    pub fn hash(&self, tensor: &Tensor) -> [u8; 32] {
+        let map = &self.files[tensor.file].1;
+        let mut hasher = blake3::Hasher::new();
+        for start in (tensor.start..tensor.end).step_by(HASH_BYTES) {
+            let end = tensor.end.min(start + HASH_BYTES);
+            hasher.update(&map[start..end]);
+            forget(map, start, end);
+        }
+        *hasher.finalize().as_bytes()
+    }
+
+    /// Gives back the memory that reading a tensor took: it would count against the process until others want it.
+    pub fn forget(&self, tensor: &Tensor) {
+        forget(&self.files[tensor.file].1, tensor.start, tensor.end);
+    }
+
     /// The first file, to name in an error about a tensor that is in none.
     pub fn path(&self) -> &Path {
         &self.files[0].0
+    }
+}
+
+/// Drops the pages that lie wholly within a range.
+fn forget(map: &Mmap, start: usize, end: usize) {
+    let (start, end) = (start.next_multiple_of(PAGE_BYTES), end / PAGE_BYTES * PAGE_BYTES);
+    if start < end {
+        // SAFETY: the map is of a file, is only read and was never written: a page that is dropped is read from the
+        // file again when it is next looked at, with the same bytes.
+        let advised = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+        // A system that keeps the pages wastes memory, and computes the same.
+        let _ = advised;
     }
 }
 
