@@ -1,9 +1,11 @@
 //! Exit codes, and which error has which.
 
 use lite_llm_core::engine::RestoreError;
+use lite_llm_core::input::Fault;
 use lite_llm_core::journal::JournalError;
 use lite_llm_core::replay::ReplayError;
 use lite_llm_hw::node::NodeError;
+use lite_llm_model::{CheckpointError, ModelError};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -47,6 +49,12 @@ impl std::error::Error for Coded {}
 /// A wrong command line that clap cannot see.
 pub(crate) fn usage(text: impl Into<String>) -> anyhow::Error {
     Coded { exit: Exit::Usage, text: text.into() }.into()
+}
+
+/// A fault that the engine has put in words.
+pub(crate) fn fault(text: impl Into<String>) -> anyhow::Error {
+    let text = text.into();
+    Coded { exit: of_words(&text), text }.into()
 }
 
 /// Something that does not verify.
@@ -95,8 +103,25 @@ fn code(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(node) = cause.downcast_ref::<NodeError>() {
         return Some(of_node(node));
     }
+    if let Some(ModelError::Checkpoint(checkpoint)) = cause.downcast_ref::<ModelError>() {
+        return Some(of_checkpoint(checkpoint));
+    }
+    if let Some(checkpoint) = cause.downcast_ref::<CheckpointError>() {
+        return Some(of_checkpoint(checkpoint));
+    }
     let verification = cause.is::<ReplayError>() || cause.is::<RestoreError>();
     verification.then_some(Exit::Corrupt)
+}
+
+fn of_checkpoint(error: &CheckpointError) -> Exit {
+    if matches!(error, CheckpointError::Corrupt { .. }) { Exit::Corrupt } else { Exit::Failed }
+}
+
+/// The code of a fault that the engine has put in words.
+fn of_words(words: &str) -> Exit {
+    // The words for a fault with nothing more to say: those that every fault of its kind has.
+    let corrupt = Fault::Corrupt(String::new()).to_string();
+    if words.contains(&corrupt) { Exit::Corrupt } else { Exit::Failed }
 }
 
 fn of_journal(error: &JournalError) -> Exit {
@@ -110,6 +135,10 @@ fn of_node(error: &NodeError) -> Exit {
     match error {
         NodeError::Journal(journal) => of_journal(journal),
         NodeError::Replay(_) | NodeError::Snapshot { .. } => Exit::Corrupt,
+        NodeError::Checkpoint(error) | NodeError::Model(ModelError::Checkpoint(error)) => {
+            of_checkpoint(error)
+        }
+        NodeError::Boot(words) => of_words(words),
         NodeError::Panic { .. } => Exit::Bug,
         _ => Exit::Failed,
     }

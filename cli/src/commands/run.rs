@@ -1,7 +1,7 @@
 //! `lite-llm run`: one request, or a batch of them.
 
 use crate::commands::batch::{self, BatchArgs};
-use crate::exit::{Exit, usage};
+use crate::exit::{Exit, fault, usage};
 use crate::generations::GenerationMap;
 use crate::prompt::PromptArgs;
 use crate::quantity::duration;
@@ -269,7 +269,9 @@ impl RunArgs {
             self.write_tensors(recorder)?;
         }
         match &heard.finish {
-            Some((FinishReason::Fault(reason), _)) => bail!("request {id} could not be computed: {reason}"),
+            Some((FinishReason::Fault(reason), _)) => {
+                Err(fault(format!("request {id} could not be computed: {reason}")))
+            }
             Some((reason, _)) if !is_complete(reason) => {
                 bail!("request {id} ended early: {}", finish_name(reason))
             }

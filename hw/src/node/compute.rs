@@ -12,7 +12,9 @@ use std::time::Instant;
 use lite_llm_core::ids::{ExpertKey, Slot, StepId};
 use lite_llm_core::input::{Fault, Input};
 use lite_llm_core::output::Forward;
-use lite_llm_model::{Capture, ExpertSource, KvCache, Model, ModelError, Provided, StepError, Stopped};
+use lite_llm_model::{
+    Capture, CheckpointError, ExpertSource, KvCache, Model, ModelError, Provided, StepError, Stopped,
+};
 
 use super::NodeError;
 use super::error::panic_message;
@@ -141,6 +143,7 @@ impl Machine {
             let what = error.to_string();
             let fault = match error {
                 ModelError::Memory { .. } => Fault::Resource(what),
+                ModelError::Checkpoint(CheckpointError::Corrupt { .. }) => Fault::Corrupt(what),
                 _ => Fault::Checkpoint(what),
             };
             self.say(Input::BootFailed { fault });

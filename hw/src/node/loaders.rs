@@ -104,7 +104,7 @@ fn fault_of(expert: ExpertKey, error: &ModelError) -> Fault {
     let what = format!("expert {expert} of layer {layer}, tier {tier}, group {group}: {error}");
     match error {
         ModelError::Checkpoint(CheckpointError::Io { .. }) => Fault::Io(what),
-        ModelError::Checkpoint(CheckpointError::Invalid { .. }) => Fault::Corrupt(what),
+        ModelError::Checkpoint(CheckpointError::Corrupt { .. }) => Fault::Corrupt(what),
         ModelError::Memory { .. } => Fault::Resource(what),
         _ => Fault::Checkpoint(what),
     }

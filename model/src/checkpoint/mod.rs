@@ -41,6 +41,14 @@ pub enum CheckpointError {
         /// What is wrong.
         what: String,
     },
+    /// Bytes do not have the checksum that was noted for them.
+    #[error("{}: {what}", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
     /// The checkpoint is of a kind that is not computed here.
     #[error("{}: {what} is not supported: {remedy}", path.display())]
     Unsupported {
@@ -60,6 +68,10 @@ impl CheckpointError {
 
     pub(crate) fn invalid(path: &Path, what: &str) -> Self {
         Self::Invalid { path: path.into(), what: what.into() }
+    }
+
+    pub(crate) fn corrupt(path: &Path, what: &str) -> Self {
+        Self::Corrupt { path: path.into(), what: what.into() }
     }
 }
 
@@ -379,7 +391,7 @@ impl Checkpoint {
             if self.files.hash(tensor) != hash {
                 let what =
                     format!("tensor {} does not have its checksum: import the checkpoint again", item.name);
-                return Err(CheckpointError::invalid(self.files.path(), &what));
+                return Err(CheckpointError::corrupt(self.files.path(), &what));
             }
         }
         Ok(())

@@ -167,7 +167,7 @@ pub(super) fn open(dir: &Path, arch: &Arch) -> Result<(TensorFiles, Native), Che
         let bytes = std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
         if *blake3::hash(&bytes).as_bytes() != hash_of(&path, hash)? {
             let what = "it is not what was imported: restore it, or import the checkpoint again";
-            return Err(CheckpointError::invalid(&path, what));
+            return Err(CheckpointError::corrupt(&path, what));
         }
     }
     let mut files = TensorFiles::empty();
@@ -223,7 +223,7 @@ fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
     }
     let noted = json.as_object_mut().and_then(|map| map.remove(CHECKSUM));
     if noted.as_ref().and_then(serde_json::Value::as_str) != Some(&checksum(&json)) {
-        return Err(CheckpointError::invalid(
+        return Err(CheckpointError::corrupt(
             path,
             "it does not have its checksum: import the checkpoint again",
         ));
@@ -334,7 +334,7 @@ impl Native {
                  damaged, import the checkpoint again",
                 blob.offset, blob.crc32
             );
-            return Err(CheckpointError::invalid(path, &what));
+            return Err(CheckpointError::corrupt(path, &what));
         }
         Ok(())
     }
