@@ -38,7 +38,7 @@ impl Service {
         let mut options = NodeOptions::new(model, state.path(), settings.config.clone());
         options.threads = settings.threads;
         options.isa = settings.isa;
-        options.kv_dtype = settings.kv_dtype;
+        options.kv_dtype = Some(settings.kv_dtype);
         options.capture = capture.map(|recorder| Box::new(recorder) as Box<dyn Capture + Send>);
         options.on_event = Some(Box::new(move |_, event| {
             if let Event::PhaseDone { phase, bytes } = event {

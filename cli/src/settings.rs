@@ -39,7 +39,7 @@ pub(crate) struct RuntimeArgs {
     /// Instruction set; the choice changes no bit
     #[arg(long, value_name = "ISA")]
     pub(crate) isa: Option<IsaName>,
-    /// Storage type of cached keys and values; the type of the weights if left out
+    /// Storage type of cached keys and values [default: f32]
     #[arg(long, value_name = "TYPE")]
     pub(crate) kv_type: Option<KvType>,
     /// Positions of a prompt that one step computes [default: 64]
@@ -133,7 +133,7 @@ pub(crate) struct Settings {
     pub(crate) config: Config,
     pub(crate) threads: usize,
     pub(crate) isa: Isa,
-    pub(crate) kv_dtype: Option<DType>,
+    pub(crate) kv_dtype: DType,
     pub(crate) drain_bound: Duration,
 }
 
@@ -159,7 +159,8 @@ impl RuntimeArgs {
         Ok(Settings {
             threads: self.threads.or(file.threads).map_or(cores, usize::from).max(1),
             isa,
-            kv_dtype: self.kv_type.or(file.kv_type).map(DType::from),
+            // Not the type of the weights: a cache that rounds is a choice, and the published oracles do not make it.
+            kv_dtype: self.kv_type.or(file.kv_type).map_or(DType::F32, DType::from),
             drain_bound,
             config: self.engine_config(file, checkpoint.tiers())?,
         })

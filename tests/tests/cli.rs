@@ -336,6 +336,42 @@ fn batches_resume() {
 }
 
 #[test]
+fn requests_end_as_asked() {
+    let place = place();
+    let whole = run(&place, &["--json"]).json();
+    let text = whole["text"].as_str().unwrap();
+    // Two characters from the middle that are no broken piece.
+    let letters: Vec<char> = text.chars().collect();
+    let plain = |pair: &&[char]| pair.iter().all(char::is_ascii_graphic);
+    let stop: String = letters.windows(2).skip(2).find(plain).unwrap().iter().collect();
+    let stopped = run(&place, &["--json", "--stop", &stop]).json();
+    assert_eq!(stopped["finish_reason"], "stop");
+    let tokens = stopped["tokens"].as_array().unwrap();
+    assert_eq!(whole["tokens"].as_array().unwrap()[..tokens.len()], tokens[..]);
+    assert!(stopped["text"].as_str().unwrap().contains(&stop));
+    let late =
+        ["--json", "--deadline", "0", "--priority", "batch", "--state", "state", "--request-id", "late"];
+    let late = run(&place, &late);
+    late.refuses(1, &["deadline"]);
+    let result: Value = serde_json::from_str(&late.stdout).unwrap();
+    assert_eq!(result["finish_reason"], "deadline");
+    assert!(place.private_states().is_empty());
+}
+
+#[test]
+fn a_private_state_is_kept_and_named_after_any_end_but_a_clean_one() {
+    let place = place();
+    let ran = run(&place, &["--deadline", "0"]);
+    ran.refuses(1, &["deadline", "--state"]);
+    let [state] = &place.private_states()[..] else { panic!("one state is kept") };
+    assert!(ran.stderr.contains(state.to_str().unwrap()), "{}", ran.stderr);
+    let mode = std::os::unix::fs::PermissionsExt::mode(&state.metadata().unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o700, "prompts are private");
+    let state = state.to_str().unwrap();
+    assert_eq!(place.run(["replay", state, "--full", "m"]).code, Some(0));
+}
+
+#[test]
 fn standard_input_and_output_are_pipes() {
     let place = place();
     let mut command = place.command(["run", "m", "--max-tokens", "12", "--ignore-eos", "--json"]);
@@ -393,6 +429,35 @@ fn a_supervised_run_prints_each_token_once() {
     assert!(ran.stderr.contains("crash report: "), "{}", ran.stderr);
     let report = ran.stderr.lines().find_map(|line| line.strip_prefix("crash report: ")).unwrap();
     assert_eq!(place.run(["inspect", report, "--json"]).json()["exit"], json!({ "Signal": 9 }));
+}
+
+#[test]
+fn a_supervised_batch_is_done_once() {
+    let place = place();
+    let lines =
+        (0..24).map(|i| json!({ "id": format!("r{i}"), "prompt_tokens": [i + 3, 9], "max_tokens": 90 }));
+    let text: String = lines.map(|line| format!("{line}\n")).collect();
+    std::fs::write(place.path("in.jsonl"), text).unwrap();
+    let run = ["run", "m", "--batch", "in.jsonl", "--ignore-eos"];
+    let sorted = |ran: &Ran| {
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let mut lines: Vec<String> = ran.stdout.lines().map(String::from).collect();
+        lines.sort();
+        lines
+    };
+    let plain = sorted(&place.run(run));
+    assert_eq!(plain.len(), 24);
+    let mut child = place.command(["supervise", "--"].iter().chain(&run)).spawn().unwrap();
+    // The first result says that others are under way.
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut first = String::new();
+    out.read_line(&mut first).unwrap();
+    if let Some(life) = child_of(child.id()) {
+        signal(life, "KILL");
+    }
+    std::io::Read::read_to_string(&mut out, &mut first).unwrap();
+    let ended: Ran = child.wait_with_output().unwrap().into();
+    assert_eq!(sorted(&Ran { stdout: first, ..ended }), plain);
 }
 
 /// The process that a process has started and not yet waited for.
