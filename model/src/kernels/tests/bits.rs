@@ -191,6 +191,29 @@ proptest! {
     }
 
     #[test]
+    fn norms_are_the_definition(
+        len in prop::sample::select(vec![1usize, 15, 16, 17, 100, 1024, 1041]),
+        seed in any::<u64>(),
+    ) {
+        let (x, weight, bias) = (operands(len, seed), operands(len, seed ^ 1), operands(len, seed ^ 2));
+        let n = len as f32;
+        let scale = 1.0 / (definition(&x, &x) / n + 1e-6).sqrt();
+        let expected: Vec<f32> = x.iter().zip(&weight).map(|(x, weight)| x * scale * weight).collect();
+        let mean = definition(&x, &vec![1.0; len]) / n;
+        let d: Vec<f32> = x.iter().map(|x| x - mean).collect();
+        let scale = 1.0 / (definition(&d, &d) / n + 1e-5).sqrt();
+        let centred: Vec<f32> =
+            d.iter().zip(&weight).zip(&bias).map(|((d, weight), bias)| d * scale * weight + bias).collect();
+        for isa in isas() {
+            let mut out = vec![0.0; len];
+            rms_norm(isa, &x, &weight, 1e-6, &mut out);
+            prop_assert_eq!(bits(&out), bits(&expected));
+            layer_norm(isa, &x, &weight, Some(&bias), 1e-5, &mut out);
+            prop_assert_eq!(bits(&out), bits(&centred));
+        }
+    }
+
+    #[test]
     fn exp_is_equal_on_every_isa(patterns in prop::collection::vec(any::<u32>(), 1..64)) {
         let values: Vec<f32> = patterns.iter().map(|bits| f32::from_bits(*bits)).collect();
         let reference: Vec<f32> = values.iter().map(|value| math::exp(*value)).collect();
