@@ -8,6 +8,7 @@ use lite_llm_core::output::{Forward, Row, SampleSpec};
 use lite_llm_model::kernels::{DType, Isa};
 use lite_llm_model::synth::{SynthFamily, SynthSpec, synth};
 use lite_llm_model::{Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped};
+use memmap2::{Advice, MmapMut};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -45,7 +46,10 @@ pub struct Resident {
     table: Vec<(ExpertKey, Slot)>,
 }
 
-struct Slots(Vec<Vec<u8>>);
+struct Slots {
+    map: MmapMut,
+    slot_bytes: usize,
+}
 
 impl ExpertSource for Slots {
     fn need(&mut self, _: u32, _: &[ExpertKey]) -> Result<(), Stopped> {
@@ -55,7 +59,7 @@ impl ExpertSource for Slots {
         Err(Stopped)
     }
     fn slot(&self, slot: Slot) -> &[u8] {
-        &self.0[slot.0 as usize]
+        &self.map[slot.0 as usize * self.slot_bytes..][..self.slot_bytes]
     }
     fn released(&mut self, _: u32, _: u32) -> Result<(), Stopped> {
         Err(Stopped)
@@ -73,15 +77,19 @@ impl Resident {
         model.load_routers().expect("routers");
         let plan = model.plan(256, 1, Digest::default()).expect("a plan");
         let loader = model.expert_loader();
-        let (mut slots, mut table) = (Vec::new(), Vec::new());
-        for key in plan.experts(&[0]) {
-            let mut slot = vec![0; model.slot_bytes()];
-            loader.load(key, &mut slot).expect("an expert");
-            table.push((key, Slot(u32::try_from(slots.len()).expect("few experts"))));
-            slots.push(slot);
+        let slot_bytes = model.slot_bytes();
+        let mut table = Vec::new();
+        let experts: Vec<ExpertKey> = plan.experts(&[0]).collect();
+        // As the node's arena maps its slots.
+        let mut map = MmapMut::map_anon(experts.len() * slot_bytes).expect("address space");
+        let _ = map.advise(Advice::HugePage);
+        for (key, slot) in experts.into_iter().zip(map.chunks_exact_mut(slot_bytes)) {
+            loader.load(key, slot).expect("an expert");
+            table.push((key, Slot(u32::try_from(table.len()).expect("few experts"))));
         }
+        let slots = Slots { map, slot_bytes };
         let cache = KvCache::new(&model, 16).expect("a cache");
-        Self { model, cache, slots: Slots(slots), table }
+        Self { model, cache, slots, table }
     }
 
     /// Computes positions `start..start + tokens` of one sequence and returns the next token.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use lite_llm_core::ids::Slot;
-use memmap2::{MmapMut, MmapRaw};
+use memmap2::{Advice, MmapMut, MmapRaw};
 
 /// Slots begin on page boundaries, as direct reads from a disk want it.
 pub const SLOT_ALIGN: u64 = 4096;
@@ -64,6 +64,9 @@ impl Arena {
         let bytes = fits.ok_or(ArenaError::Budget { slots, slot_bytes, budget })?;
         let length = usize::try_from(bytes).unwrap_or(usize::MAX);
         let map = MmapMut::map_anon(length.max(1)).map_err(|source| ArenaError::Map { bytes, source })?;
+        // Decode reads experts end to end: with small pages it would wait for page walks. A kernel without large pages
+        // refuses, and nothing is lost but time.
+        let _ = map.advise(Advice::HugePage);
         let users = (0..slots).map(|_| AtomicU32::new(0)).collect();
         Ok(Arc::new(Self { map: map.into(), slot_bytes: length / (slots.max(1) as usize), users }))
     }

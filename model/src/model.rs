@@ -9,6 +9,7 @@ use crate::kernels::{
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::ExpertKey;
 use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
+use memmap2::{Advice, MmapMut};
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -59,20 +60,27 @@ pub(crate) struct Matrix {
     dtype: DType,
     outputs: usize,
     inputs: usize,
-    bytes: Vec<u8>,
+    size: usize,
+    bytes: MmapMut,
 }
 
 impl Matrix {
     fn load(checkpoint: &Checkpoint, tensor: &Tensor) -> Result<Self, ModelError> {
         let [outputs, inputs] = tensor.shape[..] else { unreachable!("matrices are asked for by shape") };
-        let mut bytes = vec![0; packed_bytes(tensor.dtype, outputs, inputs)?];
-        pack(tensor.dtype, outputs, inputs, checkpoint.bytes(tensor), &mut bytes);
+        let size = packed_bytes(tensor.dtype, outputs, inputs)?;
+        let refused = |_| ModelError::Memory { what: "a matrix", bytes: size as u64 };
+        let mut bytes = MmapMut::map_anon(size.max(1)).map_err(refused)?;
+        // Decode reads all of it once a token: with small pages it would wait for page walks. A kernel without large
+        // pages refuses, and nothing is lost but time.
+        let _ = bytes.advise(Advice::HugePage);
+        pack(tensor.dtype, outputs, inputs, checkpoint.bytes(tensor), &mut bytes[..size]);
         checkpoint.forget(tensor);
-        Ok(Self { dtype: tensor.dtype, outputs, inputs, bytes })
+        Ok(Self { dtype: tensor.dtype, outputs, inputs, size, bytes })
     }
 
     pub(crate) fn view(&self) -> PackedView<'_> {
-        PackedView::new(self.dtype, self.outputs, self.inputs, &self.bytes).expect("packed for this shape")
+        PackedView::new(self.dtype, self.outputs, self.inputs, &self.bytes[..self.size])
+            .expect("packed for this shape")
     }
 }
 
