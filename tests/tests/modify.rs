@@ -36,9 +36,19 @@ fn id() -> RequestId {
     RequestId::new("r").unwrap()
 }
 
+fn body() -> Body {
+    Body { prompt: PROMPT.to_vec(), max_tokens: TOKENS, ignore_eos: true, ..Body::default() }
+}
+
 fn submit(node: &Node) -> Receiver<StreamEvent> {
-    let body = Body { prompt: PROMPT.to_vec(), max_tokens: TOKENS, ignore_eos: true, ..Body::default() };
-    node.submit(id(), body, 0)
+    node.submit(id(), body(), 0)
+}
+
+/// Keeps the node busy, so that a stream is still under way when new bytes have become durable.
+fn submit_company(node: &Node) {
+    for number in 0..15 {
+        drop(node.submit(RequestId::new(format!("company-{number}")).unwrap(), body(), 0));
+    }
 }
 
 /// In every layer expert 1 takes the parameters of expert 2.
@@ -67,7 +77,7 @@ fn modified_in_mid_request(kill: Kill) {
     let changes = changes();
     let mut node = start(state.path());
     let mut events = submit(&node);
-    tokens(&events, 5);
+    submit_company(&node);
     let outcome = node.modify(changes.clone());
     if kill != Kill::Asked {
         assert_eq!(outcome.recv().unwrap(), Ok(Generation(1)));
