@@ -10,6 +10,7 @@ use lite_llm_core::engine::Engine;
 use lite_llm_core::event::{Event, Phase};
 use lite_llm_core::ids::{Generation, Incarnation, RequestId};
 use lite_llm_core::input::{Body, SwitchTarget};
+use lite_llm_core::journal::frame::parse_segment_name;
 use lite_llm_core::journal::{JournalError, scan};
 use lite_llm_core::lifecycle::Lifecycle;
 use lite_llm_core::output::{FinishReason, Output};
@@ -151,9 +152,15 @@ fn a_killed_node_goes_on_where_its_journal_ends() {
 fn many_lives_make_one_stream() {
     let oracle = Oracle::of("olmoe");
     let state = tempfile::tempdir().unwrap();
+    let least = oracle.memory_min();
     let mut tokens: Vec<u32> = Vec::new();
     for life in 1.. {
-        let node = oracle.start(state.path());
+        let mut options = oracle.options(state.path());
+        // Neither the number of slots nor that of threads changes a bit.
+        options.config.memory_bytes = [least, ROOMY, least + (1 << 20)][life as usize % 3];
+        options.config.prefill_chunk = [5, 64, 1][life as usize % 3];
+        options.threads = 1 + life as usize % 3;
+        let node = Node::start(options).unwrap();
         assert_eq!(node.status().unwrap().incarnation, Incarnation(life));
         let events = node.submit(id("r"), oracle.body(2), tokens.len() as u32);
         let mut now = events.into_iter().filter_map(|event| match event {
@@ -213,14 +220,33 @@ fn a_batch_gives_what_each_gives_alone() {
     }
 }
 
+/// Holds the first step until it is let go.
+struct Gate(Option<Receiver<()>>);
+
+impl Capture for Gate {
+    fn wants_logits(&self, _: u64) -> bool {
+        false
+    }
+    fn logits(&mut self, _: u64, _: u32, _: &[f32]) {}
+    fn routes(&mut self, _: u64, _: u32, _: u32, _: &[u32], _: &[f32]) {
+        if let Some(gate) = self.0.take() {
+            gate.recv().unwrap();
+        }
+    }
+}
+
 #[test]
 fn a_drain_with_a_bound_leaves_the_rest_to_the_next_life() {
     let oracle = Oracle::of("olmoe");
     let state = tempfile::tempdir().unwrap();
-    let node = oracle.start(state.path());
+    let (open, gate) = std::sync::mpsc::channel();
+    let mut options = oracle.options(state.path());
+    options.capture = Some(Box::new(Gate(Some(gate))));
+    let node = Node::start(options).unwrap();
     let events = node.submit(id("r"), oracle.body(2), 0);
     assert!(matches!(events.recv(), Ok(StreamEvent::Accepted { .. })));
     node.drain(Some(Duration::ZERO)).unwrap();
+    open.send(()).unwrap();
     let report = node.wait().unwrap();
     assert_eq!(report.unfinished, 1);
     let disk = &mut FileDisk::open_read_only(state.path()).unwrap();
@@ -285,6 +311,40 @@ fn snapshots_bound_the_journal_and_carry_the_streams() {
 }
 
 #[test]
+fn a_bound_on_the_journal_holds_and_costs_no_stream() {
+    let oracle = Oracle::of("olmoe");
+    let size = |state: &Path| -> u64 {
+        let entries = std::fs::read_dir(state).unwrap().map(|entry| entry.unwrap());
+        let segments = entries.filter(|e| parse_segment_name(e.file_name().to_str().unwrap()).is_some());
+        segments.map(|entry| entry.metadata().unwrap().len()).sum()
+    };
+    let short = |prompt| Body { max_tokens: 2, ..oracle.body(prompt) };
+    let run = |journal_bytes| {
+        let state = tempfile::tempdir().unwrap();
+        let options = || NodeOptions { journal_bytes, ..oracle.options(state.path()) };
+        let node = Node::start(options()).unwrap();
+        // Each stream's end is durable before the next begins: a group, and with it a block, for each at least.
+        for n in 0..120 {
+            let events = node.submit(id(&format!("r{n}")), short(n % 3), 0);
+            assert_eq!(collect(&events, 0).0, oracle.greedy[n % 3][..2]);
+        }
+        node.drain(None).unwrap();
+        node.wait().unwrap();
+        let bytes = size(state.path());
+        let node = Node::start(options()).unwrap();
+        for n in 0..120 {
+            let events = node.submit(id(&format!("r{n}")), short(n % 3), 0);
+            assert_eq!(collect(&events, 0).0, oracle.greedy[n % 3][..2], "found again");
+        }
+        bytes
+    };
+    let bound = 320 << 10;
+    let (free, bounded) = (run(None), run(Some(bound)));
+    assert!(free > bound, "{free} bytes are no reason for a bound");
+    assert!(bounded <= bound, "{bounded} bytes");
+}
+
+#[test]
 fn tiers_are_switched_by_name() {
     let oracle = Oracle::of("olmoe");
     let state = tempfile::tempdir().unwrap();
@@ -307,12 +367,15 @@ fn streams_are_cancelled_and_stop_at_a_text() {
     let oracle = Oracle::of("mixtral");
     let tokenizer = Tokenizer::open(&oracle.dir).unwrap().unwrap();
     let state = tempfile::tempdir().unwrap();
-    let node = oracle.start(state.path());
+    let (open, gate) = std::sync::mpsc::channel();
+    let mut options = oracle.options(state.path());
+    options.capture = Some(Box::new(Gate(Some(gate))));
+    let node = Node::start(options).unwrap();
     assert!(matches!(node.cancel(id("nobody")), Err(NodeError::Refused(_))));
-    let endless = Body { max_tokens: 150, ignore_eos: true, ..oracle.body(0) };
-    let events = node.submit(id("endless"), endless, 0);
+    let events = node.submit(id("endless"), oracle.body(0), 0);
     assert!(matches!(events.recv(), Ok(StreamEvent::Accepted { .. })));
     node.cancel(id("endless")).unwrap();
+    open.send(()).unwrap();
     let last = events.into_iter().last().unwrap();
     assert!(matches!(last, StreamEvent::Finish { reason: FinishReason::Cancelled, .. }), "{last:?}");
 
@@ -455,7 +518,8 @@ fn a_panic_is_reported_and_leaves_a_journal_that_goes_on() {
     options.capture = Some(Box::new(Bomb { routes: 0 }));
     let node = Node::start(options).unwrap();
     let events = node.submit(id("r"), oracle.body(1), 0);
-    assert_eq!(collect(&events, 0).1, None, "the stream breaks off");
+    let finished = events.into_iter().any(|event| matches!(event, StreamEvent::Finish { .. }));
+    assert!(!finished, "the stream breaks off");
     let Err(NodeError::Panic { thread, message, .. }) = node.wait() else { panic!("no panic") };
     assert_eq!((thread, message.as_str()), ("compute", "boom"));
 

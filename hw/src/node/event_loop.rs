@@ -115,6 +115,9 @@ pub(super) struct EventLoop {
     /// Modified bytes that the engine has not yet asked for.
     staged: Vec<(Digest, Vec<u8>)>,
     snapshots: Vec<(Seq, Sender<Seq>)>,
+    /// Bytes of the journal after which a snapshot is asked for, and whether it was.
+    snapshot_bytes: Option<u64>,
+    snapshot_asked: bool,
     /// The engine's alarm, and the last that rang.
     until: Option<Time>,
     rang: Option<Time>,
@@ -153,12 +156,19 @@ impl EventLoop {
             blobs,
             staged: Vec::new(),
             snapshots: Vec::new(),
+            snapshot_bytes: None,
+            snapshot_asked: false,
             until: None,
             rang: None,
             rows: Vec::new(),
             phase_began: Instant::now(),
             end: None,
         }
+    }
+
+    /// Keeps the journal within so many bytes.
+    pub(super) fn bound_journal(&mut self, bytes_max: Option<u64>) {
+        self.snapshot_bytes = bytes_max.map(|bytes| bytes / 2);
     }
 
     /// Runs the node to its end, then ends its threads. What is in the journal's channel is written even when the
@@ -472,12 +482,13 @@ impl EventLoop {
 
     /// Lets go of what has become durable, and takes note of a durable snapshot.
     fn release(&mut self, parts: &Parts) -> Result<(), NodeError> {
-        let (durable, snapshot, flushes) = {
+        let (durable, snapshot, bytes, flushes) = {
             let mut progress = parts.journal.progress();
             if let Some(error) = progress.failed.take() {
                 return Err(error.into());
             }
-            (progress.durable, progress.snapshot.take(), std::mem::take(&mut progress.flushes))
+            let flushes = std::mem::take(&mut progress.flushes);
+            (progress.durable, progress.snapshot.take(), progress.bytes, flushes)
         };
         self.durable = durable;
         for flush in flushes {
@@ -491,7 +502,12 @@ impl EventLoop {
         for (_, reply) in std::mem::replace(&mut self.done, waiting) {
             let _ = reply.send(Ok(()));
         }
+        if self.snapshot_bytes.is_some_and(|most| bytes > most) && !self.snapshot_asked {
+            self.snapshot_asked = true;
+            self.inbox.push_back(Input::SnapshotWanted);
+        }
         if let Some(next) = snapshot {
+            self.snapshot_asked = false;
             self.inbox.push_back(Input::SnapshotDurable { next });
             self.snapshots.retain(|(asked, reply)| *asked >= next || reply.send(next).is_err());
         }

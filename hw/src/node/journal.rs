@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use lite_llm_core::disk::Disk;
 use lite_llm_core::ids::Seq;
-use lite_llm_core::journal::frame::{GROUP_BYTES_MAX, frame_bytes};
+use lite_llm_core::journal::frame::{BLOCK_BYTES, GROUP_BYTES_MAX, GROUP_HEADER_BYTES, frame_bytes};
 use lite_llm_core::journal::{JournalError, Record, Store};
 
 use super::NodeError;
@@ -33,6 +33,8 @@ pub(super) struct Progress {
     pub(super) durable: Seq,
     /// A snapshot that became durable, and is not yet taken note of.
     pub(super) snapshot: Option<Seq>,
+    /// Bytes written since the last snapshot, or since the first record.
+    pub(super) bytes: u64,
     /// How long the last groups took, not yet taken note of.
     pub(super) flushes: Vec<Duration>,
     /// Nothing more will be durable.
@@ -48,14 +50,15 @@ pub(super) struct Journal {
 }
 
 impl Journal {
-    /// Starts the thread. It wakes the event loop by `messages`.
+    /// Starts the thread over a journal that has `bytes` already. It wakes the event loop by `messages`.
     pub(super) fn start<D: Disk + Send + 'static>(
         store: Store<D>,
+        bytes: u64,
         messages: SyncSender<Message>,
     ) -> Result<Self, NodeError> {
         let (entries, receiver) = sync_channel(RECORDS_MAX);
         let progress =
-            Arc::new(Mutex::new(Progress { durable: Seq(store.durable()), ..Progress::default() }));
+            Arc::new(Mutex::new(Progress { durable: Seq(store.durable()), bytes, ..Progress::default() }));
         let writer = Writer { store, buffered: 0, messages, progress: Arc::clone(&progress) };
         let thread = std::thread::Builder::new()
             .name("journal".into())
@@ -146,7 +149,9 @@ impl<D: Disk> Writer<D> {
                 Entry::Record(record) => self.push(record)?,
                 Entry::Snapshot { next, digest, bytes } => {
                     self.store.write_snapshot(next.0, digest, &bytes)?;
-                    lock(&self.progress).snapshot = Some(next);
+                    let mut progress = lock(&self.progress);
+                    progress.snapshot = Some(next);
+                    progress.bytes = 0;
                 }
                 Entry::Trim { before } => self.store.trim(before.0)?,
                 Entry::Abandon => return Ok(false),
@@ -172,8 +177,11 @@ impl<D: Disk> Writer<D> {
     fn flush(&mut self) -> Result<(), JournalError> {
         let started = Instant::now();
         let durable = Seq(self.store.flush()?);
-        self.buffered = 0;
+        let bytes = (GROUP_HEADER_BYTES + std::mem::take(&mut self.buffered)).next_multiple_of(BLOCK_BYTES);
         let mut progress = lock(&self.progress);
+        if durable > progress.durable {
+            progress.bytes += bytes as u64;
+        }
         if durable > progress.durable && progress.flushes.len() < RECORDS_MAX {
             progress.flushes.push(started.elapsed());
         }
@@ -260,7 +268,7 @@ mod tests {
         let full = Arc::new(AtomicBool::new(false));
         let disk = Full { disk: FileDisk::open(dir.path()).unwrap(), full: Arc::clone(&full) };
         let (messages, wakes) = sync_channel(16);
-        let journal = Journal::start(Store::open(disk, &HEADER).unwrap().0, messages).unwrap();
+        let journal = Journal::start(Store::open(disk, &HEADER).unwrap().0, 0, messages).unwrap();
         journal.record(record(1, 100)).unwrap();
         wait_for(&journal, &wakes, 1);
         full.store(true, Ordering::SeqCst);
@@ -280,7 +288,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (messages, _wakes) = sync_channel(1);
         let store = Store::open(FileDisk::open(dir.path()).unwrap(), &HEADER).unwrap().0;
-        let journal = Journal::start(store, messages).unwrap();
+        let journal = Journal::start(store, 0, messages).unwrap();
         let large = 15 << 20;
         for seq in 1..=6 {
             journal.record(record(seq, large)).unwrap();
@@ -298,7 +306,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (messages, wakes) = sync_channel(16);
         let store = Store::open(FileDisk::open(dir.path()).unwrap(), &HEADER).unwrap().0;
-        let journal = Journal::start(store, messages).unwrap();
+        let journal = Journal::start(store, 0, messages).unwrap();
         journal.record(record(1, 10)).unwrap();
         wait_for(&journal, &wakes, 1);
         journal.record(record(2, 10)).unwrap();

@@ -55,6 +55,9 @@ pub struct NodeOptions {
     pub isa: Isa,
     /// Storage type of cached keys and values; the type of the weights if `None`.
     pub kv_dtype: Option<DType>,
+    /// Bytes that the journal may grow to: a snapshot is taken at half of them, so that old segments can go. While the
+    /// node boots or drains there is none, and the journal may be larger. `None` leaves it to `snapshot_every`.
+    pub journal_bytes: Option<u64>,
     /// Who wants to see logits and routes.
     pub capture: Option<Box<dyn Capture + Send>>,
     /// Who wants to see events, for instance the phases of the boot sequence.
@@ -71,6 +74,7 @@ impl NodeOptions {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             isa: Isa::detect(),
             kv_dtype: None,
+            journal_bytes: None,
             capture: None,
             on_event: None,
         }

@@ -36,11 +36,16 @@ use crate::telemetry::Telemetry;
 const MESSAGES_MAX: usize = 4096;
 /// Loader threads, if there are cores for them.
 const LOADERS_MAX: usize = 4;
+/// Segments that a journal of bounded size has: a snapshot lets go of whole ones only.
+const SEGMENTS: u64 = 8;
+/// No segment is ended before it has this many bytes.
+const SEGMENT_BYTES_MIN: u64 = 1 << 16;
 /// The node's number in its journal; a node of a cluster has another.
 const NODE: u32 = 0;
 
 pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
-    let NodeOptions { model_dir, state_dir, mut config, threads, isa, kv_dtype, capture, on_event } = options;
+    let NodeOptions { model_dir, state_dir, mut config, threads, isa, kv_dtype, .. } = options;
+    let NodeOptions { journal_bytes, capture, on_event, .. } = options;
     if config.memory_bytes == u64::MAX {
         let measured = memory::measure();
         let what = "cannot tell how much memory there is, so it must be given";
@@ -63,14 +68,20 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let plan = model.plan(limits.step_positions_max, limits.rows_max, tokenizer_digest)?;
     let identity = Arc::new(plan.identity.clone());
 
-    let former = scan(&mut disk)?.header.map_or(0, |header| header.incarnation);
+    let scanned = scan(&mut disk)?;
+    let former = scanned.header.map_or(0, |header| header.incarnation);
+    let bytes = scanned.segments.iter().map(|segment| segment.bytes).sum();
+    drop(scanned);
     let header = Header {
         logic_version: LOGIC_VERSION,
         node: NODE,
         incarnation: former + 1,
         identity: Digest::of_value(&*identity).0,
     };
-    let (store, recovered) = Store::open(disk, &header)?;
+    let (mut store, recovered) = Store::open(disk, &header)?;
+    if let Some(journal_bytes) = journal_bytes {
+        store = store.with_segment_bytes((journal_bytes / SEGMENTS).max(SEGMENT_BYTES_MIN));
+    }
     let telemetry = Telemetry::open(&state_dir, header.incarnation);
     let what = "cannot open the telemetry files in the state directory";
     let mut telemetry = telemetry.map_err(|source| NodeError::System { what, source })?;
@@ -92,9 +103,10 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let parts = Parts {
         loaders: Loaders::start(loaders, &model.expert_loader(), &blobs, &messages)?,
         compute: Compute::start(model, capture, messages.clone())?,
-        journal: Journal::start(store, messages.clone())?,
+        journal: Journal::start(store, bytes, messages.clone())?,
     };
-    let event_loop = EventLoop::new(engine, plan, tokenizer, telemetry, blobs, on_event, ready_sender);
+    let mut event_loop = EventLoop::new(engine, plan, tokenizer, telemetry, blobs, on_event, ready_sender);
+    event_loop.bound_journal(journal_bytes);
     let thread = std::thread::Builder::new()
         .name("node".into())
         .spawn(move || event_loop.run(parts, receiver, first))
