@@ -144,7 +144,16 @@ pub struct Machine {
 /// At the first violated invariant, with the seed.
 #[must_use]
 pub fn run(scenario: &Scenario) -> Report {
-    let mut machine = Machine::new(scenario.clone());
+    run_with(scenario, Choice::new(scenario.seed))
+}
+
+/// Runs a scenario whose choices come from elsewhere.
+///
+/// # Panics
+/// At the first violated invariant.
+#[must_use]
+pub fn run_with(scenario: &Scenario, choice: Choice) -> Report {
+    let mut machine = Machine::new(scenario.clone(), choice);
     for _ in 0..scenario.choices {
         machine.act();
     }
@@ -153,8 +162,7 @@ pub fn run(scenario: &Scenario) -> Report {
 }
 
 impl Machine {
-    fn new(scenario: Scenario) -> Self {
-        let mut choice = Choice::new(scenario.seed);
+    fn new(scenario: Scenario, mut choice: Choice) -> Self {
         let plan = model::plan();
         let all = plan.experts(&[0, 1]).count() as u64;
         let fixed = 1900;

@@ -3,15 +3,24 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-/// A seeded stream of choices.
+/// A stream of choices: some given bytes first, then a seed's.
 #[derive(Clone, Debug)]
-pub struct Choice(ChaCha8Rng);
+pub struct Choice {
+    given: Vec<u8>,
+    seeded: ChaCha8Rng,
+}
 
 impl Choice {
     /// The stream of a seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self(ChaCha8Rng::seed_from_u64(seed))
+        Self { given: Vec::new(), seeded: ChaCha8Rng::seed_from_u64(seed) }
+    }
+
+    /// Takes its first choices from bytes, one each, as a fuzzer wants it.
+    #[must_use]
+    pub fn given(bytes: &[u8]) -> Self {
+        Self { given: bytes.iter().rev().copied().collect(), ..Self::new(0) }
     }
 
     /// A number below `n`.
@@ -20,7 +29,7 @@ impl Choice {
     /// If `n` is 0.
     pub fn below(&mut self, n: u64) -> u64 {
         assert!(n > 0, "a choice among nothing");
-        self.0.next_u64() % n
+        self.given.pop().map_or_else(|| self.seeded.next_u64(), u64::from) % n
     }
 
     /// True in `per_mille` of 1000 cases.

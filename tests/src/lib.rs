@@ -1,4 +1,6 @@
 //! What the tests across the crates share.
 
 pub mod command;
+#[allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a panic is a finding")]
+pub mod fuzzing;
 pub mod harness;
