@@ -1,6 +1,7 @@
 //! A node with everything that a process around it needs: progress, the memory plan, signals, the control socket.
 
 use crate::control::ControlSocket;
+use crate::exit::Exit;
 use crate::quantity::Size;
 use crate::settings::Settings;
 use crate::state::StateDir;
@@ -13,6 +14,7 @@ use lite_llm_model::Capture;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A node that serves.
@@ -58,8 +60,9 @@ impl Service {
         state: &StateDir,
         drain_bound: Duration,
     ) -> anyhow::Result<(Node, Option<ControlSocket>)> {
+        let drainer = Drainer::listen(drain_bound)?;
         let mut node = Node::launch(options)?;
-        drain_on_signals(node.handle(), drain_bound)?;
+        drainer.attach(node.handle());
         // A private directory has no one who knows where to connect.
         let socket =
             if state.is_private() { None } else { Some(ControlSocket::open(state.path(), node.handle())?) };
@@ -135,25 +138,67 @@ fn phase_done(phase: Phase, bytes: u64) -> String {
     if bytes == 0 { next.into() } else { format!("{next} ({phase:?}: {})", Size(bytes)) }
 }
 
-/// The first signal drains within the bound, the second at once.
-fn drain_on_signals(node: NodeHandle, bound: Duration) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot listen for signals")?;
-    let listen = move || {
-        let mut bound = bound;
-        for _ in signals.forever() {
-            eprintln!(
-                "draining: unfinished requests have {} s; a second signal stops at once",
-                bound.as_secs()
-            );
-            if node.drain(Some(bound)).is_err() {
-                break;
-            }
-            bound = Duration::ZERO;
+/// Turns signals into drains: the first within the bound, the second at once.
+#[derive(Clone, Debug)]
+struct Drainer {
+    shared: Arc<Mutex<Drains>>,
+}
+
+#[derive(Debug)]
+struct Drains {
+    /// There once model and journal are open.
+    node: Option<NodeHandle>,
+    signals: u32,
+    bound: Duration,
+}
+
+impl Drainer {
+    /// Listens from here on, also while model and journal are being opened.
+    fn listen(bound: Duration) -> anyhow::Result<Self> {
+        let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot listen for signals")?;
+        let shared = Arc::new(Mutex::new(Drains { node: None, signals: 0, bound }));
+        let drainer = Self { shared };
+        let listener = drainer.clone();
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || signals.forever().for_each(|_| listener.drains().signal()))
+            .context("cannot start the thread that waits for signals")?;
+        Ok(drainer)
+    }
+
+    /// Has a node to drain; at once, if a signal came before it.
+    fn attach(&self, node: NodeHandle) {
+        let mut drains = self.drains();
+        drains.node = Some(node);
+        if drains.signals > 0 {
+            drains.drain();
         }
-    };
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(listen)
-        .context("cannot start the thread that waits for signals")?;
-    Ok(())
+    }
+
+    fn drains(&self) -> MutexGuard<'_, Drains> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drains {
+    fn signal(&mut self) {
+        self.signals += 1;
+        if self.node.is_some() {
+            self.drain();
+        } else if self.signals == 1 {
+            eprintln!("stopping once the model is open; a second signal stops at once");
+        } else {
+            // Nothing is accepted yet, and the journal bears any end.
+            std::process::exit(Exit::Failed as i32);
+        }
+    }
+
+    fn drain(&self) {
+        let bound = if self.signals > 1 { Duration::ZERO } else { self.bound };
+        eprintln!("draining: unfinished requests have {} s; a second signal stops at once", bound.as_secs());
+        if let Some(node) = &self.node {
+            // A node that has ended has nothing to drain.
+            let _ = node.drain(Some(bound));
+        }
+    }
 }

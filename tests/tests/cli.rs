@@ -10,8 +10,12 @@ const PROMPT: [&str; 2] = ["--prompt", "kill it anywhere"];
 
 /// A place with a small mixture in `m`.
 fn place() -> Place {
+    place_of(SynthSpec::of(SynthFamily::Olmoe))
+}
+
+fn place_of(spec: SynthSpec) -> Place {
     let place = Place::new();
-    synth(&place.path("m"), &SynthSpec::of(SynthFamily::Olmoe)).unwrap();
+    synth(&place.path("m"), &spec).unwrap();
     place
 }
 
@@ -19,9 +23,9 @@ fn run(place: &Place, more: &[&str]) -> Ran {
     place.run(["run", "m"].iter().chain(&PROMPT).chain(&["--ignore-eos", "--max-tokens", "12"]).chain(more))
 }
 
-/// A request that goes on for as long as the test needs, in `state`.
-fn long(place: &Place) -> std::process::Child {
-    let arguments = ["run", "m", "--max-tokens", "2000", "--ignore-eos", "--stream", "--json"];
+/// A request of many tokens, in `state`. Nobody reads them, so that the process stays even when it is done.
+fn long(place: &Place, tokens: &str) -> std::process::Child {
+    let arguments = ["run", "m", "--max-tokens", tokens, "--ignore-eos", "--stream", "--json"];
     let arguments = arguments.iter().chain(&PROMPT).chain(&["--state", "state", "--request-id", "long"]);
     let mut child = place.command(arguments).spawn().unwrap();
     // The first token says that it serves.
@@ -201,7 +205,7 @@ fn a_state_belongs_to_one_model_and_one_process() {
     let place = place();
     let spec = SynthSpec { seed: 1, ..SynthSpec::of(SynthFamily::Olmoe) };
     synth(&place.path("other"), &spec).unwrap();
-    let mut child = long(&place);
+    let mut child = long(&place, "2000");
     run(&place, &["--state", "state"]).refuses(1, &["in use"]);
     child.kill().unwrap();
     child.wait().unwrap();
@@ -233,8 +237,9 @@ fn a_damaged_journal_is_found() {
 
 #[test]
 fn signals_drain_and_the_next_life_goes_on() {
-    let place = place();
-    let mut child = long(&place);
+    // Slow enough to be interrupted.
+    let place = place_of(SynthSpec { layers: 16, ..SynthSpec::of(SynthFamily::Olmoe) });
+    let mut child = long(&place, "2000");
     // The second signal leaves the unfinished to the next life at once.
     signal(child.id(), "TERM");
     signal(child.id(), "INT");
@@ -251,9 +256,24 @@ fn signals_drain_and_the_next_life_goes_on() {
 }
 
 #[test]
-fn a_running_process_is_steered() {
+fn a_signal_while_the_model_is_opened_is_not_lost() {
     let place = place();
-    let mut child = long(&place);
+    let arguments =
+        ["run", "m", "--max-tokens", "2000", "--ignore-eos", "--state", "state", "--drain-bound", "0s"];
+    let mut child = place.command(arguments.iter().chain(&PROMPT)).spawn().unwrap();
+    // The lock is taken first of all, but signals are listened for before it.
+    wait_until(&mut child, || place.path("state/lock").exists());
+    signal(child.id(), "TERM");
+    let ran: Ran = child.wait_with_output().unwrap().into();
+    ran.refuses(1, &["draining"]);
+    assert_eq!(place.run(["inspect", "state", "--json"]).json()["lifecycle"], "Stopped");
+}
+
+#[test]
+fn a_running_process_is_steered() {
+    // More tokens than anybody waits for: the request is unfinished until it is cancelled.
+    let place = place_of(SynthSpec { context: 1 << 16, ..SynthSpec::of(SynthFamily::Olmoe) });
+    let mut child = long(&place, "60000");
     let ctl = |more: &[&str]| place.run(["ctl", "state"].iter().chain(more));
     let status = ctl(&["status", "--json"]).json();
     assert_eq!((&status["tiers"], &status["requests"][0]["id"]), (&json!(["all"]), &json!("long")));
@@ -386,7 +406,7 @@ fn standard_input_and_output_are_pipes() {
     let streamed = run(&place, &["--stream"]).stdout;
     assert_eq!(streamed, run(&place, &[]).stdout);
     // A reader that goes away is no bug of ours.
-    let mut child = long(&place);
+    let mut child = long(&place, "2000");
     drop(child.stdout.take());
     assert_eq!(child.wait_with_output().unwrap().status.code(), Some(1));
 }
