@@ -41,6 +41,7 @@ impl Service {
         options.threads = settings.threads;
         options.isa = settings.isa;
         options.kv_dtype = Some(settings.kv_dtype);
+        options.journal_bytes = settings.journal_bytes;
         options.capture = capture.map(|recorder| Box::new(recorder) as Box<dyn Capture + Send>);
         options.on_event = Some(Box::new(move |_, event| {
             if let Event::PhaseDone { phase, bytes } = event {

@@ -51,6 +51,9 @@ pub(crate) struct RuntimeArgs {
     /// Records between two snapshots of the state, 0 for none [default: 4096]
     #[arg(long, value_name = "N")]
     pub(crate) snapshot_every: Option<u64>,
+    /// Bytes that the journal may grow to; at half of them a snapshot lets old records go
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) journal_max: Option<Size>,
     /// How long unfinished requests may go on after SIGTERM or SIGINT [default: 10s]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) drain_bound: Option<Duration>,
@@ -101,6 +104,7 @@ struct File {
     prefill_chunk: Option<u32>,
     routing_seed: Option<u64>,
     snapshot_every: Option<u64>,
+    journal_max: Option<toml::Value>,
     drain_bound: Option<String>,
     limits: FileLimits,
 }
@@ -134,6 +138,7 @@ pub(crate) struct Settings {
     pub(crate) threads: usize,
     pub(crate) isa: Isa,
     pub(crate) kv_dtype: DType,
+    pub(crate) journal_bytes: Option<u64>,
     pub(crate) drain_bound: Duration,
 }
 
@@ -156,7 +161,13 @@ impl RuntimeArgs {
             (None, Some(text)) => duration(text).map_err(|e| usage(format!("drain_bound: {e}")))?,
             (None, None) => Duration::from_secs(10),
         };
+        let journal_max = match (self.journal_max, &file.journal_max) {
+            (Some(size), _) => Some(size),
+            (None, Some(value)) => Some(size("journal_max", value)?),
+            (None, None) => None,
+        };
         Ok(Settings {
+            journal_bytes: journal_max.map(|size| size.0),
             threads: self.threads.or(file.threads).map_or(cores, usize::from).max(1),
             isa,
             // Not the type of the weights: a cache that rounds is a choice, and the published oracles do not make it.
@@ -172,8 +183,7 @@ impl RuntimeArgs {
         if let Some(memory) = self.memory {
             config.memory_bytes = memory.0;
         } else if let Some(value) = &file.memory {
-            let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            config.memory_bytes = text.parse::<Size>().map_err(|e| usage(format!("memory: {e}")))?.0;
+            config.memory_bytes = size("memory", value)?.0;
         } else {
             // What is available changes while we look; a part of it will be there.
             let measured =
@@ -224,6 +234,12 @@ impl RuntimeArgs {
         config.check().map_err(anyhow::Error::msg)?;
         Ok(config)
     }
+}
+
+/// A size in the configuration file: a number of bytes, or a text with a unit.
+fn size(key: &str, value: &toml::Value) -> anyhow::Result<Size> {
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    text.parse().map_err(|error| usage(format!("{key}: {error}")))
 }
 
 fn read(path: &Path) -> anyhow::Result<File> {

@@ -123,6 +123,7 @@ fn the_bits_do_not_depend_on_how() {
         &["--threads", "2"],
         &["--prefill-chunk", "1"],
         &["--prefill-chunk", "7", "--snapshot-every", "10"],
+        &["--journal-max", "256KiB"],
         &["--memory", &minimum],
     ] {
         let more = ["--json", "--temperature", "0.9", "--seed", "3", "--logits", "l", "--routes", "r"];
