@@ -187,7 +187,8 @@ impl Model {
             dtype: options.kv_dtype.unwrap_or(weights.dtype),
         };
         let expert = expert_layout(&checkpoint)?;
-        let rope = RopeTable::new(&arch.rope.inverse_frequencies(), 1.0, arch.context);
+        // Filled with the base parameters, once the engine has found that the budget allows for them.
+        let rope = RopeTable::new(&[], 1.0, 0);
         let routers = arch.layers.iter().map(|_| None).collect();
         Ok(Self {
             pool,
@@ -301,6 +302,8 @@ impl Model {
         assert_eq!(shard, 0, "the plan has one shard");
         let checkpoint = &self.checkpoint;
         checkpoint.verify_base()?;
+        self.rope =
+            RopeTable::new(&checkpoint.arch().rope.inverse_frequencies(), 1.0, checkpoint.arch().context);
         let arch = checkpoint.arch();
         let embedding = checkpoint.tensor("model.embed_tokens.weight", &[arch.vocab, arch.hidden])?;
         let head = if arch.tied {

@@ -12,6 +12,9 @@ use crate::arch::{Arch, Layer, MoeNames, QkNorm, Rope, RopeScaling};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::Config;
 
+/// More layers than any model has.
+const LAYERS_MAX: usize = 4096;
+
 type Read = fn(&Config<'_>) -> Result<Arch, CheckpointError>;
 
 /// Every family by its `model_type`.
@@ -63,6 +66,9 @@ fn common(config: &Config<'_>, family: &'static str) -> Result<Arch, CheckpointE
     let heads = config.size("num_attention_heads")?;
     let head_dim = config.size_or("head_dim", hidden / heads.max(1))?;
     let layers = config.size("num_hidden_layers")?;
+    if layers > LAYERS_MAX {
+        return Err(config.invalid("num_hidden_layers", "no model has that many"));
+    }
     Ok(Arch {
         family,
         hidden,
@@ -121,8 +127,13 @@ fn rope(config: &Config<'_>, dims: usize) -> Result<Rope, CheckpointError> {
             }
         }
     };
-    if !(theta.is_finite() && theta > 0.0) {
-        return Err(config.invalid("rope_theta", "it must be positive"));
+    let numbers = match scaling {
+        RopeScaling::None => vec![theta],
+        RopeScaling::Linear { factor } => vec![theta, factor],
+        RopeScaling::Llama3 { factor, low, high, original } => vec![theta, factor, low, high, original],
+    };
+    if numbers.iter().any(|number| !(number.is_finite() && *number > 0.0)) {
+        return Err(config.invalid("rope_theta", "it and the numbers of its scaling must be positive"));
     }
     Ok(Rope { theta, dims, scaling })
 }
