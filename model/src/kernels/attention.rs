@@ -8,13 +8,19 @@
 use super::convert::{narrow, widen_body};
 use super::linear::dot_body;
 use super::math::{exp, exp_body};
+use super::packed::CHUNK;
 use super::pool::Pool;
 use super::{DType, Isa, versioned};
-use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Mutex;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 
 /// Positions in a page, and in a block of the softmax.
 pub const PAGE_POSITIONS: usize = 64;
+/// Scores that the positions of one task may have together.
+const SCORES_OF_TASK: usize = 1 << 16;
 
 /// Shape and storage type of cached keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,16 +150,37 @@ pub fn attention(
         return;
     }
     let group = params.heads / shape.kv_heads;
-    let parts: Vec<Mutex<&mut [f32]>> =
-        out.chunks_exact_mut(group * shape.value_dim).map(Mutex::new).collect();
+    let block = rows_of_task(pool, positions, group, shape.kv_heads);
+    let mut parts: Vec<Vec<&mut [f32]>> = Vec::new();
+    parts.resize_with(positions.len().div_ceil(block) * shape.kv_heads, || Vec::with_capacity(block));
+    for (index, out) in out.chunks_exact_mut(group * shape.value_dim).enumerate() {
+        let (row, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
+        parts[row / block * shape.kv_heads + kv_head].push(out);
+    }
+    let parts: Vec<Mutex<Vec<&mut [f32]>>> = parts.into_iter().map(Mutex::new).collect();
     pool.run(parts.len(), &|task| {
         let mut out = parts[task].lock().expect("a part is locked once");
-        let (row, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-        let q = &q[task * group * shape.key_dim..][..group * shape.key_dim];
+        let kv_head = task % shape.kv_heads;
+        let first = task / shape.kv_heads * block;
+        let size = group * shape.key_dim;
+        let rows: Vec<Row<'_>> = (first..first + out.len())
+            .map(|row| Row {
+                seen: Seen::new(positions[row], params.window),
+                q: &q[(row * shape.kv_heads + kv_head) * size..][..size],
+            })
+            .collect();
         let sinks = params.sinks.map(|sinks| &sinks[kv_head * group..][..group]);
-        let seen = Seen::new(positions[row], params.window);
-        attend(isa, kv, &seen, Group { kv_head, q, sinks, scale: params.scale }, &mut out);
+        attend(isa, isa, kv, Group { kv_head, rows: &rows, sinks, scale: params.scale }, &mut out);
     });
+}
+
+/// Positions that one task serves: a page is read and widened once for all of them. Few enough that their scores stay
+/// in the second-level cache and every thread has work.
+fn rows_of_task(pool: &Pool, positions: &[u32], group: usize, kv_heads: usize) -> usize {
+    let span = positions.iter().max().map_or(1, |last| *last as usize + 1);
+    let cached = SCORES_OF_TASK / (span * group);
+    let shared = positions.len() * kv_heads / (pool.threads() * 2);
+    cached.min(shared).clamp(1, 16)
 }
 
 /// The run of positions that one position sees.
@@ -168,50 +195,75 @@ impl Seen {
         Self { first: window.map_or(0, |window| end.saturating_sub(window as usize)), end }
     }
 
-    fn pages(&self) -> std::ops::Range<usize> {
+    fn pages(&self) -> Range<usize> {
         self.first / PAGE_POSITIONS..self.end.div_ceil(PAGE_POSITIONS)
     }
 
-    /// The visible slots of a page.
-    fn slots(&self, page: usize) -> std::ops::Range<usize> {
+    /// The visible slots of a page; an empty range where there is none.
+    fn slots(&self, page: usize) -> Range<usize> {
         let start = page * PAGE_POSITIONS;
-        self.first.saturating_sub(start)..(self.end - start).min(PAGE_POSITIONS)
+        self.first.saturating_sub(start)..self.end.saturating_sub(start).min(PAGE_POSITIONS)
+    }
+
+    /// Where the scores of these slots stand in a row of scores.
+    fn scores(&self, page: usize, slots: &Range<usize>) -> Range<usize> {
+        let start = page * PAGE_POSITIONS + slots.start - self.first;
+        start..start + slots.len()
     }
 }
 
 /// The query heads of one position that share a key/value head.
+struct Row<'a> {
+    seen: Seen,
+    q: &'a [f32],
+}
+
+/// Some positions and one key/value head.
 struct Group<'a> {
     kv_head: usize,
-    q: &'a [f32],
+    rows: &'a [Row<'a>],
     sinks: Option<&'a [f32]>,
     scale: f32,
 }
 
 versioned! {
-    fn attend(kv: &PagedKv<'_>, seen: &Seen, group: Group<'_>, out: &mut [f32]) = attend_body
+    fn attend(form: Isa, kv: &PagedKv<'_>, group: Group<'_>, out: &mut [&mut [f32]]) = attend_body
 }
 
 #[inline(always)]
-fn attend_body(kv: &PagedKv<'_>, seen: &Seen, group: Group<'_>, out: &mut [f32]) {
+fn attend_body(form: Isa, kv: &PagedKv<'_>, group: Group<'_>, out: &mut [&mut [f32]]) {
     let KvShape { key_dim, value_dim, dtype, .. } = kv.shape;
-    let span = seen.end - seen.first;
-    let heads = group.q.len() / key_dim;
-    let mut scores = vec![0.0f32; heads * span];
-    let mut at = 0;
-    for page in seen.pages() {
-        let slots = seen.slots(page);
-        let keys = head_of_page(dtype, kv.pages[page].keys, group.kv_head, key_dim);
-        for key in keys[slots.start * key_dim..slots.end * key_dim].chunks_exact(key_dim) {
-            for (head, q) in group.q.chunks_exact(key_dim).enumerate() {
-                scores[head * span + at] = dot_body(q, key) * group.scale;
+    let heads = group.rows[0].q.len() / key_dim;
+    let all = Seen {
+        first: group.rows.iter().map(|row| row.seen.first).min().unwrap_or(0),
+        end: group.rows.iter().map(|row| row.seen.end).max().unwrap_or(0),
+    };
+    let span = group.rows.iter().map(|row| row.seen.end - row.seen.first).max().unwrap_or(0);
+    let mut scores = vec![0.0f32; group.rows.len() * heads * span];
+    // Keys that are read once, from memory, are faster one after the other.
+    let once = dtype == DType::F32 && group.rows.len() * heads == 1;
+    let form = if once { Isa::Scalar } else { form };
+    let mut widened = Vec::new();
+    for page in all.pages() {
+        let read = all.slots(page);
+        let keys = head_of_page(dtype, kv.pages[page].keys, group.kv_head, key_dim, &read, &mut widened);
+        for (row, scores) in group.rows.iter().zip(scores.chunks_exact_mut(heads * span)) {
+            let slots = row.seen.slots(page);
+            if slots.is_empty() {
+                continue;
             }
-            at += 1;
+            let keys = &keys[(slots.start - read.start) * key_dim..(slots.end - read.start) * key_dim];
+            for (q, scores) in row.q.chunks_exact(key_dim).zip(scores.chunks_exact_mut(span)) {
+                dots(form, q, keys, group.scale, &mut scores[row.seen.scores(page, &slots)]);
+            }
         }
     }
-    let mut denominators = vec![0.0f32; heads];
-    let mut sinks = vec![0.0f32; heads];
-    for (head, scores) in scores.chunks_exact_mut(span).enumerate() {
-        let mut max = group.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
+    let mut denominators = vec![0.0f32; group.rows.len() * heads];
+    let mut sinks = vec![0.0f32; group.rows.len() * heads];
+    for (index, scores) in scores.chunks_exact_mut(span).enumerate() {
+        let seen = &group.rows[index / heads].seen;
+        let scores = &mut scores[..seen.end - seen.first];
+        let mut max = group.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[index % heads]);
         for score in scores.iter() {
             max = if *score > max { *score } else { max };
         }
@@ -219,56 +271,82 @@ fn attend_body(kv: &PagedKv<'_>, seen: &Seen, group: Group<'_>, out: &mut [f32])
             *score -= max;
         }
         exp_body(scores);
-        sinks[head] = group.sinks.map_or(0.0, |sinks| exp(sinks[head] - max));
+        sinks[index] = group.sinks.map_or(0.0, |sinks| exp(sinks[index % heads] - max));
     }
-    let mut at = 0;
     let mut block = vec![0.0f32; value_dim];
-    for page in seen.pages() {
-        let slots = seen.slots(page);
-        let values = head_of_page(dtype, kv.pages[page].values, group.kv_head, value_dim);
-        let values = &values[slots.start * value_dim..slots.end * value_dim];
-        for (head, out) in out.chunks_exact_mut(value_dim).enumerate() {
-            let weights = &scores[head * span + at..][..slots.len()];
+    for page in all.pages() {
+        let read = all.slots(page);
+        let values =
+            head_of_page(dtype, kv.pages[page].values, group.kv_head, value_dim, &read, &mut widened);
+        for (index, scores) in scores.chunks_exact(span).enumerate() {
+            let seen = &group.rows[index / heads].seen;
+            let slots = seen.slots(page);
+            if slots.is_empty() {
+                continue;
+            }
+            let values =
+                &values[(slots.start - read.start) * value_dim..(slots.end - read.start) * value_dim];
+            let weights = &scores[seen.scores(page, &slots)];
+            let out = &mut out[index / heads][index % heads * value_dim..][..value_dim];
             let mut denominator = 0.0f32;
             for weight in weights {
                 denominator += weight;
             }
             weighted_sum(weights, values, value_dim, &mut block);
-            if at == 0 {
-                denominators[head] = denominator;
+            if page == seen.pages().start {
+                denominators[index] = denominator;
                 out.copy_from_slice(&block);
             } else {
-                denominators[head] += denominator;
+                denominators[index] += denominator;
                 for (out, block) in out.iter_mut().zip(&block) {
                     *out += block;
                 }
             }
         }
-        at += slots.len();
     }
-    for (head, out) in out.chunks_exact_mut(value_dim).enumerate() {
-        let denominator =
-            if group.sinks.is_some() { denominators[head] + sinks[head] } else { denominators[head] };
-        for out in out {
+    for (index, denominator) in denominators.iter().enumerate() {
+        let denominator = if group.sinks.is_some() { denominator + sinks[index] } else { *denominator };
+        for out in &mut out[index / heads][index % heads * value_dim..][..value_dim] {
             *out /= denominator;
         }
     }
 }
 
-/// The keys or values of one head of a page, as `f32`: in place where they already are.
+/// `out[i] = dot(q, keys[i]) * scale`.
 #[inline(always)]
-fn head_of_page(dtype: DType, page: &[u8], head: usize, dim: usize) -> Cow<'_, [f32]> {
-    let size = PAGE_POSITIONS * dim * dtype.bytes();
-    let bytes = &page[head * size..][..size];
+fn dots(form: Isa, q: &[f32], keys: &[f32], scale: f32, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if form == Isa::Avx2 && q.len() <= CHUNK {
+        return avx2::dots(q, keys, scale, out);
+    }
+    let _ = form;
+    for (out, key) in out.iter_mut().zip(keys.chunks_exact(q.len())) {
+        *out = dot_body(q, key) * scale;
+    }
+}
+
+/// Some slots of the keys or values of one head of a page, as `f32`: in place where they already are.
+#[inline(always)]
+fn head_of_page<'a>(
+    dtype: DType,
+    page: &'a [u8],
+    head: usize,
+    dim: usize,
+    slots: &Range<usize>,
+    widened: &'a mut Vec<f32>,
+) -> &'a [f32] {
+    let size = dim * dtype.bytes();
+    let bytes =
+        &page[(head * PAGE_POSITIONS + slots.start) * size..(head * PAGE_POSITIONS + slots.end) * size];
     if cfg!(target_endian = "little")
         && dtype == DType::F32
         && let Ok(values) = bytemuck::try_cast_slice(bytes)
     {
-        return Cow::Borrowed(values);
+        return values;
     }
-    let mut values = vec![0.0f32; PAGE_POSITIONS * dim];
-    widen_body(dtype, bytes, &mut values);
-    Cow::Owned(values)
+    widened.resize(slots.len() * dim, 0.0);
+    widen_body(dtype, bytes, widened);
+    widened
 }
 
 /// One ascending fma chain from +0 for each dimension, 64 or 16 dimensions at a time to keep them in registers.

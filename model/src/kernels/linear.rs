@@ -6,9 +6,10 @@
 //! among threads.
 
 use super::convert::{bf16_value, f16_value};
-use super::packed::{CHUNK, LANES, PackedView, TILE_OUTPUTS, entry_bytes, input_of_entry, padded_inputs};
+use super::packed::{CHUNK, LANES, PackedView, TILE_OUTPUTS, entry_bytes, padded_inputs};
 use super::pool::Pool;
 use super::{DType, Isa};
+use std::ops::Range;
 use std::sync::Mutex;
 
 #[cfg(target_arch = "x86_64")]
@@ -107,6 +108,8 @@ struct Part<'a> {
     first_tile: usize,
     tiles: usize,
     rows: Vec<&'a mut [f32]>,
+    /// The results of one chunk for one tile, row by row.
+    sums: Vec<[f32; TILE_OUTPUTS]>,
 }
 
 /// Cuts every row of `out` at the same multiples of the tile width.
@@ -115,7 +118,12 @@ fn divide(out: &mut [f32], outputs: usize, tiles: usize, tasks: usize) -> Vec<Pa
     let rows = out.len() / outputs;
     let mut parts: Vec<Part<'_>> = bounds
         .windows(2)
-        .map(|b| Part { first_tile: b[0], tiles: b[1] - b[0], rows: Vec::with_capacity(rows) })
+        .map(|b| Part {
+            first_tile: b[0],
+            tiles: b[1] - b[0],
+            rows: Vec::with_capacity(rows),
+            sums: vec![[0.0; TILE_OUTPUTS]; rows],
+        })
         .collect();
     for mut row in out.chunks_exact_mut(outputs) {
         for part in &mut parts {
@@ -128,25 +136,27 @@ fn divide(out: &mut [f32], outputs: usize, tiles: usize, tasks: usize) -> Vec<Pa
     parts
 }
 
-/// The input in the order in which the tiles read it: blocks of up to six rows, in a block the entries of the packed
-/// layout, in an entry the rows.
+/// The rows in blocks of about equal size, at most six each.
+fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    let count = rows.div_ceil(BLOCK_ROWS);
+    (0..count).map(move |block| block * rows / count..(block + 1) * rows / count)
+}
+
+/// The input in the order in which the tiles read it: chunks, in a chunk lanes, in a lane the blocks of rows, in a
+/// block the steps, in a step the rows.
 fn repack(x: &[f32], rows: usize, inputs: usize) -> Vec<f32> {
     let padded = padded_inputs(inputs);
     let mut repacked = vec![0.0f32; rows * padded];
-    if inputs == 0 {
-        return repacked;
-    }
-    for (block, target) in repacked.chunks_mut(BLOCK_ROWS * padded).enumerate() {
-        let width = target.len() / padded;
-        for row in 0..width {
-            let source = &x[(block * BLOCK_ROWS + row) * inputs..][..inputs];
-            for (chunk, source) in source.chunks(CHUNK).enumerate() {
-                let steps = CHUNK.min(padded - chunk * CHUNK) / LANES;
-                debug_assert_eq!(input_of_entry(chunk * CHUNK, padded), chunk * CHUNK);
-                let base = chunk * CHUNK * width + row;
-                for (step, source) in source.chunks(LANES).enumerate() {
-                    for (lane, value) in source.iter().enumerate() {
-                        target[base + (lane * steps + step) * width] = *value;
+    for (chunk, target) in repacked.chunks_mut(CHUNK * rows).enumerate() {
+        let steps = target.len() / (LANES * rows);
+        for block in blocks(rows) {
+            for lane in 0..LANES {
+                let first = chunk * CHUNK + lane;
+                let target = &mut target[lane * steps * rows + block.start * steps..][..block.len() * steps];
+                for (row, x) in x[block.start * inputs..block.end * inputs].chunks_exact(inputs).enumerate() {
+                    let x = x.iter().skip(first).step_by(LANES);
+                    for (target, x) in target.iter_mut().skip(row).step_by(block.len()).zip(x) {
+                        *target = *x;
                     }
                 }
             }
@@ -155,7 +165,7 @@ fn repack(x: &[f32], rows: usize, inputs: usize) -> Vec<f32> {
     repacked
 }
 
-/// One tile of outputs for all rows. Chunks are outside rows, so that a chunk of weights is read once into the cache.
+/// One tile of outputs for all rows.
 fn linear_tile(
     isa: Isa,
     x: &[f32],
@@ -164,23 +174,20 @@ fn linear_tile(
     tile: usize,
     part: &mut Part<'_>,
 ) {
-    let padded = padded_inputs(w.inputs());
+    let rows = part.rows.len();
     let weights = w.tile(part.first_tile + tile);
     let at = tile * TILE_OUTPUTS;
     let width = TILE_OUTPUTS.min(part.rows[0].len() - at);
-    if padded == 0 {
+    if weights.is_empty() {
         part.rows.iter_mut().for_each(|row| row[at..at + width].fill(0.0));
     }
     for (chunk, weights) in weights.chunks(CHUNK * entry_bytes(w.dtype())).enumerate() {
         let entries = weights.len() / entry_bytes(w.dtype());
-        for (block, rows) in part.rows.chunks_mut(BLOCK_ROWS).enumerate() {
-            let x = &x[block * BLOCK_ROWS * padded + chunk * CHUNK * rows.len()..][..entries * rows.len()];
-            let mut sums = [[0.0f32; TILE_OUTPUTS]; BLOCK_ROWS];
-            chunk_sums(isa, w.dtype(), x, rows.len(), weights, &mut sums);
-            for (row, sums) in rows.iter_mut().zip(&sums) {
-                for (out, sum) in row[at..at + width].iter_mut().zip(sums) {
-                    *out = if chunk == 0 { *sum } else { *out + *sum };
-                }
+        let x = &x[chunk * CHUNK * rows..][..entries * rows];
+        chunk_sums(isa, w.dtype(), x, weights, &mut part.sums);
+        for (row, sums) in part.rows.iter_mut().zip(&part.sums) {
+            for (out, sum) in row[at..at + width].iter_mut().zip(sums) {
+                *out = if chunk == 0 { *sum } else { *out + *sum };
             }
         }
     }
@@ -194,47 +201,39 @@ fn linear_tile(
     }
 }
 
-/// The results of one chunk for one tile and a block of rows.
-fn chunk_sums(
-    isa: Isa,
-    dtype: DType,
-    x: &[f32],
-    rows: usize,
-    w: &[u8],
-    sums: &mut [[f32; TILE_OUTPUTS]; BLOCK_ROWS],
-) {
+/// The results of one chunk for one tile, for every row.
+fn chunk_sums(isa: Isa, dtype: DType, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_OUTPUTS]]) {
     match isa {
-        Isa::Scalar => chunk_sums_scalar(dtype, x, rows, w, sums),
+        Isa::Scalar => chunk_sums_scalar(dtype, x, w, sums),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::chunk_sums(dtype, x, rows, w, sums),
+        Isa::Avx2 => avx2::chunk_sums(dtype, x, w, sums),
         #[cfg(not(target_arch = "x86_64"))]
         Isa::Avx2 => panic!("AVX2 exists on x86-64 only"),
     }
 }
 
-fn chunk_sums_scalar(
-    dtype: DType,
-    x: &[f32],
-    rows: usize,
-    w: &[u8],
-    sums: &mut [[f32; TILE_OUTPUTS]; BLOCK_ROWS],
-) {
+fn chunk_sums_scalar(dtype: DType, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_OUTPUTS]]) {
+    let rows = sums.len();
     let entry = entry_bytes(dtype);
     let steps = w.len() / entry / LANES;
     for lane in 0..LANES {
-        let mut acc = [[0.0f32; TILE_OUTPUTS]; BLOCK_ROWS];
-        for step in 0..steps {
-            let index = lane * steps + step;
-            let weights = widen_entry(dtype, &w[index * entry..][..entry]);
-            for (acc, x) in acc.iter_mut().zip(&x[index * rows..][..rows]) {
-                for (acc, w) in acc.iter_mut().zip(&weights) {
-                    *acc = x.mul_add(*w, *acc);
+        let w = &w[lane * steps * entry..][..steps * entry];
+        let x = &x[lane * steps * rows..][..steps * rows];
+        for block in blocks(rows) {
+            let x = &x[block.start * steps..block.end * steps];
+            let mut acc = [[0.0f32; TILE_OUTPUTS]; BLOCK_ROWS];
+            for (x, w) in x.chunks_exact(block.len()).zip(w.chunks_exact(entry)) {
+                let weights = widen_entry(dtype, w);
+                for (acc, x) in acc.iter_mut().zip(x) {
+                    for (acc, w) in acc.iter_mut().zip(&weights) {
+                        *acc = x.mul_add(*w, *acc);
+                    }
                 }
             }
-        }
-        for (sums, acc) in sums.iter_mut().zip(&acc).take(rows) {
-            for (sum, acc) in sums.iter_mut().zip(acc) {
-                *sum = if lane == 0 { *acc } else { *sum + *acc };
+            for (sums, acc) in sums[block].iter_mut().zip(&acc) {
+                for (sum, acc) in sums.iter_mut().zip(acc) {
+                    *sum = if lane == 0 { *acc } else { *sum + *acc };
+                }
             }
         }
     }

@@ -144,7 +144,7 @@ fn for_each_weight(dtype: DType, outputs: usize, inputs: usize, mut visit: impl 
 }
 
 /// The input that stands at `entry` of a tile whose inputs are padded to `padded`.
-pub(super) fn input_of_entry(entry: usize, padded: usize) -> usize {
+fn input_of_entry(entry: usize, padded: usize) -> usize {
     let chunk = entry / CHUNK;
     let steps = CHUNK.min(padded - chunk * CHUNK) / LANES;
     let within = entry % CHUNK;

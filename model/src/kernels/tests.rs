@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use super::self_test::{Bits, GOLDEN};
+use super::self_test::{Bits, GOLDEN, Golden};
 use super::*;
 
 mod bits;
@@ -107,6 +107,17 @@ fn draws_split_by_weight() {
 }
 
 #[test]
+fn the_least_weight_and_the_exact_threshold_count() {
+    // The largest draw takes the last candidate: e^-22 still weighs 1, e^-23 nothing.
+    let params = sample::Params { temperature: 1.0, ..Default::default() };
+    assert_eq!(sample::sample(&[0.0, -22.0], &params, u64::MAX), Ok(1));
+    assert_eq!(sample::sample(&[0.0, -23.0], &params, u64::MAX), Ok(0));
+    // The first of two equal weights reaches a half.
+    let params = sample::Params { top_p: 0.5, ..params };
+    assert_eq!(sample::sample(&[1.0, 1.0], &params, u64::MAX), Ok(0));
+}
+
+#[test]
 fn rope_rotates_halves_and_leaves_the_rest() {
     let table = RopeTable::new(&rope::inverse_frequencies(10_000.0, 4), 1.0, 8);
     let mut head = [1.0, 2.0, 3.0, 4.0, 5.0];
@@ -147,6 +158,18 @@ fn every_kernel_has_its_golden_bits_on_every_isa() {
         let expected: Vec<String> = GOLDEN.iter().map(|g| format!("{} {:016x}", g.kernel, g.hash)).collect();
         assert_eq!(found, expected, "{isa:?}");
         self_test(isa).unwrap();
+    }
+}
+
+#[test]
+fn other_bits_are_a_fault_that_names_the_kernel() {
+    for golden in GOLDEN {
+        let Golden { kernel, run, hash } = golden;
+        let other = Golden { kernel, run, hash: hash ^ 1 };
+        for isa in isas() {
+            let fault = SelfTestError::Bits { kernel, isa, expected: hash ^ 1, found: hash };
+            assert_eq!(other.check(isa), Err(fault));
+        }
     }
 }
 
