@@ -166,8 +166,10 @@ impl Machine {
         let plan = model::plan();
         let all = plan.experts(&[0, 1]).count() as u64;
         let fixed = 1900;
+        // The smallest arena makes layers go in waves.
+        let slots = if choice.chance(400) { 2 } else { 2 + choice.below(all) };
         let config = Config {
-            memory_bytes: fixed + 400 * (12 + choice.below(30)) + 1000 * (2 + choice.below(all)),
+            memory_bytes: fixed + 400 * (12 + choice.below(30)) + 1000 * slots,
             routing_seed: None,
             tier_set: if choice.chance(500) { vec![] } else { vec!["small".into()] },
             modes: [("fast", vec!["small"]), ("max", vec!["small", "large"])]

@@ -26,12 +26,12 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum CheckpointError {
     /// A file cannot be read.
-    #[error("cannot read {}: {source}; is the path a checkpoint directory, and complete?", path.display())]
+    #[error("cannot read {}: {error}; is the path a checkpoint directory, and complete?", path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// A file does not hold what it should.
     #[error("{}: {what}", path.display())]
@@ -62,8 +62,8 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
-    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+    pub(crate) fn io(path: &Path, error: std::io::Error) -> Self {
+        Self::Io { path: path.into(), error }
     }
 
     pub(crate) fn invalid(path: &Path, what: &str) -> Self {
