@@ -7,6 +7,7 @@ use crate::input::Body;
 use crate::lifecycle::Lifecycle;
 use crate::output::{Carving, FinishReason};
 use crate::plan::ModelPlan;
+use crate::request::Request;
 pub use crate::request::Segment;
 use crate::residency::Content;
 use crate::state::State;
@@ -59,6 +60,20 @@ pub struct SlotView {
     pub ready: bool,
     /// Waves that may read it.
     pub pins: u32,
+}
+
+impl<'a> RequestView<'a> {
+    fn of(request: &'a Request) -> Self {
+        Self {
+            number: request.number,
+            id: &request.id,
+            body: &request.body,
+            tokens: &request.tokens,
+            computed: request.computed,
+            pages: &request.pages,
+            segments: &request.segments,
+        }
+    }
 }
 
 impl<'a> View<'a> {
@@ -124,29 +139,13 @@ impl<'a> View<'a> {
 
     /// Unfinished requests, in order of acceptance.
     pub fn requests(&self) -> impl Iterator<Item = RequestView<'a>> + use<'a> {
-        self.0.requests.live().map(|request| RequestView {
-            number: request.number,
-            id: &request.id,
-            body: &request.body,
-            tokens: &request.tokens,
-            computed: request.computed,
-            pages: &request.pages,
-            segments: &request.segments,
-        })
+        self.0.requests.live().map(RequestView::of)
     }
 
     /// An unfinished request by its number.
     #[must_use]
     pub fn request(&self, number: u64) -> Option<RequestView<'a>> {
-        self.0.requests.by_number(number).map(|request| RequestView {
-            number: request.number,
-            id: &request.id,
-            body: &request.body,
-            tokens: &request.tokens,
-            computed: request.computed,
-            pages: &request.pages,
-            segments: &request.segments,
-        })
+        self.0.requests.by_number(number).map(RequestView::of)
     }
 
     /// A stream by its request's id, unfinished or kept.

@@ -4,17 +4,21 @@
 //! to be durable; slots, pages, loads and the running step are gone. Loads end in any order, some with an error. A
 //! step may fail as a whole. Nothing that has an `after` is seen before that record is durable.
 
+mod clients;
+mod compute;
+
 use crate::model::{self, Setting};
 use crate::random::Choice;
+use compute::Compute;
 use lite_llm_core::config::Config;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::event::Event;
 use lite_llm_core::ids::{ExpertKey, Generation, Incarnation, LoadId, RequestId, Seq, Slot};
-use lite_llm_core::input::{Body, Fault, Input, Priority, RowResult, Sampling, SwitchTarget};
+use lite_llm_core::input::{Body, Fault, Input};
 use lite_llm_core::journal::Record;
 use lite_llm_core::lifecycle::Lifecycle;
-use lite_llm_core::output::{FinishReason, Forward, Output};
+use lite_llm_core::output::{FinishReason, Output};
 use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::replay::{encode_input, fold};
 use lite_llm_core::time::Time;
@@ -88,22 +92,6 @@ struct Client {
     accepted: bool,
     tokens: Vec<u32>,
     finish: Option<FinishReason>,
-}
-
-/// A step that is being computed.
-struct Compute {
-    forward: Forward,
-    /// Cached value of each position of each row.
-    cached: Vec<Vec<u64>>,
-    /// Contents read, by expert.
-    read: BTreeMap<ExpertKey, u64>,
-    layer: usize,
-    asked: bool,
-    wanted: BTreeSet<ExpertKey>,
-    provided: Vec<(ExpertKey, Slot)>,
-    wave: u32,
-    wave_len: u32,
-    aborted: bool,
 }
 
 /// The machine.
@@ -478,99 +466,6 @@ impl Machine {
         (self.faulty && self.choice.chance(self.scenario.fault_per_mille)).then(|| Fault::Io(what.into()))
     }
 
-    fn begin(&mut self, forward: Forward) {
-        assert!(self.compute.is_none(), "one step at a time");
-        let mut cached = Vec::new();
-        for row in &forward.rows {
-            let mut states = Vec::new();
-            let mut before = if row.start == 0 { 0 } else { self.page_of(&row.pages, row.start - 1) };
-            for (position, &token) in (row.start..).zip(&row.tokens) {
-                before = model::cached(before, token, &forward.tiers);
-                let page = row.pages[position as usize / 4] as usize;
-                self.pages[page][position as usize % 4] = before;
-                states.push(before);
-            }
-            cached.push(states);
-        }
-        self.compute = Some(Compute {
-            forward,
-            cached,
-            read: BTreeMap::new(),
-            layer: 0,
-            asked: false,
-            wanted: BTreeSet::new(),
-            provided: Vec::new(),
-            wave: 0,
-            wave_len: 0,
-            aborted: false,
-        });
-    }
-
-    fn page_of(&self, pages: &[u32], position: u32) -> u64 {
-        self.pages[pages[position as usize / 4] as usize][position as usize % 4]
-    }
-
-    /// The next thing that the compute backend does.
-    fn step(&mut self) {
-        let fault = self.fault("device hiccup");
-        let Some(compute) = self.compute.as_mut() else { return };
-        let (step, attempt) = (compute.forward.step, compute.forward.attempt);
-        if compute.aborted || fault.is_some() {
-            self.compute = None;
-            let fault = fault.unwrap_or(Fault::Device("aborted".into()));
-            return self.handle(Input::Failed { step, attempt, fault });
-        }
-        if let Some(resident) = compute.forward.resident.clone() {
-            for (key, slot) in resident {
-                let content = self.slots[slot.0 as usize].expect("a resident expert is there");
-                compute.read.insert(key, content);
-            }
-            return self.finish();
-        }
-        let Some(&layer) = self.plan.moe_layers.get(compute.layer) else { return self.finish() };
-        if !compute.asked {
-            let states = compute.cached.iter().flatten();
-            let tiers = &compute.forward.tiers;
-            compute.wanted =
-                states.flat_map(|&state| model::route(&self.plan, state, layer, tiers)).collect();
-            compute.asked = true;
-            let experts = compute.wanted.iter().copied().collect();
-            return self.handle(Input::Need { step, attempt, layer, experts });
-        }
-        if compute.wave_len == 0 || compute.provided.len() < compute.wave_len as usize {
-            return;
-        }
-        for (key, slot) in compute.provided.drain(..) {
-            let content = self.slots[slot.0 as usize].expect("a provided expert is there");
-            compute.read.insert(key, content);
-            assert!(compute.wanted.remove(&key), "only what is needed is provided");
-        }
-        let wave = compute.wave;
-        compute.wave_len = 0;
-        if compute.wanted.is_empty() {
-            compute.layer += 1;
-            compute.asked = false;
-            self.report.waves += u64::from(wave > 0);
-        }
-        self.handle(Input::Released { step, attempt, layer, wave });
-    }
-
-    fn finish(&mut self) {
-        let compute = self.compute.take().expect("a step is running");
-        let Forward { step, attempt, ref tiers, .. } = compute.forward;
-        let mut rows = Vec::new();
-        for (row, states) in compute.forward.rows.iter().zip(&compute.cached) {
-            let last = *states.last().expect("a row has positions");
-            let token = row.sample.as_ref().map(|sample| {
-                let layers = self.plan.moe_layers.iter();
-                let experts = layers.flat_map(|&layer| model::route(&self.plan, last, layer, tiers));
-                model::token(&self.plan, last, experts.map(|key| compute.read[&key]), sample.draw)
-            });
-            rows.push(RowResult { token, stop: false, digest: Digest::of(&last.to_le_bytes()) });
-        }
-        self.handle(Input::Finished { step, attempt, rows, duration_ns: 1000 });
-    }
-
     fn sync(&mut self) {
         self.durable = self.records.len() as u64;
     }
@@ -591,106 +486,6 @@ impl Machine {
             self.sync();
             self.snapshots.push((next, bytes));
             self.handle(Input::SnapshotDurable { next });
-        }
-    }
-
-    /// Something that a client or an operator does.
-    fn client(&mut self) {
-        if self.engine.view().lifecycle() != Lifecycle::Active {
-            return;
-        }
-        let known = self.clients.len() as u64;
-        match self.choice.below(20) {
-            0 => self.switch(),
-            1 if known > 0 => {
-                let id = self.some_client();
-                self.handle(Input::Cancel { id });
-            }
-            2 => self.handle(Input::SnapshotWanted),
-            3 | 4 if known > 0 => {
-                let id = self.some_client();
-                self.attach(&id);
-            }
-            5 => self.handle(Input::Tick),
-            7 | 8 => self.modify(),
-            6 => {
-                let bound_ns = self.choice.chance(500).then(|| self.choice.below(10_000));
-                if self.choice.chance(200) {
-                    self.handle(Input::Drain { bound_ns });
-                }
-            }
-            _ if known < self.scenario.requests => self.submit(known),
-            _ => {}
-        }
-    }
-
-    fn some_client(&mut self) -> RequestId {
-        let at = self.choice.index(self.clients.len());
-        self.clients.keys().nth(at).expect("below the count").clone()
-    }
-
-    fn switch(&mut self) {
-        let target = match self.choice.below(4) {
-            0 => SwitchTarget::Tiers(vec!["large".into()]),
-            1 => SwitchTarget::Mode("fast".into()),
-            2 => SwitchTarget::Mode("max".into()),
-            _ => SwitchTarget::Budget(self.choice.below(2000)),
-        };
-        let at = if self.choice.chance(400) && !self.clients.is_empty() {
-            let position = 1 + u32::try_from(self.choice.below(30)).unwrap_or(0);
-            Some((self.some_client(), position))
-        } else {
-            None
-        };
-        self.handle(Input::Switch { target, at });
-    }
-
-    fn modify(&mut self) {
-        let all: Vec<ExpertKey> = self.plan.experts(&[0, 1]).collect();
-        let mut experts: Vec<(ExpertKey, Digest)> = Vec::new();
-        for key in all {
-            if self.choice.chance(200) {
-                experts.push((key, Digest::of(&self.choice.below(u64::MAX).to_le_bytes())));
-            }
-        }
-        self.handle(Input::Modify { experts });
-    }
-
-    fn submit(&mut self, number: u64) {
-        let id = RequestId::new(format!("request-{number}")).expect("a good id");
-        let length = 1 + self.choice.below(20);
-        let body = Body {
-            prompt: (0..length).map(|_| 2 + u32::try_from(self.choice.below(90)).unwrap_or(0)).collect(),
-            max_tokens: 1 + u32::try_from(self.choice.below(30)).unwrap_or(0),
-            sampling: Sampling { seed: self.choice.below(5), ..Sampling::default() },
-            priority: if self.choice.chance(500) { Priority::Batch } else { Priority::Interactive },
-            deadline_ns: self.choice.chance(100).then(|| 100_000 + self.choice.below(1_000_000)),
-            ignore_eos: self.choice.chance(800),
-            stop: vec![],
-        };
-        let client =
-            Client { body: body.clone(), connected: true, accepted: false, tokens: vec![], finish: None };
-        self.clients.insert(id.clone(), client);
-        self.handle(Input::Submit { id, body, from: 0 });
-    }
-
-    /// The client asks again, from where its stream stands. It does not know whether its request was ever accepted.
-    fn attach(&mut self, id: &RequestId) {
-        let known = self.engine.view().stream(id).is_some();
-        let refused = !known && self.engine.view().lifecycle() != Lifecycle::Active;
-        let client = self.clients.get_mut(id).expect("a client");
-        if !refused {
-            client.connected = true;
-            let from = u32::try_from(client.tokens.len()).expect("a short stream");
-            let body = client.body.clone();
-            self.handle(Input::Submit { id: id.clone(), body, from });
-        }
-    }
-
-    fn attach_all(&mut self) {
-        let ids: Vec<RequestId> = self.clients.keys().cloned().collect();
-        for id in ids {
-            self.attach(&id);
         }
     }
 
@@ -752,41 +547,5 @@ impl Machine {
     fn check_fold(&mut self) {
         let folded = self.fold();
         assert_eq!(folded.state_digest(), self.engine.state_digest(), "the journal is the state");
-    }
-
-    /// Every stream is the reference run of its request alone, under the journalled generations.
-    fn check_streams(&mut self) {
-        let seed = self.scenario.seed;
-        let view = self.engine.view();
-        for (id, client) in &self.clients {
-            if !client.accepted {
-                continue;
-            }
-            let stream = view.stream(id).unwrap_or_else(|| panic!("seed {seed}: {id} is lost"));
-            let setting_at = |position: u32| {
-                let segment = stream.segments.iter().find(|segment| position < segment.until);
-                segment.map_or_else(Setting::default, |segment| self.settings[&segment.generation].1.clone())
-            };
-            let expected = model::reference(&self.plan, &client.body, setting_at, stream.tokens.len());
-            assert_eq!(stream.tokens, expected, "seed {seed}: {id} is not its reference");
-            assert_eq!(client.tokens, stream.tokens, "seed {seed}: {id} was not delivered whole");
-            let finish = client.finish.as_ref().unwrap_or_else(|| panic!("seed {seed}: {id} has no end"));
-            match finish {
-                FinishReason::Length => {
-                    let room = 49 - client.body.prompt.len();
-                    assert_eq!(
-                        stream.tokens.len(),
-                        room.min(client.body.max_tokens as usize),
-                        "seed {seed}: {id}"
-                    );
-                }
-                FinishReason::Eos => assert_eq!(stream.tokens.last(), Some(&1), "seed {seed}: {id}"),
-                FinishReason::Fault(_) => {
-                    assert!(self.scenario.fault_per_mille > 0, "seed {seed}: {id}: {finish:?}")
-                }
-                FinishReason::Stop | FinishReason::Cancelled | FinishReason::Deadline => {}
-            }
-            self.report.complete += u64::from(matches!(finish, FinishReason::Length | FinishReason::Eos));
-        }
     }
 }
