@@ -15,6 +15,8 @@ use thiserror::Error;
 
 /// Bytes of code, stacks, journal buffers and the like.
 const PROCESS_BYTES: u64 = 32 << 20;
+/// A large page of the system.
+const LARGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// Why a model cannot be opened or loaded.
 #[derive(Debug, Error)]
@@ -291,7 +293,12 @@ impl Model {
         let rope = u64::from(arch.context) * arch.rope.dims as u64 * 4;
         // Each product copies its input once in the order of the packed weights.
         let copies = 2;
-        PROCESS_BYTES + rope + 4 * (positions * position as u64 * copies + rows * arch.vocab as u64 * 2)
+        // A loader has an expert's published bytes mapped while it packs them; large pages round maps up.
+        let loading = self.threads as u64 * self.slot_bytes() as u64 + LARGE_PAGE_BYTES;
+        PROCESS_BYTES
+            + loading
+            + rope
+            + 4 * (positions * position as u64 * copies + rows * arch.vocab as u64 * 2)
     }
 
     /// Loads and verifies base parameters, routers included. All are one shard on one machine.
