@@ -157,6 +157,7 @@ pub(crate) fn describe(input: &Input) -> String {
         | Input::Failed { .. }
         | Input::Tick
         | Input::TelemetryFlushed
+        | Input::Retired { .. }
         | Input::Persisted { .. }
         | Input::ResourcesReleased => format!("{input:?}"),
     }

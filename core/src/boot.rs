@@ -66,7 +66,7 @@ impl State {
         self.pages = Pages::default();
         self.requests.forget_pages();
         self.generations.restart();
-        self.modifications.restart();
+        self.restart_modifications(cx);
         self.drain = None;
         self.snapshots.writing = false;
         cx.event(Event::Recovered { incarnation, requests: len32(self.requests.live().count()) });

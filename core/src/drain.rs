@@ -29,6 +29,11 @@ impl Drain {
     pub(crate) fn over(&self, now: Time) -> bool {
         self.phase != Phase::Requests || self.until.is_some_and(|until| now >= until)
     }
+
+    /// When it is to be looked at again, if time alone can move it.
+    pub(crate) fn bound(&self, now: Time) -> Option<Time> {
+        self.until.filter(|_| !self.over(now))
+    }
 }
 
 impl State {

@@ -99,7 +99,7 @@ impl Engine {
 
     /// The next output; [`Output::Wait`] when there is none. Changes nothing that is digested.
     pub fn poll(&mut self) -> Output {
-        self.out.pop_front().unwrap_or_else(|| self.core.state.wait())
+        self.out.pop_front().unwrap_or_else(|| self.core.state.wait(self.core.now))
     }
 
     /// Head of the chain over every (time, input, outputs) so far.
@@ -186,6 +186,7 @@ impl State {
             Input::Tick => {}
             Input::TelemetryFlushed => self.telemetry_flushed(cx),
             Input::ResourcesReleased => self.resources_released(cx),
+            Input::Retired { blob } => self.retired(blob),
             Input::Modify { experts } => self.modify(cx, experts),
             Input::Persisted { asked, fault } => self.persisted(cx, asked, fault),
         }

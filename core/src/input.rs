@@ -261,4 +261,9 @@ pub enum Input {
         /// Why not.
         fault: Option<Fault>,
     },
+    /// `Retire` was obeyed: the blob is gone, or never was.
+    Retired {
+        /// Which.
+        blob: Digest,
+    },
 }

@@ -26,6 +26,9 @@ pub(crate) struct Modifications {
     blobs: BTreeMap<ExpertKey, BTreeMap<Revision, Digest>>,
     last: Revision,
     pending: Option<Pending>,
+    /// Blobs that are being removed. Until they are known to be gone the same bytes cannot come back: the removal would
+    /// take them.
+    retiring: BTreeMap<Digest, ExpertKey>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -41,11 +44,6 @@ impl Modifications {
         self.pending.is_some()
     }
 
-    /// Bytes that were not durable are gone.
-    pub(crate) fn restart(&mut self) {
-        self.pending = self.pending.take().filter(|pending| pending.durable);
-    }
-
     /// Every expert that is not the checkpoint's under a revision.
     pub(crate) fn of(&self, revision: Revision) -> BTreeMap<ExpertKey, Digest> {
         self.blobs.keys().filter_map(|&key| self.blob(key, revision).map(|blob| (key, blob))).collect()
@@ -53,6 +51,11 @@ impl Modifications {
 
     fn blob(&self, key: ExpertKey, revision: Revision) -> Option<Digest> {
         self.blobs.get(&key)?.range(..=revision).next_back().map(|(_, &blob)| blob)
+    }
+
+    /// Whether any revision has the blob, for whichever expert.
+    fn refers_to(&self, blob: Digest) -> bool {
+        self.blobs.values().any(|blobs| blobs.values().any(|&other| other == blob))
     }
 }
 
@@ -89,9 +92,24 @@ impl State {
         if experts.is_empty() || !experts.is_sorted_by(|a, b| a.0 < b.0) {
             return Err("experts must be given, each once, in ascending order".into());
         }
-        match experts.iter().find(|(key, _)| !self.plan().has(*key)) {
-            Some((key, _)) => Err(format!("the checkpoint has no expert {key:?}")),
+        if let Some((key, _)) = experts.iter().find(|(key, _)| !self.plan().has(*key)) {
+            return Err(format!("the checkpoint has no expert {key:?}"));
+        }
+        match experts.iter().find(|(_, blob)| self.modifications.retiring.contains_key(blob)) {
+            Some((key, _)) => {
+                Err(format!("the former bytes that {key:?} is given are being removed; ask again"))
+            }
             None => Ok(()),
+        }
+    }
+
+    /// Bytes that were not durable are not relied on; what was being removed is removed again.
+    pub(crate) fn restart_modifications(&mut self, cx: &mut Context<'_>) {
+        for (&blob, &expert) in &self.modifications.retiring {
+            cx.say(Output::Retire { expert, blob, after: cx.seq });
+        }
+        if let Some(pending) = self.modifications.pending.take_if(|pending| !pending.durable) {
+            self.let_go(cx, pending.experts);
         }
     }
 
@@ -101,11 +119,17 @@ impl State {
         match fault {
             None => pending.durable = true,
             Some(fault) => {
-                self.modifications.pending = None;
+                let experts = self.modifications.pending.take().map(|pending| pending.experts);
                 let outcome = Err(format!("the modified experts cannot be made durable: {fault}"));
                 cx.say(Output::Modified { asked, outcome, after: cx.seq });
+                self.let_go(cx, experts.unwrap_or_default());
             }
         }
+    }
+
+    /// The driver has removed a blob.
+    pub(crate) fn retired(&mut self, blob: Digest) {
+        self.modifications.retiring.remove(&blob).expect("Retired answers Retire");
     }
 
     /// Commits what is durable, at a step boundary.
@@ -130,20 +154,27 @@ impl State {
     pub(crate) fn retire_blobs(&mut self, cx: &mut Context<'_>) {
         let referred: Vec<Revision> = self.generations.revisions().collect();
         let mut retired = Vec::new();
-        for (&key, blobs) in &mut self.modifications.blobs {
+        let Modifications { blobs, pending, .. } = &mut self.modifications;
+        let awaited = |blob| pending.iter().any(|p| p.experts.iter().any(|&(_, other)| other == blob));
+        for (&key, blobs) in blobs {
             let revisions: Vec<Revision> = blobs.keys().copied().collect();
             for pair in revisions.windows(2) {
                 let (first, next) = (pair[0], pair[1]);
                 let unreferred = referred.iter().all(|revision| *revision < first || *revision >= next);
-                // One that is just being read goes with a later generation.
-                if unreferred && self.residency.forget(key, blobs[&first]) {
+                // One that is just being read, or is about to come back, goes with a later generation.
+                if unreferred && !awaited(blobs[&first]) && self.residency.forget(key, blobs[&first]) {
                     retired.extend(blobs.remove(&first).map(|blob| (key, blob)));
                 }
             }
         }
-        for (expert, blob) in retired {
-            // The same bytes may have come back under a later revision.
-            if !self.modifications.blobs.values().any(|blobs| blobs.values().any(|&other| other == blob)) {
+        self.let_go(cx, retired);
+    }
+
+    /// Has the blobs removed that no revision has: the same bytes may be those of another expert, or of a later revision.
+    fn let_go(&mut self, cx: &mut Context<'_>, blobs: Vec<(ExpertKey, Digest)>) {
+        for (expert, blob) in blobs {
+            let modifications = &mut self.modifications;
+            if !modifications.refers_to(blob) && modifications.retiring.insert(blob, expert).is_none() {
                 cx.say(Output::Retire { expert, blob, after: cx.seq });
             }
         }

@@ -207,7 +207,8 @@ pub enum Output {
         /// Durable before it may be told.
         after: Seq,
     },
-    /// A blob that no position refers to any more may be removed.
+    /// A blob that no position refers to any more is to be removed; answer `Retired`. Said again after a restart until
+    /// it is answered, so that the blob may be gone already.
     Retire {
         /// Which expert's.
         expert: ExpertKey,

@@ -16,6 +16,7 @@ use crate::residency::Residency;
 use crate::snapshots::Snapshots;
 use crate::step::Steps;
 use crate::switch::Generations;
+use crate::time::Time;
 use serde::{Deserialize, Serialize};
 
 /// Everything that the engine knows.
@@ -65,8 +66,8 @@ impl State {
     }
 
     /// Why there is nothing more to do, and until when.
-    pub(crate) fn wait(&self) -> Output {
-        let drain = self.drain.as_ref().and_then(|drain| drain.until);
+    pub(crate) fn wait(&self, now: Time) -> Output {
+        let drain = self.drain.as_ref().and_then(|drain| drain.bound(now));
         let until =
             if self.serving() { self.requests.next_deadline().into_iter().chain(drain).min() } else { None };
         let reason = match self.lifecycle {

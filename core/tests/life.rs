@@ -304,6 +304,106 @@ fn a_drain_finishes_what_is_there_and_releases_everything() {
     assert_eq!((engine.view().slots().count(), engine.view().pages_free()), (0, 0));
 }
 
+#[test]
+fn a_drain_whose_bound_is_over_waits_for_no_time() {
+    let mut engine = ready(config());
+    feed(&mut engine, submit("a", body(&[3], 4)));
+    feed(&mut engine, Input::Drain { bound_ns: Some(100) });
+    let due = engine.now().after_ns(99);
+    assert!(matches!(engine.poll(), Output::Wait { until: Some(until), .. } if until > engine.now()));
+    engine.handle(due.after_ns(1), Input::Tick);
+    let waited = std::iter::repeat_with(|| engine.poll()).find_map(|output| match output {
+        Output::Wait { until, .. } => Some(until),
+        _ => None,
+    });
+    assert_eq!(waited, Some(None), "only the step can end it");
+}
+
+#[test]
+fn a_budget_chooses_the_largest_mode_whose_measured_steps_keep_it() {
+    let modes = [("fast", vec!["base"]), ("max", vec!["base", "extra"])]
+        .map(|(mode, tiers)| (mode.to_owned(), tiers.into_iter().map(str::to_owned).collect()));
+    let mut engine = ready(Config { modes: modes.into(), ..config() });
+    // A step under both tiers is measured to take 5 ns, so one under half of the experts is taken to need 2.
+    let step = feed(&mut engine, submit("a", body(&[3], 1)));
+    compute(&mut engine, &step, 9);
+    for (budget_ns, tiers) in
+        [(4, vec!["base"]), (5, vec!["base", "extra"]), (1, vec!["base"]), (u64::MAX, vec!["base", "extra"])]
+    {
+        let outputs = feed(&mut engine, Input::Switch { target: SwitchTarget::Budget(budget_ns), at: None });
+        load(&mut engine, &plan(), outputs);
+        assert_eq!(engine.view().lifecycle(), Lifecycle::Active);
+        let generation = engine.view().generation().unwrap();
+        let names =
+            engine.view().generations().into_iter().find(|(known, _)| *known == generation).unwrap().1;
+        assert_eq!(names, tiers, "within {budget_ns} ns");
+    }
+    let mut without = ready(config());
+    let outputs = feed(&mut without, Input::Switch { target: SwitchTarget::Budget(5), at: None });
+    assert!(refusal(&outputs).contains("no modes"));
+}
+
+#[test]
+fn blobs_go_once_and_only_when_their_bytes_do_not_come_back() {
+    // Streams that are over are soon forgotten, and refer to nothing.
+    let limits = lite_llm_core::config::Limits { finished_age_ns: 1, ..Default::default() };
+    let mut engine = ready(Config { limits, ..config() });
+    let expert = ExpertKey { layer: 0, tier: 0, group: 0, expert: 0 };
+    let other = ExpertKey { expert: 1, ..expert };
+    let [x, y] = [1, 2].map(|byte| Digest([byte; 32]));
+    let retired = |outputs: &[Output]| -> Vec<Digest> {
+        let blobs = outputs.iter().filter_map(|output| match output {
+            Output::Retire { blob, .. } => Some(*blob),
+            _ => None,
+        });
+        blobs.collect()
+    };
+    let modify = |engine: &mut Engine, blob| {
+        let experts = vec![(expert, blob), (other, blob)];
+        let outputs = feed(engine, Input::Modify { experts });
+        outputs.iter().find_map(|output| match output {
+            Output::Persist { asked, .. } => Some(*asked),
+            _ => None,
+        })
+    };
+    let persisted = |engine: &mut Engine, asked| {
+        let outputs = feed(engine, Input::Persisted { asked, fault: None });
+        load(engine, &plan(), outputs)
+    };
+    let asked = modify(&mut engine, x).unwrap();
+    persisted(&mut engine, asked);
+    // One position under x, then y, then x is to come back while nothing else refers to it any more.
+    let step = feed(&mut engine, submit("a", body(&[3], 3)));
+    let step = compute(&mut engine, &step, 9);
+    let asked = modify(&mut engine, y).unwrap();
+    feed(&mut engine, Input::Persisted { asked, fault: None });
+    let outputs = compute(&mut engine, &step, 9);
+    assert_eq!(retired(&outputs), [], "a position refers to x");
+    let step = load(&mut engine, &plan(), outputs);
+    let asked = modify(&mut engine, x).unwrap();
+    let outputs = if step.iter().any(|o| matches!(o, Output::Forward(_))) {
+        compute(&mut engine, &step, 9)
+    } else {
+        panic!("the request goes on: {step:?}")
+    };
+    assert!(outputs.iter().any(|o| matches!(o, Output::Finish { .. })), "{outputs:?}");
+    feed(&mut engine, Input::Tick);
+    let base = Input::Switch { target: SwitchTarget::Tiers(vec!["base".into()]), at: None };
+    let outputs = feed(&mut engine, base);
+    assert_eq!(retired(&load(&mut engine, &plan(), outputs)), [], "x is about to come back");
+    let outputs = persisted(&mut engine, asked);
+    assert_eq!(retired(&outputs), [y], "two experts had it, and it goes once");
+    assert_eq!(modify(&mut engine, y), None, "its removal is under way");
+    feed(&mut engine, Input::Retired { blob: y });
+    // Bytes that never became durable are cleared away too, in this life or the next.
+    let asked = modify(&mut engine, y).unwrap();
+    let full = Some(Fault::Io("disk full".into()));
+    assert_eq!(retired(&feed(&mut engine, Input::Persisted { asked, fault: full })), [y]);
+    let incarnation = Incarnation(2);
+    let outputs = feed(&mut engine, Input::Restarted { incarnation, config: config(), entropy: 8 });
+    assert_eq!(retired(&outputs), [y], "the removal is asked for until it is answered");
+}
+
 /// The journal's format: these bytes change only with `LOGIC_VERSION`.
 #[test]
 fn inputs_have_golden_bytes() {

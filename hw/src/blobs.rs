@@ -70,6 +70,8 @@ impl Blobs {
 
     /// Removes a blob that nothing refers to any more. What cannot be removed only takes room.
     pub fn remove(&self, blob: Digest) {
-        let _ = fs::remove_file(self.path(blob));
+        let path = self.path(blob);
+        let _ = fs::remove_file(path.with_extension("aside"));
+        let _ = fs::remove_file(path);
     }
 }

@@ -434,8 +434,8 @@ impl Machine {
             Output::Switched { outcome, .. } => self.report.switches += u64::from(outcome.is_ok()),
             Output::Modified { outcome, .. } => self.report.modified += u64::from(outcome.is_ok()),
             Output::Retire { blob, .. } => {
-                assert!(self.blobs.remove(&blob), "a blob is retired once");
-                self.report.retired += 1;
+                self.report.retired += u64::from(self.blobs.remove(&blob));
+                self.inbox.push_back(Input::Retired { blob });
             }
             Output::Exit { error, .. } => {
                 assert!(error.is_none() || self.faulty, "no exit without a fault: {error:?}");

@@ -530,7 +530,10 @@ impl EventLoop {
                 (None, Some(id)) => self.streams.refused(&id, &reason, after),
                 (None, None) => {}
             },
-            Output::Retire { blob, .. } => self.blobs.remove(blob),
+            Output::Retire { blob, .. } => {
+                self.blobs.remove(blob);
+                self.inbox.push_back(Input::Retired { blob });
+            }
             Output::Switched { asked, outcome, .. } | Output::Modified { asked, outcome, .. } => {
                 if let Some(reply) = self.switches.remove(&asked) {
                     let _ = reply.send(outcome);

@@ -65,7 +65,8 @@ impl Machine {
         let mut experts: Vec<(ExpertKey, Digest)> = Vec::new();
         for key in all {
             if self.choice.chance(200) {
-                experts.push((key, Digest::of(&self.choice.below(u64::MAX).to_le_bytes())));
+                // Few of them, so that bytes come back and experts share them.
+                experts.push((key, Digest::of(&self.choice.below(12).to_le_bytes())));
             }
         }
         self.handle(Input::Modify { experts });
