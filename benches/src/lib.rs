@@ -1,10 +1,16 @@
 //! Models for the benches.
 #![allow(clippy::missing_panics_doc, reason = "a bench that cannot run has nothing to report")]
 
+pub mod drive;
+mod experts;
+
+pub use experts::Experts;
+
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
 use lite_llm_core::input::Sampling;
 use lite_llm_core::output::{Forward, Row, SampleSpec};
+use lite_llm_model::checkpoint::import::import;
 use lite_llm_model::kernels::{DType, Isa};
 use lite_llm_model::synth::{SynthFamily, SynthSpec, synth};
 use lite_llm_model::{Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped};
@@ -34,6 +40,18 @@ pub fn olmoe_shape() -> PathBuf {
             ..SynthSpec::of(SynthFamily::Olmoe)
         };
         synth(&dir, &spec).expect("room for 4 GB in the target directory");
+    }
+    dir
+}
+
+/// The same, imported: one aligned blob for each expert.
+#[must_use]
+pub fn olmoe_native() -> PathBuf {
+    let source = olmoe_shape();
+    let dir = source.with_file_name("olmoe-native");
+    if !dir.exists() {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        import(&source, &dir, None, threads, |_, _| {}).expect("room for 4 GB more in the target directory");
     }
     dir
 }

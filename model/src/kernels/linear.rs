@@ -17,6 +17,8 @@ mod avx2;
 
 /// Rows that one pass over a tile of weights serves.
 const BLOCK_ROWS: usize = 6;
+/// Tiles that a single row goes through together.
+const TILES_OF_ONE_ROW: usize = 4;
 /// Below this many multiplications a matrix product stays on the calling thread.
 const PARALLEL_FROM: usize = 1 << 16;
 
@@ -97,8 +99,15 @@ pub fn linear(
         divide(out, outputs, tiles, tasks).into_iter().map(Mutex::new).collect();
     pool.run(tasks, &|task| {
         let mut part = parts[task].lock().expect("a part is locked once");
-        for tile in 0..part.tiles {
-            linear_tile(isa, &repacked, w, bias, tile, &mut part);
+        let mut tile = 0;
+        while tile < part.tiles {
+            if isa == Isa::Avx2 && rows == 1 && part.tiles - tile >= TILES_OF_ONE_ROW {
+                tiles_of_one_row(&repacked, w, bias, tile, &mut part);
+                tile += TILES_OF_ONE_ROW;
+            } else {
+                linear_tile(isa, &repacked, w, bias, tile, &mut part);
+                tile += 1;
+            }
         }
     });
 }
@@ -191,14 +200,49 @@ fn linear_tile(
             }
         }
     }
+    for row in &mut part.rows {
+        add_bias(bias, (part.first_tile + tile) * TILE_OUTPUTS, &mut row[at..at + width]);
+    }
+}
+
+fn add_bias(bias: Option<&[f32]>, first: usize, out: &mut [f32]) {
     if let Some(bias) = bias {
-        let bias = &bias[(part.first_tile + tile) * TILE_OUTPUTS..][..width];
-        for row in &mut part.rows {
-            for (out, bias) in row[at..at + width].iter_mut().zip(bias) {
-                *out += bias;
-            }
+        for (out, bias) in out.iter_mut().zip(&bias[first..]) {
+            *out += bias;
         }
     }
+}
+
+/// Several whole tiles of outputs for the only row; the last may be cut short by the end of the row.
+fn tiles_of_one_row(x: &[f32], w: &PackedView<'_>, bias: Option<&[f32]>, tile: usize, part: &mut Part<'_>) {
+    let first = part.first_tile + tile;
+    let tiles: [&[u8]; TILES_OF_ONE_ROW] = std::array::from_fn(|i| w.tile(first + i));
+    let at = tile * TILE_OUTPUTS;
+    let end = part.rows[0].len().min(at + TILES_OF_ONE_ROW * TILE_OUTPUTS);
+    let out = &mut part.rows[0][at..end];
+    out.fill(0.0);
+    let entry = entry_bytes(w.dtype());
+    let mut sums = [[0.0; TILE_OUTPUTS]; TILES_OF_ONE_ROW];
+    for (chunk, x) in x.chunks(CHUNK).enumerate() {
+        let weights = tiles.map(|tile| &tile[chunk * CHUNK * entry..][..x.len() * entry]);
+        one_row_sums(w.dtype(), x, weights, &mut sums);
+        for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
+            *out = if chunk == 0 { *sum } else { *out + *sum };
+        }
+    }
+    add_bias(bias, first * TILE_OUTPUTS, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+use avx2::tiles_of_one_row as one_row_sums;
+#[cfg(not(target_arch = "x86_64"))]
+fn one_row_sums<const TILES: usize>(
+    _: DType,
+    _: &[f32],
+    _: [&[u8]; TILES],
+    _: &mut [[f32; TILE_OUTPUTS]; TILES],
+) {
+    panic!("AVX2 exists on x86-64 only")
 }
 
 /// The results of one chunk for one tile, for every row.

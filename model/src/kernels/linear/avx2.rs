@@ -35,11 +35,66 @@ pub(super) fn chunk_sums(dtype: DType, x: &[f32], w: &[u8], sums: &mut [[f32; TI
         }
     }
     if dtype == DType::F16 && !widen {
-        for sums in sums {
-            let stored = *sums;
-            for (value, output) in stored.iter().zip(F16_ORDER) {
-                sums[output] = *value;
+        sums.iter_mut().for_each(reorder_f16);
+    }
+}
+
+/// A chunk of several tiles for one row: what waits for memory must not wait for the latency of fma as well, and tiles
+/// are long streams that the hardware follows.
+pub(super) fn tiles_of_one_row<const TILES: usize>(
+    dtype: DType,
+    x: &[f32],
+    w: [&[u8]; TILES],
+    sums: &mut [[f32; TILE_OUTPUTS]; TILES],
+) {
+    assert!(crate::kernels::Isa::Avx2.available(), "this machine lacks AVX2, FMA or F16C");
+    // The pointer arithmetic below relies on these equations.
+    assert!(x.len().is_multiple_of(LANES) && x.len() <= CHUNK);
+    assert!(w.iter().all(|w| w.len() == x.len() * entry_bytes(dtype)));
+    // SAFETY: the features were just checked, and every slice holds an entry of the type for each value of `x`.
+    unsafe {
+        match dtype {
+            DType::F32 => lanes_of_tiles::<0, TILES>(x, w, sums),
+            DType::Bf16 => lanes_of_tiles::<1, TILES>(x, w, sums),
+            DType::F16 => lanes_of_tiles::<2, TILES>(x, w, sums),
+        }
+    }
+    if dtype == DType::F16 {
+        sums.iter_mut().for_each(reorder_f16);
+    }
+}
+
+fn reorder_f16(sums: &mut [f32; TILE_OUTPUTS]) {
+    let stored = *sums;
+    for (value, output) in stored.iter().zip(F16_ORDER) {
+        sums[output] = *value;
+    }
+}
+
+/// # Safety
+/// Every `w` holds an entry of the type for each value of `x`, which are 16 lanes of equal length.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn lanes_of_tiles<const TYPE: u8, const TILES: usize>(
+    x: &[f32],
+    w: [&[u8]; TILES],
+    sums: &mut [[f32; TILE_OUTPUTS]; TILES],
+) {
+    let entry = if TYPE == 0 { 64 } else { 32 };
+    let steps = x.len() / LANES;
+    for (lane, x) in x.chunks_exact(steps.max(1)).enumerate() {
+        let mut acc = [[_mm256_setzero_ps(); 2]; TILES];
+        for (step, x) in x.iter().enumerate() {
+            let x = _mm256_broadcast_ss(x);
+            for (w, acc) in w.iter().zip(&mut acc) {
+                // SAFETY: lane < 16 and step < steps, so that the entry is inside the slice.
+                let [low, high] =
+                    unsafe { load_entry::<TYPE>(w.as_ptr().add((lane * steps + step) * entry)) };
+                acc[0] = _mm256_fmadd_ps(x, low, acc[0]);
+                acc[1] = _mm256_fmadd_ps(x, high, acc[1]);
             }
+        }
+        for (sums, acc) in sums.iter_mut().zip(acc) {
+            add_sums(acc, lane == 0, sums);
         }
     }
 }
