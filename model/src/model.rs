@@ -2,6 +2,7 @@
 
 use crate::arch::Arch;
 use crate::checkpoint::{Checkpoint, CheckpointError, Gated, Tensor, Tier, projections, qk_norm_sizes};
+use crate::forward::ROWS_TOGETHER;
 use crate::kernels::{
     CONTRACT_VERSION, DType, Isa, KvShape, PAGE_POSITIONS, PackedView, Pool, RopeTable, SelfTestError,
     convert, pack, packed_len,
@@ -293,11 +294,16 @@ impl Model {
         let rope = u64::from(arch.context) * arch.rope.dims as u64 * 4;
         // Each product copies its input once in the order of the packed weights.
         let copies = 2;
+        let together = arch.moe.as_ref().map_or(0, |moe| {
+            positions.saturating_mul(k as u64).min(ROWS_TOGETHER as u64)
+                * (2 * arch.hidden + 3 * moe.intermediate) as u64
+        });
         // A loader has an expert's published bytes mapped while it packs them; large pages round maps up.
         let loading = self.threads as u64 * self.slot_bytes() as u64 + LARGE_PAGE_BYTES;
         PROCESS_BYTES
             + loading
             + rope
+            + 4 * together * copies
             + 4 * (positions * position as u64 * copies + rows * arch.vocab as u64 * 2)
     }
 

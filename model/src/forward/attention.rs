@@ -2,7 +2,7 @@
 
 use super::{Batch, KvCache, add};
 use crate::arch::QkNorm;
-use crate::kernels::{AttentionParams, KvPage, PagedKv, attention, linear, rms_norm};
+use crate::kernels::{AttentionParams, KvPage, PagedKv, Product, attention, linear_all, rms_norm};
 use crate::model::{LayerWeights, Model};
 use lite_llm_core::output::Forward;
 
@@ -17,7 +17,7 @@ impl Model {
     ) {
         let arch = self.arch();
         let rows = batch.at.len();
-        let [mut q, mut k, mut v] = [0, 1, 2].map(|i| self.project(weights, i, &batch.normed, rows));
+        let [mut q, mut k, mut v] = self.project(weights, [0, 1, 2], &batch.normed, rows);
         if let Some(limit) = arch.clip_qkv {
             for value in q.iter_mut().chain(&mut k).chain(&mut v) {
                 *value = value.clamp(-limit, limit);
@@ -61,16 +61,24 @@ impl Model {
             attention(&self.pool, self.isa, &q[start..end], &positions, &kv, &params, &mut mixed[start..end]);
             start = end;
         }
-        let y = self.project(weights, 3, &mixed, rows);
+        let [y] = self.project(weights, [3], &mixed, rows);
         add(&mut batch.x, &y);
     }
 
-    fn project(&self, weights: &LayerWeights, which: usize, x: &[f32], rows: usize) -> Vec<f32> {
-        let (matrix, bias) = &weights.projections[which];
-        let view = matrix.view();
-        let mut out = vec![0.0; rows * view.outputs()];
-        linear(&self.pool, self.isa, x, rows, &view, bias.as_deref(), &mut out);
-        out
+    fn project<const N: usize>(
+        &self,
+        weights: &LayerWeights,
+        which: [usize; N],
+        x: &[f32],
+        rows: usize,
+    ) -> [Vec<f32>; N] {
+        let projections =
+            which.map(|i| (weights.projections[i].0.view(), weights.projections[i].1.as_deref()));
+        let mut outs = projections.map(|(w, _)| vec![0.0; rows * w.outputs()]);
+        let products = projections.into_iter().zip(&mut outs);
+        let products = products.map(|((w, bias), out)| Product { x, rows, w, bias, out });
+        linear_all(&self.pool, self.isa, products.collect());
+        outs
     }
 
     /// The weight is as wide as what is normalised: a head, or the whole projection.

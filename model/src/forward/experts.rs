@@ -22,6 +22,23 @@ struct Route {
 /// For each expert, the (position, place in its route) pairs that chose it.
 type Users = BTreeMap<ExpertKey, Vec<(usize, usize)>>;
 
+/// The most rows of experts that are computed together. A larger expert is computed by itself.
+pub(crate) const ROWS_TOGETHER: usize = 64;
+
+/// Neighbours that have no more than [`ROWS_TOGETHER`] users: the fewer products wait for each other, the less do threads.
+fn together<'a>(experts: &'a [(ExpertKey, Slot)], users: &Users) -> Vec<&'a [(ExpertKey, Slot)]> {
+    let mut rows = 0;
+    let chunks = experts.chunk_by(|(key, _), (next, _)| {
+        rows += users[key].len();
+        let fits = rows + users[next].len() <= ROWS_TOGETHER;
+        if !fits {
+            rows = 0;
+        }
+        fits
+    });
+    chunks.collect()
+}
+
 impl Model {
     pub(super) fn mixture(
         &self,
@@ -49,13 +66,17 @@ impl Model {
             }
         }
         let mut results = vec![0.0; batch.at.len() * moe.top_k * hidden];
-        let mut compute = |source: &dyn ExpertSource, key: ExpertKey, slot: Slot| {
-            self.expert(source.slot(slot), &users[&key], moe.top_k, batch, &mut results);
+        let mut compute = |source: &dyn ExpertSource, experts: &[(ExpertKey, Slot)]| {
+            self.experts(source, experts, &users, moe.top_k, batch, &mut results);
         };
         if let Some(resident) = &step.resident {
-            for &key in users.keys() {
-                let at = resident.binary_search_by_key(&key, |&(key, _)| key);
-                compute(source, key, resident[at.expect("every expert of the tiers is resident")].1);
+            let slot = |key: &ExpertKey| {
+                let at = resident.binary_search_by_key(key, |&(key, _)| key);
+                resident[at.expect("every expert of the tiers is resident")].1
+            };
+            let experts: Vec<(ExpertKey, Slot)> = users.keys().map(|key| (*key, slot(key))).collect();
+            for together in together(&experts, &users) {
+                compute(source, together);
             }
         } else {
             let experts: Vec<ExpertKey> = users.keys().copied().collect();
@@ -65,7 +86,7 @@ impl Model {
                 let mut got = 0;
                 loop {
                     let provided = source.provided()?;
-                    compute(source, provided.expert, provided.slot);
+                    compute(source, &[(provided.expert, provided.slot)]);
                     got += 1;
                     left -= 1;
                     if got == provided.wave_len {
@@ -115,23 +136,27 @@ impl Model {
         Ok(routes)
     }
 
-    /// Computes one expert for all its users, and puts each result in its place.
-    fn expert(
+    /// Computes some experts, each for all its users, and puts each result in its place.
+    fn experts(
         &self,
-        slot: &[u8],
-        users: &[(usize, usize)],
+        source: &dyn ExpertSource,
+        experts: &[(ExpertKey, Slot)],
+        users: &Users,
         top_k: usize,
         batch: &Batch,
         results: &mut [f32],
     ) {
         let hidden = self.arch().hidden;
         let layout = self.expert.as_ref().expect("a mixture has experts");
-        let mut x = Vec::with_capacity(users.len() * hidden);
-        for &(position, _) in users {
+        let positions = || experts.iter().flat_map(|(key, _)| &users[key]);
+        let rows = positions().count();
+        let mut x = Vec::with_capacity(rows * hidden);
+        for &(position, _) in positions() {
             x.extend_from_slice(&batch.normed[position * hidden..][..hidden]);
         }
-        let y = self.gated_views(layout.views(slot), &x, users.len());
-        for (&(position, place), y) in users.iter().zip(y.chunks_exact(hidden)) {
+        let blocks = experts.iter().map(|(key, slot)| (layout.views(source.slot(*slot)), users[key].len()));
+        let y = self.gated_all(&blocks.collect::<Vec<_>>(), &x);
+        for (&(position, place), y) in positions().zip(y.chunks_exact(hidden)) {
             results[(position * top_k + place) * hidden..][..hidden].copy_from_slice(y);
         }
     }

@@ -8,9 +8,11 @@ mod cache;
 mod experts;
 mod output;
 
+pub(crate) use experts::ROWS_TOGETHER;
+
 pub use cache::KvCache;
 
-use crate::kernels::{Isa, convert, linear, rms_norm, swiglu};
+use crate::kernels::{Isa, PackedView, Product, convert, linear_all, rms_norm, swiglu};
 use crate::model::{Base, GatedBlock, Model};
 use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_core::input::RowResult;
@@ -170,21 +172,35 @@ impl Model {
 
     /// `down(silu(gate x) * up x)` of some rows.
     fn gated(&self, block: &GatedBlock, x: &[f32], rows: usize) -> Vec<f32> {
-        let (gate, up, down) = (block.gate.view(), block.up.view(), block.down.view());
-        self.gated_views([gate, up, down], x, rows)
+        self.gated_all(&[([block.gate.view(), block.up.view(), block.down.view()], rows)], x)
     }
 
-    fn gated_views(&self, views: [crate::kernels::PackedView<'_>; 3], x: &[f32], rows: usize) -> Vec<f32> {
-        let [gate, up, down] = views;
-        let width = gate.outputs();
-        let mut gates = vec![0.0; rows * width];
-        let mut ups = vec![0.0; rows * width];
-        linear(&self.pool, self.isa, x, rows, &gate, None, &mut gates);
-        linear(&self.pool, self.isa, x, rows, &up, None, &mut ups);
-        let mut h = vec![0.0; rows * width];
+    /// The same of several blocks of one shape, each with its rows of `x`.
+    fn gated_all(&self, blocks: &[([PackedView<'_>; 3], usize)], x: &[f32]) -> Vec<f32> {
+        let Some(([gate, _, down], _)) = blocks.first() else { return Vec::new() };
+        let (inputs, width, outputs) = (gate.inputs(), gate.outputs(), down.outputs());
+        let rows: usize = blocks.iter().map(|(_, rows)| rows).sum();
+        let [mut gates, mut ups, mut h] = [0, 1, 2].map(|_| vec![0.0; rows * width]);
+        let mut products = Vec::with_capacity(2 * blocks.len());
+        let (mut x, mut gate_rest, mut up_rest) = (x, &mut gates[..], &mut ups[..]);
+        for &([gate, up, _], rows) in blocks {
+            let mine = x.split_off(..rows * inputs).expect("rows for every block");
+            let gates = gate_rest.split_off_mut(..rows * width).expect("rows for every block");
+            let ups = up_rest.split_off_mut(..rows * width).expect("rows for every block");
+            products.push(Product { x: mine, rows, w: gate, bias: None, out: gates });
+            products.push(Product { x: mine, rows, w: up, bias: None, out: ups });
+        }
+        linear_all(&self.pool, self.isa, products);
         swiglu(self.isa, &gates, &ups, &mut h);
-        let mut y = vec![0.0; rows * down.outputs()];
-        linear(&self.pool, self.isa, &h, rows, &down, None, &mut y);
+        let mut y = vec![0.0; rows * outputs];
+        let mut products = Vec::with_capacity(blocks.len());
+        let (mut h, mut y_rest) = (&h[..], &mut y[..]);
+        for &([_, _, down], rows) in blocks {
+            let x = h.split_off(..rows * width).expect("rows for every block");
+            let out = y_rest.split_off_mut(..rows * outputs).expect("rows for every block");
+            products.push(Product { x, rows, w: down, bias: None, out });
+        }
+        linear_all(&self.pool, self.isa, products);
         y
     }
 }

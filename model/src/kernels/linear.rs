@@ -10,7 +10,7 @@ use super::packed::{CHUNK, LANES, PackedView, TILE_OUTPUTS, entry_bytes, padded_
 use super::pool::Pool;
 use super::{DType, Isa};
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -68,6 +68,21 @@ fn dot_chunk(x: &[f32], w: &[f32]) -> f32 {
     sum
 }
 
+/// A matrix product: `out = x * w^T + bias`.
+#[derive(Debug)]
+pub struct Product<'a> {
+    /// `rows` x inputs, row-major.
+    pub x: &'a [f32],
+    /// Rows of `x` and `out`.
+    pub rows: usize,
+    /// The weights.
+    pub w: PackedView<'a>,
+    /// One value for each output.
+    pub bias: Option<&'a [f32]>,
+    /// `rows` x outputs, row-major.
+    pub out: &'a mut [f32],
+}
+
 /// `out = x * w^T + bias`: `x` is `rows` x inputs, `out` is `rows` x outputs, both row-major.
 ///
 /// The bits of a row depend on that row, the weights and the bias alone.
@@ -83,33 +98,57 @@ pub fn linear(
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    let outputs = w.outputs();
-    assert_eq!(x.len(), rows * w.inputs(), "the input does not fit the shape");
-    assert_eq!(out.len(), rows * outputs, "the output does not fit the shape");
-    assert!(bias.is_none_or(|bias| bias.len() == outputs), "the bias does not fit the shape");
+    linear_all(pool, isa, vec![Product { x, rows, w: *w, bias, out }]);
+}
+
+/// Several products that do not wait for each other, shared among the threads as one.
+///
+/// # Panics
+/// As [`linear`].
+pub fn linear_all(pool: &Pool, isa: Isa, mut products: Vec<Product<'_>>) {
     assert!(isa.available(), "this machine lacks the instruction set");
-    if rows == 0 || outputs == 0 {
-        return;
-    }
-    let repacked = repack(x, rows, w.inputs());
-    let tiles = outputs.div_ceil(TILE_OUTPUTS);
-    let small = rows * tiles * TILE_OUTPUTS * padded_inputs(w.inputs()) < PARALLEL_FROM;
-    let tasks = if small || pool.threads() == 1 { 1 } else { tiles.min(pool.threads() * 4) };
-    let parts: Vec<Mutex<Part<'_>>> =
-        divide(out, outputs, tiles, tasks).into_iter().map(Mutex::new).collect();
-    pool.run(tasks, &|task| {
-        let mut part = parts[task].lock().expect("a part is locked once");
-        let mut tile = 0;
-        while tile < part.tiles {
-            if isa == Isa::Avx2 && rows == 1 && part.tiles - tile >= TILES_OF_ONE_ROW {
-                tiles_of_one_row(&repacked, w, bias, tile, &mut part);
-                tile += TILES_OF_ONE_ROW;
-            } else {
-                linear_tile(isa, &repacked, w, bias, tile, &mut part);
-                tile += 1;
-            }
-        }
+    products.retain(|product| {
+        let Product { x, rows, w, bias, out } = product;
+        assert_eq!(x.len(), rows * w.inputs(), "the input does not fit the shape");
+        assert_eq!(out.len(), rows * w.outputs(), "the output does not fit the shape");
+        assert!(bias.is_none_or(|bias| bias.len() == w.outputs()), "the bias does not fit the shape");
+        !out.is_empty()
     });
+    let work =
+        |p: &Product<'_>| p.rows * p.w.outputs().next_multiple_of(TILE_OUTPUTS) * padded_inputs(p.w.inputs());
+    let all: usize = products.iter().map(work).sum();
+    let alone = all < PARALLEL_FROM || pool.threads() == 1;
+    let mut parts = Vec::new();
+    for product in products {
+        let tiles = product.w.outputs().div_ceil(TILE_OUTPUTS);
+        // As many tasks as its share of the work, so that all are of about equal length.
+        let tasks =
+            if alone { 1 } else { (pool.threads() * 4 * work(&product)).div_ceil(all).clamp(1, tiles) };
+        let Product { x, rows, w, bias, out } = product;
+        let x: Arc<[f32]> = repack(x, rows, w.inputs()).into();
+        for part in divide(out, w.outputs(), tiles, tasks) {
+            parts.push(Mutex::new((Arc::clone(&x), w, bias, part)));
+        }
+    }
+    let run = |task: usize| {
+        let mut part = parts[task].lock().expect("a part is locked once");
+        let (x, w, bias, part) = &mut *part;
+        linear_part(isa, x, w, *bias, part);
+    };
+    if alone { (0..parts.len()).for_each(run) } else { pool.run(parts.len(), &run) }
+}
+
+fn linear_part(isa: Isa, x: &[f32], w: &PackedView<'_>, bias: Option<&[f32]>, part: &mut Part<'_>) {
+    let mut tile = 0;
+    while tile < part.tiles {
+        if isa == Isa::Avx2 && part.rows.len() == 1 && part.tiles - tile >= TILES_OF_ONE_ROW {
+            tiles_of_one_row(x, w, bias, tile, part);
+            tile += TILES_OF_ONE_ROW;
+        } else {
+            linear_tile(isa, x, w, bias, tile, part);
+            tile += 1;
+        }
+    }
 }
 
 /// The outputs of one task: a run of whole tiles, as one slice in every row.

@@ -19,7 +19,7 @@ pub mod swiglu;
 mod tests;
 
 pub use attention::{AttentionParams, KvPage, KvShape, PAGE_POSITIONS, PagedKv, attention};
-pub use linear::{dot, linear};
+pub use linear::{Product, dot, linear, linear_all};
 pub use norm::{layer_norm, rms_norm};
 pub use packed::{PackedError, PackedView, pack, packed_len, unpack};
 pub use pool::Pool;
