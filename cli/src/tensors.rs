@@ -66,10 +66,20 @@ impl Recorder {
             complete(found, positions as u32)
                 .with_context(|| format!("no routes are written to {}", path.display()))?;
         }
-        let k = routes.values().next().map_or(0, |(experts, _)| experts.len());
+        // A tiered router selects fewer where the active tiers have fewer; the rest of the row says so.
+        let k = routes.values().map(|(experts, _)| experts.len()).max().unwrap_or(0);
+        let routes: Vec<(Vec<i32>, Vec<f32>)> = routes
+            .into_values()
+            .map(|(experts, mut weights)| {
+                let mut experts: Vec<i32> = experts.iter().map(|&expert| expert as i32).collect();
+                experts.resize(k, -1);
+                weights.resize(k, 0.0);
+                (experts, weights)
+            })
+            .collect();
         let shape = vec![layers.len(), positions, k];
-        let experts = routes.values().flat_map(|(e, _)| e).flat_map(|e| e.to_le_bytes()).collect();
-        let weights = routes.values().flat_map(|(_, w)| w).flat_map(|w| w.to_le_bytes()).collect();
+        let experts = routes.iter().flat_map(|(e, _)| e).flat_map(|e| e.to_le_bytes()).collect();
+        let weights = routes.iter().flat_map(|(_, w)| w).flat_map(|w| w.to_le_bytes()).collect();
         let names = layers.iter().flat_map(|layer| layer.to_le_bytes()).collect();
         write(
             path,

@@ -111,27 +111,26 @@ pub struct Hierarchy {
     pub experts: usize,
 }
 
-/// Selects tier, then group, then expert: (tier, group, expert) triples, ascending.
+/// Selects tiers, in each of them groups, in each of those experts: `[tier, group, expert]`, ascending by expert.
 ///
-/// `tier_scores` has one score for each active tier, `group_scores(tier)` for each group of it, and
-/// `expert_scores(tier, group)` for each expert. What is not asked for is not computed.
+/// Candidates are scores with numbers, and no number may stand for two of them: ties are drawn by it. `groups` gives
+/// those of a tier, `experts` those of a group.
 pub fn select_hierarchical(
     ties: Ties,
     hierarchy: Hierarchy,
-    tier_scores: &[(f32, u32)],
-    mut group_scores: impl FnMut(u32) -> Vec<f32>,
-    mut expert_scores: impl FnMut(u32, u32) -> Vec<f32>,
-) -> Vec<(u32, u32, u32)> {
-    let numbered = |scores: Vec<f32>| scores.into_iter().zip(0u32..);
+    tiers: &[(f32, u32)],
+    mut groups: impl FnMut(u32) -> Vec<(f32, u32)>,
+    mut experts: impl FnMut(u32) -> Vec<(f32, u32)>,
+) -> Vec<[u32; 3]> {
     let mut selected = Vec::new();
-    for tier in top_k(ties, tier_scores.iter().copied(), hierarchy.tiers) {
-        for group in top_k(ties, numbered(group_scores(tier)), hierarchy.groups) {
-            for expert in top_k(ties, numbered(expert_scores(tier, group)), hierarchy.experts) {
-                selected.push((tier, group, expert));
+    for tier in top_k(ties, tiers.iter().copied(), hierarchy.tiers) {
+        for group in top_k(ties, groups(tier), hierarchy.groups) {
+            for expert in top_k(ties, experts(group), hierarchy.experts) {
+                selected.push([tier, group, expert]);
             }
         }
     }
-    selected.sort_unstable();
+    selected.sort_unstable_by_key(|&[_, _, expert]| expert);
     selected
 }
 
@@ -170,6 +169,34 @@ mod tests {
             prop_assert_eq!(top_k(TIES, candidates.iter().copied(), k), naive(TIES, &candidates, k));
         }
 
+        /// Groups by full sorts, then experts by full sorts.
+        #[test]
+        fn a_group_limit_is_its_definition(
+            scores in prop::collection::vec(prop_oneof![Just(0.25f32), -2.0f32..2.0], 12),
+            mask: u16,
+            keep in 1usize..4,
+            sum: bool,
+            k in 1usize..5,
+        ) {
+            let score = if sum { GroupScore::SumOfTop2 } else { GroupScore::Max };
+            let eligible = |id: u32| mask >> id & 1 == 1;
+            let mut groups = vec![];
+            for group in 0..4u32 {
+                let mut members: Vec<f32> =
+                    (group * 3..group * 3 + 3).filter(|&id| eligible(id)).map(|id| scores[id as usize]).collect();
+                members.sort_by(|a, b| b.total_cmp(a));
+                let used = if sum { 2 } else { 1 };
+                if !members.is_empty() {
+                    groups.push((members.iter().take(used).sum::<f32>(), u32::MAX - group));
+                }
+            }
+            let kept: Vec<u32> = naive(TIES, &groups, keep).into_iter().map(|number| u32::MAX - number).collect();
+            let all = (0u32..).zip(&scores).filter(|&(id, _)| eligible(id) && kept.contains(&(id / 3)));
+            let candidates: Vec<(f32, u32)> = all.map(|(id, &score)| (score, id)).collect();
+            let limit = GroupLimit { groups: 4, keep, score };
+            prop_assert_eq!(select(TIES, &scores, eligible, Some(limit), k), naive(TIES, &candidates, k));
+        }
+
         #[test]
         fn only_eligible_experts_of_kept_groups_are_selected(
             scores in prop::collection::vec(-2.0f32..2.0, 16),
@@ -204,9 +231,9 @@ mod tests {
             TIES,
             hierarchy,
             &[(0.1, 0), (0.9, 2)],
-            |tier| if tier == 2 { vec![0.3, 0.1, 0.2] } else { vec![] },
-            |_, group| if group == 0 { vec![1.0, 2.0] } else { vec![2.0, 1.0] },
+            |tier| if tier == 2 { vec![(0.3, 10), (0.1, 11), (0.2, 12)] } else { vec![] },
+            |group| if group == 10 { vec![(1.0, 20), (2.0, 21)] } else { vec![(2.0, 24), (1.0, 25)] },
         );
-        assert_eq!(selected, [(2, 0, 1), (2, 2, 0)]);
+        assert_eq!(selected, [[2, 10, 21], [2, 12, 24]]);
     }
 }

@@ -1,6 +1,8 @@
 //! An architecture as data: what a family's file states, and all that the forward pass asks.
 
-use lite_llm_core::routing::GroupLimit;
+use lite_llm_core::config::Placement;
+use lite_llm_core::routing::{GroupLimit, Hierarchy};
+use std::ops::Range;
 
 /// The architecture of a checkpoint.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,10 +110,80 @@ pub struct Moe {
     pub normalise: bool,
     /// Only experts of the best groups are selected.
     pub group_limit: Option<GroupLimit>,
+    /// Tier, then group, then expert are selected, instead of experts at once.
+    pub tiered: Option<TieredRouter>,
     /// An expert that every position uses.
     pub shared: Option<Shared>,
     /// How tensors are called.
     pub names: MoeNames,
+}
+
+/// A router that selects tiers, in each of them groups, in each of those experts.
+///
+/// Its matrix has one row for each tier, then one for each group, tier by tier, then one for each expert by original
+/// number: tier by tier, group by group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TieredRouter {
+    /// The tiers, in order of their experts' original numbers.
+    pub tiers: Vec<TierOfGroups>,
+    /// How many are selected at each level; all where there are fewer.
+    pub select: Hierarchy,
+}
+
+/// A tier of equal groups.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TierOfGroups {
+    /// Its name, as TierSets use it.
+    pub name: String,
+    /// Groups.
+    pub groups: usize,
+    /// Experts of a group.
+    pub experts: usize,
+    /// Where its experts belong.
+    pub placement: Placement,
+}
+
+impl TieredRouter {
+    /// Experts of all tiers.
+    pub fn experts(&self) -> usize {
+        self.tiers.iter().fold(0, |sum, tier| sum.saturating_add(tier.groups.saturating_mul(tier.experts)))
+    }
+
+    /// The row of the first group.
+    const fn first_group(&self) -> usize {
+        self.tiers.len()
+    }
+
+    /// The row of the first expert.
+    pub fn first_expert(&self) -> usize {
+        self.first_group() + self.tiers.iter().map(|tier| tier.groups).sum::<usize>()
+    }
+
+    /// Rows of the matrix.
+    pub fn rows(&self) -> usize {
+        self.first_expert() + self.experts()
+    }
+
+    /// The rows of a tier's groups.
+    pub fn groups_of(&self, tier: usize) -> Range<usize> {
+        let first = self.first_group() + self.tiers[..tier].iter().map(|tier| tier.groups).sum::<usize>();
+        first..first + self.tiers[tier].groups
+    }
+
+    /// The rows of the experts of a group, which is given by its own row.
+    pub fn experts_of(&self, group: usize) -> Range<usize> {
+        let mut first = self.first_expert();
+        let mut before = group - self.first_group();
+        for tier in &self.tiers {
+            if before < tier.groups {
+                first += before * tier.experts;
+                return first..first + tier.experts;
+            }
+            before -= tier.groups;
+            first += tier.groups * tier.experts;
+        }
+        unreachable!("row {group} is no group")
+    }
 }
 
 /// An expert that every position uses.
@@ -132,6 +204,13 @@ pub struct MoeNames {
     pub router: &'static str,
     /// Gate, up and down projection of an expert.
     pub expert: [&'static str; 3],
+}
+
+impl Moe {
+    /// Rows of a router's matrix.
+    pub fn router_rows(&self) -> usize {
+        self.tiered.as_ref().map_or(self.experts, TieredRouter::rows)
+    }
 }
 
 impl Arch {

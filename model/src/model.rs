@@ -287,7 +287,7 @@ impl Model {
         let width = arch.layers.iter().filter_map(|layer| layer.dense).max().unwrap_or(0);
         let (k, expert) = arch.moe.as_ref().map_or((0, 0), |moe| {
             let shared = moe.shared.as_ref().map_or(0, |shared| shared.intermediate);
-            (moe.top_k, moe.experts + 3 * (moe.intermediate + shared))
+            (moe.top_k, moe.router_rows() + 3 * (moe.intermediate + shared))
         });
         let position =
             6 * arch.hidden + 2 * arch.q_dim() + 2 * arch.kv_dim() + 3 * width + k * arch.hidden + expert;
@@ -412,7 +412,8 @@ pub(crate) fn expert_layout(checkpoint: &Checkpoint) -> Result<Option<ExpertLayo
 }
 
 fn tier_plan(tier: &Tier) -> TierPlan {
-    TierPlan { name: tier.name.clone(), groups: 1, experts: tier.experts, placement: tier.placement }
+    let experts = tier.group_experts();
+    TierPlan { name: tier.name.clone(), groups: tier.groups, experts, placement: tier.placement }
 }
 
 fn load_layer(checkpoint: &Checkpoint, layer: usize) -> Result<LayerWeights, ModelError> {

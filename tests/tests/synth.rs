@@ -1,8 +1,10 @@
 //! Synthetic checkpoints: named as on the hub, the same bytes for the same seed, and computable.
 
+use lite_llm_core::config::Placement;
 use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
 use lite_llm_core::input::Sampling;
 use lite_llm_core::output::{Forward, Row, SampleSpec};
+use lite_llm_model::checkpoint::Tier;
 use lite_llm_model::kernels::{DType, Isa};
 use lite_llm_model::synth::{SynthError, SynthFamily, SynthSpec, synth};
 use lite_llm_model::tokenizer::{Message, Tokenizer};
@@ -141,7 +143,7 @@ fn the_same_seed_gives_the_same_bytes_on_every_machine() {
     assert_ne!(digest(&other), digest(&again));
 }
 
-const GOLDEN: [&str; 10] = [
+const GOLDEN: [&str; 12] = [
     "llama F32 743d6912c3ccb322",
     "llama Bf16 a3f162bd64e1d01d",
     "mixtral F32 131aaefa611547a8",
@@ -152,6 +154,8 @@ const GOLDEN: [&str; 10] = [
     "qwen2_moe Bf16 d8aa1e17673b5f5a",
     "qwen3_moe F32 b7d1a22dc802016d",
     "qwen3_moe Bf16 48b0a3647cc68a2a",
+    "tiered_moe F32 1ac4e73580d58465",
+    "tiered_moe Bf16 9e1bcb9eab1e0501",
 ];
 
 #[test]
@@ -296,6 +300,7 @@ fn logits_are_finite_and_spread_and_experts_are_all_used() {
             head_dim: 12,
             experts: 5,
             top_k: 2,
+            tiers: vec![Tier { name: "all".into(), experts: 5, groups: 1, placement: Placement::Hot }],
             intermediate: 40,
             shared_intermediate: 24,
             vocab: 300,

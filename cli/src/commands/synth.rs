@@ -51,7 +51,8 @@ pub(crate) struct SynthArgs {
     /// Longest sequence
     #[arg(long, value_name = "N")]
     context: Option<u32>,
-    /// Write a native checkpoint with these tiers of experts: NAME:COUNT[:hot|warm|cold],...
+    /// Write a native checkpoint with these tiers of experts: NAME:COUNT[:hot|warm|cold],...; tiered_moe has them in its
+    /// router, with NAME:GROUPSxEXPERTS
     #[arg(long, value_name = "SPEC")]
     tiers: Option<String>,
     /// Storage type of the weights
@@ -76,6 +77,7 @@ enum Family {
     Olmoe,
     Qwen2Moe,
     Qwen3Moe,
+    TieredMoe,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -88,8 +90,8 @@ enum WeightType {
 impl SynthArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
         let report = match &self.tiers {
-            None => write(&self.dir, &self.spec()?)?,
-            Some(tiers) => self.native(tiers)?,
+            Some(tiers) if !matches!(self.family, Family::TieredMoe) => self.native(tiers)?,
+            _ => write(&self.dir, &self.spec()?)?,
         };
         let mut out = std::io::stdout().lock();
         if self.json {
@@ -145,8 +147,13 @@ impl SynthArgs {
             Family::Olmoe => SynthFamily::Olmoe,
             Family::Qwen2Moe => SynthFamily::Qwen2Moe,
             Family::Qwen3Moe => SynthFamily::Qwen3Moe,
+            Family::TieredMoe => SynthFamily::TieredMoe,
         };
         let mut spec = SynthSpec::of(family);
+        if let Some(tiers) = self.tiers.as_ref().filter(|_| family == SynthFamily::TieredMoe) {
+            spec.tiers = parse_tiers(tiers).map_err(|error| usage(format!("--tiers: {error}")))?;
+            spec.experts = spec.tiers.iter().fold(0, |sum: u32, tier| sum.saturating_add(tier.experts));
+        }
         let mixed = spec.kv_heads == spec.heads;
         for (given, field) in [
             (self.layers, &mut spec.layers),

@@ -146,6 +146,14 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// A list of objects; empty if there is none.
+    pub fn parts(&self, key: &str) -> Result<Vec<Self>, CheckpointError> {
+        let Some(value) = self.value(key) else { return Ok(Vec::new()) };
+        let object = |v: &Value| v.as_object().map(|map| Self { path: self.path, map: map.clone() });
+        let list = value.as_array().and_then(|list| list.iter().map(object).collect());
+        list.ok_or_else(|| self.invalid(key, "it is no list of objects"))
+    }
+
     /// The name of the quantisation method, if there is one.
     pub fn quantisation(&self) -> Option<String> {
         let part = self.value("quantization_config")?;

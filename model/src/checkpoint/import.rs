@@ -49,7 +49,7 @@ enum Note {
     Experts(ExpertShard),
 }
 
-/// Parses `NAME:COUNT[:hot|warm|cold],...`.
+/// Parses `NAME:COUNT[:hot|warm|cold],...`, where COUNT may be `GROUPSxEXPERTS`.
 ///
 /// # Errors
 /// What is wrong, for people.
@@ -58,22 +58,31 @@ pub fn parse_tiers(spec: &str) -> Result<Vec<Tier>, String> {
     for part in spec.split(',') {
         let mut fields = part.split(':');
         let (name, count, placement) = (fields.next().unwrap_or(""), fields.next(), fields.next());
+        let (groups, count) = match count.and_then(|count| count.split_once('x')) {
+            Some((groups, experts)) => (groups.parse().ok(), Some(experts)),
+            None => (Some(1), count),
+        };
+        let groups = groups.filter(|&groups: &u32| groups > 0);
         let experts = count.and_then(|count| count.parse().ok()).filter(|&count: &u32| count > 0);
+        let experts = experts.and_then(|experts| experts.checked_mul(groups?));
         let placement = match placement {
             None | Some("hot") => Some(Placement::Hot),
             Some("warm") => Some(Placement::Warm),
             Some("cold") => Some(Placement::Cold),
             Some(_) => None,
         };
-        let (Some(experts), Some(placement), None, false) =
-            (experts, placement, fields.next(), name.is_empty())
+        let (Some(experts), Some(groups), Some(placement), None, false) =
+            (experts, groups, placement, fields.next(), name.is_empty())
         else {
-            return Err(format!("{part:?} is no tier; write NAME:EXPERTS or NAME:EXPERTS:hot|warm|cold"));
+            return Err(format!(
+                "{part:?} is no tier; write NAME:EXPERTS or NAME:EXPERTS:hot|warm|cold, with GROUPSxEXPERTS for a tiered \
+                 router"
+            ));
         };
         if tiers.iter().any(|tier| tier.name == name) {
             return Err(format!("tier {name:?} is there twice"));
         }
-        tiers.push(Tier { name: name.into(), experts, placement });
+        tiers.push(Tier { name: name.into(), experts, groups, placement });
     }
     Ok(tiers)
 }
@@ -103,6 +112,10 @@ pub fn import(
     let of_tiers: u64 = tiers.iter().map(|tier| u64::from(tier.experts)).sum();
     if of_tiers != experts {
         let what = format!("the tiers have {of_tiers} experts, the checkpoint {experts} a layer");
+        return Err(CheckpointError::invalid(source, &what).into());
+    }
+    let contradiction = checkpoint.arch().moe.as_ref().and_then(|moe| super::contradiction(&tiers, moe));
+    if let Some(what) = contradiction {
         return Err(CheckpointError::invalid(source, &what).into());
     }
     let hashed = checkpoint.hashed(threads)?;

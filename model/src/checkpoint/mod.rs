@@ -93,8 +93,70 @@ pub struct Tier {
     pub name: String,
     /// Experts of a layer.
     pub experts: u32,
+    /// Groups of equal size in which a tiered router selects them; one for other routers.
+    #[serde(default = "one_group", skip_serializing_if = "is_one")]
+    pub groups: u32,
     /// Where they belong.
     pub placement: Placement,
+}
+
+const fn one_group() -> u32 {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+const fn is_one(groups: &u32) -> bool {
+    *groups == 1
+}
+
+impl Tier {
+    /// Experts of a group.
+    pub fn group_experts(&self) -> u32 {
+        self.experts / self.groups
+    }
+}
+
+/// What tiers say that the router does not.
+pub(crate) fn contradiction(tiers: &[Tier], moe: &crate::arch::Moe) -> Option<String> {
+    let shape = |tier: &Tier| (tier.name.clone(), tier.groups, tier.experts);
+    match &moe.tiered {
+        None => tiers.iter().find(|tier| tier.groups != 1).map(|tier| {
+            format!(
+                "tier {} has groups, and the router of this model selects none; give it experts",
+                tier.name
+            )
+        }),
+        Some(_) => {
+            let own = tiers_of(moe);
+            (!own.iter().map(shape).eq(tiers.iter().map(shape))).then(|| {
+                let names: Vec<String> =
+                    own.iter().map(|t| format!("{}:{}x{}", t.name, t.groups, t.group_experts())).collect();
+                format!(
+                    "the router of this model selects from the tiers {}; others cannot be given",
+                    names.join(",")
+                )
+            })
+        }
+    }
+}
+
+/// The tiers of an architecture: those of its router, or one of all experts.
+fn tiers_of(moe: &crate::arch::Moe) -> Vec<Tier> {
+    let Some(tiered) = &moe.tiered else {
+        return vec![Tier {
+            name: "all".into(),
+            experts: moe.experts as u32,
+            groups: 1,
+            placement: Placement::Hot,
+        }];
+    };
+    let tier = |tier: &crate::arch::TierOfGroups| Tier {
+        name: tier.name.clone(),
+        experts: (tier.groups * tier.experts) as u32,
+        groups: tier.groups as u32,
+        placement: tier.placement,
+    };
+    tiered.tiers.iter().map(tier).collect()
 }
 
 /// A tensor that is used.
@@ -131,14 +193,12 @@ impl Checkpoint {
         let text = std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
         let arch = families::read(&Config::parse(&path, &text)?)?;
         let eos = generation_eos(dir)?.unwrap_or_else(|| arch.eos.clone());
-        let one =
-            |experts: usize| Tier { name: "all".into(), experts: experts as u32, placement: Placement::Hot };
         let (files, native, tiers) = if native::is_native(dir) {
             let (files, native) = native::open(dir, &arch)?;
             let tiers = native.tiers().to_vec();
             (files, Some(native), tiers)
         } else {
-            (TensorFiles::open(dir)?, None, arch.moe.iter().map(|moe| one(moe.experts)).collect())
+            (TensorFiles::open(dir)?, None, arch.moe.as_ref().map_or_else(Vec::new, tiers_of))
         };
         let this = Self { dir: dir.into(), arch, files, native, tiers, eos };
         // Every tensor is found, with its shape, before anything is loaded.
@@ -156,7 +216,8 @@ impl Checkpoint {
         let mut expert = ordinal;
         for (tier, plan) in (0..).zip(&self.tiers) {
             if expert < plan.experts {
-                return ExpertKey { layer, tier, group: 0, expert };
+                let size = plan.group_experts();
+                return ExpertKey { layer, tier, group: expert / size, expert: expert % size };
             }
             expert -= plan.experts;
         }
@@ -165,11 +226,13 @@ impl Checkpoint {
 
     /// The original number of an expert, if the checkpoint has it.
     pub fn ordinal(&self, key: ExpertKey) -> Option<u32> {
-        let tier =
-            self.tiers.get(key.tier as usize).filter(|tier| key.group == 0 && key.expert < tier.experts)?;
+        let tier = self
+            .tiers
+            .get(key.tier as usize)
+            .filter(|t| key.group < t.groups && key.expert < t.group_experts())?;
         let layer = self.arch.layers.get(key.layer as usize).filter(|layer| layer.dense.is_none());
         let before: u32 = self.tiers[..key.tier as usize].iter().map(|tier| tier.experts).sum();
-        layer.map(|_| (before + key.expert).min(before + tier.experts))
+        layer.map(|_| before + key.group * tier.group_experts() + key.expert)
     }
 
     /// The native form, if it is one.
@@ -271,7 +334,7 @@ impl Checkpoint {
     pub fn router(&self, layer: usize) -> Result<Tensor, CheckpointError> {
         let moe = self.arch.moe.as_ref().expect("only a mixture has routers");
         let name = format!("model.layers.{layer}.{}.{}.weight", moe.names.block, moe.names.router);
-        self.tensor(&name, &[moe.experts, self.arch.hidden])
+        self.tensor(&name, &[moe.router_rows(), self.arch.hidden])
     }
 
     /// Every tensor that is used, by its canonical name: the same list for every layout of the same weights.

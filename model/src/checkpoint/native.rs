@@ -244,6 +244,9 @@ fn check(path: &Path, manifest: &Manifest, arch: &Arch) -> Result<(), Checkpoint
         let what = format!("the tiers have {of_tiers} experts, the configuration {experts}");
         return Err(CheckpointError::invalid(path, &what));
     }
+    if let Some(what) = arch.moe.as_ref().and_then(|moe| super::contradiction(&manifest.tiers, moe)) {
+        return Err(CheckpointError::invalid(path, &what));
+    }
     let layers: Vec<u32> = manifest.experts.iter().map(|shard| shard.layer).collect();
     if layers != arch.moe_layers() {
         return Err(CheckpointError::invalid(path, &format!("experts are listed for layers {layers:?}")));

@@ -19,6 +19,7 @@ pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
         intermediate: config.size("intermediate_size")?,
         normalise: true,
         group_limit: None,
+        tiered: None,
         shared: None,
         names: NAMES,
     });

@@ -7,6 +7,7 @@ mod mixtral;
 mod olmoe;
 mod qwen2_moe;
 mod qwen3_moe;
+mod tiered_moe;
 
 use crate::arch::{Arch, Layer, MoeNames, QkNorm, Rope, RopeScaling};
 use crate::checkpoint::CheckpointError;
@@ -14,6 +15,8 @@ use crate::checkpoint::config::Config;
 
 /// More layers than any model has.
 const LAYERS_MAX: usize = 4096;
+/// More experts than any layer has.
+const EXPERTS_MAX: usize = 1 << 20;
 
 type Read = fn(&Config<'_>) -> Result<Arch, CheckpointError>;
 
@@ -24,6 +27,7 @@ pub const FAMILIES: &[(&str, Read)] = &[
     ("olmoe", olmoe::read),
     ("qwen2_moe", qwen2_moe::read),
     ("qwen3_moe", qwen3_moe::read),
+    ("tiered_moe", tiered_moe::read),
 ];
 
 /// Experts as `mlp.experts.N.{gate,up,down}_proj`, the router as `mlp.gate`.

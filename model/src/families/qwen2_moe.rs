@@ -13,6 +13,7 @@ pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
         intermediate: config.size("moe_intermediate_size")?,
         normalise: config.flag_or("norm_topk_prob", false)?,
         group_limit: None,
+        tiered: None,
         shared: Some(Shared { intermediate: config.size("shared_expert_intermediate_size")?, gated: true }),
         names: super::MLP_EXPERTS,
     });

@@ -17,6 +17,7 @@ pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
         intermediate: config.size("moe_intermediate_size")?,
         normalise: config.flag_or("norm_topk_prob", false)?,
         group_limit: None,
+        tiered: None,
         shared: None,
         names: super::MLP_EXPERTS,
     });

@@ -14,9 +14,19 @@ use lite_llm_core::routing::{Ties, select};
 use std::collections::BTreeMap;
 
 /// The experts of one position by original number, ascending, and their weights.
-struct Route {
-    experts: Vec<u32>,
-    weights: Vec<f32>,
+pub(super) struct Route {
+    pub(super) experts: Vec<u32>,
+    pub(super) weights: Vec<f32>,
+}
+
+impl Route {
+    /// Divides the weights by their sum, which is added in ascending order of expert.
+    pub(super) fn normalise(&mut self) {
+        let sum: f32 = self.weights.iter().fold(0.0, |sum, weight| sum + weight);
+        for weight in &mut self.weights {
+            *weight /= sum;
+        }
+    }
 }
 
 /// For each expert, the (position, place in its route) pairs that chose it.
@@ -103,7 +113,7 @@ impl Model {
     /// Chooses the experts of every position.
     fn route(&self, layer: usize, moe: &Moe, step: &Forward, batch: &Batch) -> Result<Vec<Route>, StepError> {
         let router = self.routers[layer].as_ref().expect("routers are loaded before the first step").view();
-        let mut logits = vec![0.0; batch.at.len() * moe.experts];
+        let mut logits = vec![0.0; batch.at.len() * moe.router_rows()];
         linear(&self.pool, self.isa, &batch.normed, batch.at.len(), &router, None, &mut logits);
         // Experts of tiers outside the TierSet are masked out: they have no share of the softmax and are never selected.
         let tiers = self.checkpoint.tiers().iter().zip(0u32..);
@@ -111,9 +121,14 @@ impl Model {
             .flat_map(|(tier, index)| std::iter::repeat_n(step.tiers.contains(&index), tier.experts as usize))
             .collect();
         let mut routes = Vec::with_capacity(batch.at.len());
-        for (at, logits) in batch.at.iter().zip(logits.chunks_exact_mut(moe.experts)) {
+        for (at, logits) in batch.at.iter().zip(logits.chunks_exact_mut(moe.router_rows())) {
             if !logits.iter().all(|logit| logit.is_finite()) {
                 return Err(StepError::NonFinite { row: at.row, layer: layer as u32, position: at.position });
+            }
+            let ties = Ties { seed: self.routing_seed, layer: layer as u32, position: at.position };
+            if let Some(router) = &moe.tiered {
+                routes.push(super::tiered::route(router, ties, &step.tiers, moe.normalise, logits));
+                continue;
             }
             for (logit, eligible) in logits.iter_mut().zip(&eligible) {
                 if !eligible {
@@ -121,17 +136,14 @@ impl Model {
                 }
             }
             let scores = softmax(logits);
-            let ties = Ties { seed: self.routing_seed, layer: layer as u32, position: at.position };
             let mut experts = select(ties, scores, |id| eligible[id as usize], moe.group_limit, moe.top_k);
             experts.sort_unstable();
-            let mut weights: Vec<f32> = experts.iter().map(|&expert| scores[expert as usize]).collect();
+            let weights = experts.iter().map(|&expert| scores[expert as usize]).collect();
+            let mut route = Route { experts, weights };
             if moe.normalise {
-                let sum: f32 = weights.iter().fold(0.0, |sum, weight| sum + weight);
-                for weight in &mut weights {
-                    *weight /= sum;
-                }
+                route.normalise();
             }
-            routes.push(Route { experts, weights });
+            routes.push(route);
         }
         Ok(routes)
     }
@@ -199,7 +211,7 @@ impl Model {
 }
 
 /// Softmax in place; the sum is a dot product with ones.
-fn softmax(logits: &mut [f32]) -> &[f32] {
+pub(super) fn softmax(logits: &mut [f32]) -> &[f32] {
     let max = logits.iter().fold(f32::NEG_INFINITY, |max, &logit| if logit > max { logit } else { max });
     for logit in &mut *logits {
         *logit = exp(*logit - max);

@@ -7,6 +7,7 @@ mod attention;
 mod cache;
 mod experts;
 mod output;
+mod tiered;
 
 pub(crate) use experts::ROWS_TOGETHER;
 

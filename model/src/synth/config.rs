@@ -1,7 +1,9 @@
 //! `config.json` and `generation_config.json`, with the field names of hub checkpoints.
 
 use super::{SynthFamily, SynthSpec};
+use crate::checkpoint::Tier;
 use crate::kernels::DType;
+use lite_llm_core::config::Placement;
 use serde_json::{Map, Value, json};
 
 /// Ends a stream, pads a batch.
@@ -23,6 +25,7 @@ pub(super) fn model(spec: &SynthSpec) -> Value {
         SynthFamily::Olmoe => "OlmoeForCausalLM",
         SynthFamily::Qwen2Moe => "Qwen2MoeForCausalLM",
         SynthFamily::Qwen3Moe => "Qwen3MoeForCausalLM",
+        SynthFamily::TieredMoe => "TieredMoeForCausalLM",
     };
     set("architectures", json!([class]));
     set("model_type", json!(spec.family.name()));
@@ -48,7 +51,7 @@ pub(super) fn model(spec: &SynthSpec) -> Value {
     set("vocab_size", json!(spec.vocab));
     set("bos_token_id", json!(TURN_START.min(spec.vocab - 1)));
     set("eos_token_id", json!(ends(spec)));
-    if spec.family.is_mixture() {
+    if spec.family.is_mixture() && spec.family != SynthFamily::TieredMoe {
         set("num_experts_per_tok", json!(spec.top_k));
         set("output_router_logits", json!(false));
         set("router_aux_loss_coef", json!(0.001));
@@ -72,6 +75,25 @@ fn of_family(spec: &SynthSpec, mut set: impl FnMut(&str, Value)) {
             set("num_local_experts", json!(spec.experts));
             set("router_jitter_noise", json!(0.0));
             set("sliding_window", Value::Null);
+        }
+        SynthFamily::TieredMoe => {
+            let tier = |tier: &Tier| {
+                let placement = match tier.placement {
+                    Placement::Hot => "hot",
+                    Placement::Warm => "warm",
+                    Placement::Cold => "cold",
+                };
+                let (name, groups, experts) = (&tier.name, tier.groups, tier.group_experts());
+                json!({ "name": name, "groups": groups, "experts": experts, "placement": placement })
+            };
+            let groups = spec.tiers.iter().map(|tier| tier.groups).min().unwrap_or(1);
+            set("head_dim", json!(spec.head_dim));
+            set("k_tier", json!(spec.tiers.len().min(2)));
+            set("k_group", json!(groups.min(2)));
+            set("k_expert", json!(spec.top_k));
+            set("moe_intermediate_size", json!(spec.intermediate));
+            set("norm_topk_prob", json!(true));
+            set("tiers", json!(spec.tiers.iter().map(tier).collect::<Vec<_>>()));
         }
         SynthFamily::Olmoe => {
             set("attention_bias", json!(false));

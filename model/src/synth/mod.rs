@@ -11,7 +11,9 @@ mod tensors;
 mod tokenizer;
 mod weights;
 
+use crate::checkpoint::Tier;
 use crate::kernels::DType;
+use lite_llm_core::config::Placement;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -28,11 +30,14 @@ pub enum SynthFamily {
     Qwen2Moe,
     /// Norms on each head.
     Qwen3Moe,
+    /// The project's own: selects tier, then group, then expert.
+    TieredMoe,
 }
 
 impl SynthFamily {
     /// Every family.
-    pub const ALL: [Self; 5] = [Self::Llama, Self::Mixtral, Self::Olmoe, Self::Qwen2Moe, Self::Qwen3Moe];
+    pub const ALL: [Self; 6] =
+        [Self::Llama, Self::Mixtral, Self::Olmoe, Self::Qwen2Moe, Self::Qwen3Moe, Self::TieredMoe];
 
     /// The `model_type` of the family.
     pub fn name(self) -> &'static str {
@@ -42,6 +47,7 @@ impl SynthFamily {
             Self::Olmoe => "olmoe",
             Self::Qwen2Moe => "qwen2_moe",
             Self::Qwen3Moe => "qwen3_moe",
+            Self::TieredMoe => "tiered_moe",
         }
     }
 
@@ -71,10 +77,13 @@ pub struct SynthSpec {
     pub kv_heads: u32,
     /// Values in a head; even.
     pub head_dim: u32,
-    /// Experts of a layer; ignored by a dense family.
+    /// Experts of a layer; ignored by a dense family. [`SynthFamily::TieredMoe`] has as many as its tiers.
     pub experts: u32,
-    /// Experts that a position selects; ignored by a dense family.
+    /// Experts that a position selects; ignored by a dense family. [`SynthFamily::TieredMoe`] selects two tiers, two
+    /// groups of each and so many experts of each group, or all where there are fewer.
     pub top_k: u32,
+    /// The tiers of [`SynthFamily::TieredMoe`]; ignored by other families.
+    pub tiers: Vec<Tier>,
     /// Width of an expert, or of the dense block.
     pub intermediate: u32,
     /// Width of the shared expert; only [`SynthFamily::Qwen2Moe`] has one.
@@ -107,7 +116,22 @@ impl SynthSpec {
             kv_heads: if family == SynthFamily::Olmoe { 8 } else { 2 },
             head_dim: 16,
             experts: 16,
-            top_k: if family == SynthFamily::Mixtral { 2 } else { 4 },
+            top_k: match family {
+                SynthFamily::Mixtral => 2,
+                SynthFamily::TieredMoe => 1,
+                _ => 4,
+            },
+            tiers: if family == SynthFamily::TieredMoe {
+                let tier = |name: &str, experts, placement| Tier {
+                    name: name.into(),
+                    experts,
+                    groups: 2,
+                    placement,
+                };
+                vec![tier("small", 4, Placement::Hot), tier("large", 12, Placement::Warm)]
+            } else {
+                Vec::new()
+            },
             intermediate: if family == SynthFamily::Llama { 384 } else { 96 },
             shared_intermediate: 192,
             vocab: 512,
@@ -155,7 +179,24 @@ impl SynthSpec {
             let remedy = format!("heads times head_dim is at most {}", Self::DIMENSION_MAX);
             return invalid("head_dim", self.head_dim, remedy);
         }
-        if mixture && self.top_k > self.experts {
+        if self.family == SynthFamily::TieredMoe {
+            let of_tiers = self.tiers.iter().try_fold(0u32, |sum, tier| sum.checked_add(tier.experts));
+            if of_tiers != Some(self.experts) {
+                return invalid("experts", self.experts, "the tiers must have as many".into());
+            }
+            let odd = |tier: &&Tier| tier.groups == 0 || !tier.experts.is_multiple_of(tier.groups);
+            if let Some(tier) = self.tiers.iter().find(odd) {
+                return invalid(
+                    "tiers",
+                    tier.groups,
+                    format!("the groups of {} must be of equal size", tier.name),
+                );
+            }
+            let least = self.tiers.iter().map(Tier::group_experts).min().unwrap_or(0);
+            if self.top_k > least {
+                return invalid("top_k", self.top_k, format!("the smallest group has {least} experts"));
+            }
+        } else if mixture && self.top_k > self.experts {
             return invalid("top_k", self.top_k, format!("at most the {} experts", self.experts));
         }
         // Their configurations have no head_dim: readers divide the width by the heads.

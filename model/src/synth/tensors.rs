@@ -83,7 +83,7 @@ fn attention(spec: &SynthSpec, layer: u32) -> Vec<Tensor> {
         Tensor::matrix(name("self_attn.o_proj.weight"), hidden, query),
     ];
     match spec.family {
-        SynthFamily::Llama | SynthFamily::Mixtral => {}
+        SynthFamily::Llama | SynthFamily::Mixtral | SynthFamily::TieredMoe => {}
         SynthFamily::Olmoe => {
             list.push(vector("self_attn.q_norm.weight", query, Draw::Norm));
             list.push(vector("self_attn.k_norm.weight", key, Draw::Norm));
@@ -110,6 +110,14 @@ fn block(spec: &SynthSpec, layer: u32) -> Vec<Tensor> {
         SynthFamily::Mixtral => {
             vec![Tensor::matrix(name("block_sparse_moe.gate.weight"), spec.experts, spec.hidden)]
         }
+        SynthFamily::TieredMoe => {
+            let levels = spec
+                .tiers
+                .iter()
+                .fold(0, |rows: u32, tier| rows.saturating_add(1).saturating_add(tier.groups));
+            let rows = levels.saturating_add(spec.experts);
+            vec![Tensor::matrix(name("mlp.gate.weight"), rows, spec.hidden)]
+        }
         SynthFamily::Olmoe | SynthFamily::Qwen3Moe => {
             vec![Tensor::matrix(name("mlp.gate.weight"), spec.experts, spec.hidden)]
         }
@@ -127,9 +135,11 @@ fn block(spec: &SynthSpec, layer: u32) -> Vec<Tensor> {
 fn experts(spec: &SynthSpec, layer: u32) -> impl Iterator<Item = Tensor> + '_ {
     let (block, names) = match spec.family {
         SynthFamily::Mixtral => ("block_sparse_moe", ["w1", "w3", "w2"]),
-        SynthFamily::Llama | SynthFamily::Olmoe | SynthFamily::Qwen2Moe | SynthFamily::Qwen3Moe => {
-            ("mlp", PROJECTIONS)
-        }
+        SynthFamily::Llama
+        | SynthFamily::Olmoe
+        | SynthFamily::Qwen2Moe
+        | SynthFamily::Qwen3Moe
+        | SynthFamily::TieredMoe => ("mlp", PROJECTIONS),
     };
     let count = if spec.family.is_mixture() { spec.experts } else { 0 };
     (0..count).flat_map(move |expert| {
