@@ -5,8 +5,9 @@
 
 pub mod arena;
 pub mod blobs;
-pub mod disk;
 pub mod memory;
 pub mod node;
 pub mod supervisor;
 pub mod telemetry;
+
+pub use lite_llm_model::disk;

@@ -6,6 +6,7 @@
 
 pub mod arch;
 pub mod checkpoint;
+pub mod disk;
 pub mod families;
 pub mod forward;
 pub mod kernels;

@@ -33,6 +33,17 @@ pub enum CheckpointError {
         /// Why.
         error: std::io::Error,
     },
+    /// A directory cannot be opened for writing.
+    #[error(transparent)]
+    Open(#[from] crate::disk::OpenError),
+    /// A disk refuses.
+    #[error("{}: {error}; what is finished is kept: once there is room and a sound disk, the same command goes on", path.display())]
+    Disk {
+        /// The directory.
+        path: PathBuf,
+        /// What it refuses, and why.
+        error: lite_llm_core::disk::DiskError,
+    },
     /// A file does not hold what it should.
     #[error("{}: {what}", path.display())]
     Invalid {

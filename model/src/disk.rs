@@ -1,4 +1,4 @@
-//! A state directory on a real file system, locked for as long as it is open.
+//! A directory on a real file system, locked for as long as it is open: a state directory, or an import under way.
 //!
 //! Files are made with mode 0600: a journal holds what users wrote.
 
@@ -12,18 +12,18 @@ use lite_llm_core::disk::{Disk, DiskError, DiskErrorKind, DiskOp};
 use rustix::fs::{FlockOperation, flock};
 
 /// The file that is locked; it is never listed.
-const LOCK_NAME: &str = "lock";
+pub(crate) const LOCK_NAME: &str = "lock";
 /// Above this many open files, those with nothing unsynced are closed.
 const OPEN_FILES_MAX: usize = 8;
 
-/// Why a state directory cannot be opened.
+/// Why a directory cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// Another process has it open.
-    #[error("the state directory {} is in use by another process; stop that one or use another directory", .0.display())]
+    #[error("the directory {} is in use by another process; stop that one or use another directory", .0.display())]
     InUse(PathBuf),
     /// The file system refused.
-    #[error("cannot open the state directory {}: {source}", path.display())]
+    #[error("cannot open the directory {}: {source}", path.display())]
     Io {
         /// The directory.
         path: PathBuf,
@@ -50,7 +50,7 @@ struct Appender {
 }
 
 impl FileDisk {
-    /// Opens a state directory for this process alone, and makes it if there is none.
+    /// Opens a directory for this process alone, and makes it if there is none.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         let path = path.as_ref();
         let io = |source| OpenError::Io { path: path.to_path_buf(), source };
@@ -73,7 +73,7 @@ impl FileDisk {
         Ok(disk)
     }
 
-    /// Opens a state directory to look at; it may be in use by another process at the same time.
+    /// Opens a directory to look at; it may be in use by another process at the same time.
     pub fn open_read_only(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         let path = path.as_ref().to_path_buf();
         match File::open(&path) {
@@ -89,7 +89,7 @@ impl FileDisk {
 
     fn writable(&self, op: DiskOp, name: &str) -> Result<PathBuf, DiskError> {
         if self.lock.is_none() {
-            let detail = "the state directory is open for reading only".into();
+            let detail = "the directory is open for reading only".into();
             return Err(DiskError { op, name: name.into(), kind: DiskErrorKind::Denied, detail });
         }
         self.file_path(op, name)
@@ -98,7 +98,7 @@ impl FileDisk {
     fn file_path(&self, op: DiskOp, name: &str) -> Result<PathBuf, DiskError> {
         let plain = !name.is_empty() && name != LOCK_NAME && !name.starts_with('.') && !name.contains('/');
         if !plain {
-            let detail = "this is no name of a file in a state directory".into();
+            let detail = "this is no name of a file in such a directory".into();
             return Err(DiskError { op, name: name.into(), kind: DiskErrorKind::Denied, detail });
         }
         Ok(self.path.join(name))
