@@ -179,6 +179,18 @@ fn what_is_there_is_never_overwritten_and_what_fails_leaves_nothing() {
     assert!(matches!(error, SynthError::Io { .. }), "{error}");
     let error = synth(Path::new("/proc/none"), &spec).unwrap_err();
     assert!(matches!(error, SynthError::Io { .. }), "{error}");
+    // What a killed attempt left is cleared away; what another process is writing is not.
+    std::fs::create_dir(dir.path().join(".again.partial")).unwrap();
+    std::fs::write(dir.path().join(".again.partial/model.safetensors"), "half").unwrap();
+    synth(&dir.path().join("again"), &spec).unwrap();
+    assert_eq!(digest(&dir.path().join("again")), before);
+    std::fs::remove_dir_all(dir.path().join("again")).unwrap();
+    let other = lite_llm_model::disk::FileDisk::open(dir.path().join(".again.partial")).unwrap();
+    let error = synth(&dir.path().join("again"), &spec).unwrap_err();
+    assert!(error.to_string().contains("in use by another process"), "{error}");
+    drop(other);
+    synth(&dir.path().join("again"), &spec).unwrap();
+    std::fs::remove_dir_all(dir.path().join("again")).unwrap();
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 2, "{left:?}");
 }

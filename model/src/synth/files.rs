@@ -1,10 +1,12 @@
-//! The directory: written aside under another name, synced, renamed. Tensors are packed into safetensors files in
-//! order, a new file where the next tensor would pass the limit.
+//! The directory: written aside under another name, locked, synced, renamed; what a killed attempt left is cleared away.
+//! Tensors are packed into safetensors files in order, a new file where the next tensor would pass the limit.
 
 use super::tensors::{Tensor, tensors};
 use super::weights::Values;
 use super::{SynthError, SynthReport, SynthSpec, config, tokenizer};
+use crate::disk::{FileDisk, LOCK_NAME};
 use crate::kernels::DType;
+use lite_llm_core::disk::Disk;
 use serde_json::{Map, Value, json};
 use std::fs::{self, File};
 use std::io::{BufWriter, ErrorKind, Write};
@@ -16,6 +18,8 @@ pub(super) struct Aside {
     aside: PathBuf,
     bytes: u64,
     finished: bool,
+    /// Held until the directory has its name, so that no other attempt takes it for a killed one.
+    _lock: FileDisk,
 }
 
 impl Drop for Aside {
@@ -37,14 +41,18 @@ impl Aside {
         let name = dir.file_name().filter(|_| !occupied).ok_or_else(occupied_error)?;
         let mut aside = std::ffi::OsString::from(".");
         aside.push(name);
-        aside.push(format!(".partial-{}", std::process::id()));
+        aside.push(".partial");
         let aside = dir.with_file_name(aside);
-        // Not there before: what is removed on failure is what was made here.
-        fs::create_dir(&aside).map_err(|error| match error.kind() {
-            ErrorKind::AlreadyExists => SynthError::Occupied { dir: aside.clone() },
-            _ => failed(&aside, bytes, error),
-        })?;
-        Ok(Self { dir: dir.into(), aside, bytes, finished: false })
+        match fs::create_dir(&aside) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                return Err(failed(&aside, bytes, error));
+            }
+            _ => {}
+        }
+        let mut lock = FileDisk::open(&aside)?;
+        let former = lock.list().and_then(|names| names.iter().try_for_each(|name| lock.remove(name)));
+        former.map_err(|error| SynthError::Former { dir: aside.clone(), error })?;
+        Ok(Self { dir: dir.into(), aside, bytes, finished: false, _lock: lock })
     }
 
     pub(super) fn write(mut self, spec: &SynthSpec) -> Result<SynthReport, SynthError> {
@@ -122,6 +130,8 @@ impl Aside {
 
     fn finish(&mut self) -> Result<(), SynthError> {
         let sync = |path: &Path| File::open(path)?.sync_all();
+        let lock = self.aside.join(LOCK_NAME);
+        fs::remove_file(&lock).map_err(|error| self.error(&lock, error))?;
         sync(&self.aside).map_err(|error| self.error(&self.aside, error))?;
         fs::rename(&self.aside, &self.dir).map_err(|error| match error.kind() {
             ErrorKind::DirectoryNotEmpty | ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {

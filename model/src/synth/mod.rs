@@ -256,6 +256,17 @@ pub enum SynthError {
         /// The directory.
         dir: PathBuf,
     },
+    /// Another process is writing the same checkpoint, or the directory aside cannot be used.
+    #[error(transparent)]
+    Open(#[from] crate::disk::OpenError),
+    /// What a killed attempt left cannot be removed.
+    #[error("{}: {error}; it is what a killed attempt left: remove it", dir.display())]
+    Former {
+        /// The directory aside.
+        dir: PathBuf,
+        /// Why.
+        error: lite_llm_core::disk::DiskError,
+    },
     /// The file system is full.
     #[error(
         "no space left for {}: the checkpoint takes {bytes} bytes; free some, take fewer layers or experts, or bf16",
