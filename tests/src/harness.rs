@@ -15,6 +15,18 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// The golden checkpoints: each is a directory with the outputs of transformers beside it.
+pub const GOLDEN: [&str; 8] = [
+    "llama",
+    "mixtral",
+    "mixtral_bf16",
+    "mixtral_sharded",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_moe_bf16",
+];
+
 /// The directory of a golden checkpoint.
 pub fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
@@ -95,6 +107,19 @@ impl ExpertSource for Experts {
         self.wave += 1;
         self.wave_len = u32::try_from(self.wanted.len().min(3)).unwrap();
         Ok(())
+    }
+}
+
+/// A step of one row from position 0 that samples greedily, under the first tier.
+pub fn first_step(tokens: Vec<u32>, resident: Option<Vec<(ExpertKey, Slot)>>) -> Forward {
+    let sample = Some(SampleSpec { sampling: Sampling::default(), draw: 0, history: vec![] });
+    Forward {
+        step: StepId(0),
+        attempt: 0,
+        generation: Generation(0),
+        tiers: vec![0],
+        rows: vec![Row { request: 0, start: 0, tokens, pages: vec![0], sample }],
+        resident,
     }
 }
 

@@ -1,20 +1,10 @@
 //! The published fixtures through the command, as it is without options: the oracles of transformers come out.
 
 use lite_llm_tests::command::Place;
-use lite_llm_tests::harness::folder;
+use lite_llm_tests::harness::{GOLDEN, folder};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-const FAMILIES: [&str; 8] = [
-    "llama",
-    "mixtral",
-    "mixtral_bf16",
-    "mixtral_sharded",
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "qwen3_moe_bf16",
-];
 /// The fixtures' own.
 const TOLERANCE: f32 = 2e-4;
 
@@ -75,7 +65,7 @@ fn compare_routes(place: &Place, family: &str, router: &Value, positions: usize)
 #[test]
 fn every_published_fixture_gives_its_oracle() {
     let place = Place::new();
-    for family in FAMILIES {
+    for family in GOLDEN {
         let text = std::fs::read(folder(family).join("oracle.json")).unwrap();
         let oracle: Value = serde_json::from_slice(&text).unwrap();
         for p in 0..oracle["prompts"].as_array().unwrap().len() {

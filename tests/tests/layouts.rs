@@ -1,11 +1,9 @@
 //! Layouts and values that no golden checkpoint has: fused experts, 16-bit floats, numbers that are not finite.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use lite_llm_core::ids::{Generation, StepId};
-use lite_llm_core::output::{Forward, Row};
 use lite_llm_model::kernels::convert::{f16_bits, f16_value};
 use lite_llm_model::{Checkpoint, KvCache, StepError};
-use lite_llm_tests::harness::{Experts, PLAIN, folder, open, run};
+use lite_llm_tests::harness::{Experts, PLAIN, first_step, folder, open, run};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
 use std::collections::BTreeMap;
@@ -94,20 +92,7 @@ fn failure(poisoned: &str) -> StepError {
     let model = open(dir.path(), PLAIN);
     let mut experts = Experts::load(&model);
     let mut cache = KvCache::new(&model, 1).unwrap();
-    let sample = lite_llm_core::output::SampleSpec {
-        sampling: lite_llm_core::input::Sampling::default(),
-        draw: 0,
-        history: vec![],
-    };
-    let row = Row { request: 0, start: 0, tokens: PROMPT.to_vec(), pages: vec![0], sample: Some(sample) };
-    let step = Forward {
-        step: StepId(0),
-        attempt: 0,
-        generation: Generation(0),
-        tiers: vec![0],
-        rows: vec![row],
-        resident: None,
-    };
+    let step = first_step(PROMPT.to_vec(), None);
     model.forward(&step, &mut cache, &mut experts, None).unwrap_err()
 }
 

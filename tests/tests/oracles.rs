@@ -5,21 +5,10 @@
 use lite_llm_model::Checkpoint;
 use lite_llm_model::kernels::Isa;
 use lite_llm_model::tokenizer::{Message, Tokenizer};
-use lite_llm_tests::harness::{How, PLAIN, Seen, folder, open, run};
+use lite_llm_tests::harness::{GOLDEN, How, PLAIN, Seen, folder, open, run};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::path::Path;
-
-const FOLDERS: [&str; 8] = [
-    "llama",
-    "mixtral",
-    "mixtral_bf16",
-    "mixtral_sharded",
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "qwen3_moe_bf16",
-];
 
 fn json(dir: &Path, file: &str) -> Value {
     serde_json::from_slice(&std::fs::read(dir.join(file)).unwrap()).unwrap()
@@ -78,14 +67,14 @@ fn check_folder(name: &str, dir: &Path) {
 
 #[test]
 fn every_family_gives_what_transformers_gives() {
-    for name in FOLDERS {
+    for name in GOLDEN {
         check_folder(name, &folder(name));
     }
 }
 
 #[test]
 fn the_spelling_of_the_hub_is_read_too() {
-    for name in FOLDERS {
+    for name in GOLDEN {
         let dir = tempfile::tempdir().unwrap();
         for entry in std::fs::read_dir(folder(name)).unwrap() {
             let path = entry.unwrap().path();
@@ -99,7 +88,7 @@ fn the_spelling_of_the_hub_is_read_too() {
 #[test]
 fn bits_do_not_depend_on_how_they_are_computed() {
     let isas = if Isa::Avx2.available() { vec![Isa::Scalar, Isa::Avx2] } else { vec![Isa::Scalar] };
-    for name in FOLDERS {
+    for name in GOLDEN {
         let dir = folder(name);
         let prompt = numbers(&json(&dir, "oracle.json")["prompts"][2]);
         let reference = run(&open(&dir, PLAIN), &[0], &prompt, 8, PLAIN);

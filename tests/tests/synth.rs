@@ -1,14 +1,13 @@
 //! Synthetic checkpoints: named as on the hub, the same bytes for the same seed, and computable.
 
 use lite_llm_core::config::Placement;
-use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
-use lite_llm_core::input::Sampling;
-use lite_llm_core::output::{Forward, Row, SampleSpec};
+use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_model::checkpoint::Tier;
 use lite_llm_model::kernels::{DType, Isa};
 use lite_llm_model::synth::{SynthError, SynthFamily, SynthSpec, synth};
 use lite_llm_model::tokenizer::{Message, Tokenizer};
 use lite_llm_model::{Capture, Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped};
+use lite_llm_tests::harness::first_step;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -333,21 +332,7 @@ fn logits_are_finite_and_spread_and_experts_are_all_used() {
             slots.0.push(slot);
         }
         let mut cache = KvCache::new(&model, 1).unwrap();
-        let row = Row {
-            request: 0,
-            start: 0,
-            tokens: (3..63).map(|n| n * 4).collect(),
-            pages: vec![0],
-            sample: Some(SampleSpec { sampling: Sampling::default(), draw: 0, history: vec![] }),
-        };
-        let step = Forward {
-            step: StepId(0),
-            attempt: 0,
-            generation: Generation(0),
-            tiers: vec![0],
-            rows: vec![row],
-            resident: Some(table),
-        };
+        let step = first_step((3..63).map(|n| n * 4).collect(), Some(table));
         let mut seen = Seen::default();
         model.forward(&step, &mut cache, &mut slots, Some(&mut seen)).unwrap();
         let all: Vec<f64> = seen.logits.iter().flatten().map(|&l| f64::from(l)).collect();
