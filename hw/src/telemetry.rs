@@ -3,11 +3,13 @@
 //! Events are a pure function of the journal: one line each, keyed by the number of the input, written only once that
 //! input is durable. A restart regenerates from the fold what the former life had not yet written, so the file is what a
 //! replay writes, byte for byte, unless lines had to be dropped; those are counted. Measured times are kept apart.
+//!
+//! A file that has grown to its bound is renamed to `NAME.old`, in the place of the one before, and begun anew.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lite_llm_core::event::Event;
@@ -22,6 +24,8 @@ pub const TIMINGS_NAME: &str = "timings.jsonl";
 const BUFFER_BYTES_MAX: usize = 1 << 20;
 /// Bytes after which a buffer is written without being asked.
 const BUFFER_BYTES: usize = 1 << 16;
+/// Bytes that a file may grow to; with the old one, twice as many are kept.
+const FILE_BYTES_MAX: u64 = 64 << 20;
 /// Bytes at the end of a file in which its last line is looked for.
 const TAIL_BYTES: u64 = 1 << 20;
 
@@ -45,6 +49,10 @@ pub enum Timing {
     Phase(lite_llm_core::event::Phase),
     /// A batch step with this many rows.
     Step(u64, usize),
+    /// Reading an expert into a slot: the number of the load.
+    Load(u64),
+    /// Making modified experts durable: the record that asked for it.
+    Persist(u64),
     /// Writing a commit group of the journal.
     Flush,
 }
@@ -133,7 +141,9 @@ impl Telemetry {
 /// A file of lines with a bounded buffer. A write that failed half-way is written over by the next.
 #[derive(Debug)]
 struct Log {
+    path: PathBuf,
     file: File,
+    bytes_max: u64,
     bytes: u64,
     buffer: Vec<u8>,
     lines: u64,
@@ -143,17 +153,23 @@ struct Log {
 impl Log {
     /// Opens a file for more lines, and returns the whole lines at its end.
     fn open(path: &Path) -> io::Result<(Self, Vec<u8>)> {
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
-        let length = file.metadata()?.len();
-        let start = length.saturating_sub(TAIL_BYTES);
-        let mut tail = vec![0; usize::try_from(length - start).expect("a bounded tail")];
-        file.read_exact_at(&mut tail, start)?;
-        let whole = tail.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-        tail.truncate(whole);
-        let bytes = start + whole as u64;
-        file.set_len(bytes)?;
-        Ok((Self { file, bytes, buffer: Vec::new(), lines: 0, dropped: 0 }, tail))
+        let (file, bytes, mut tail) = open(path)?;
+        let old = old(path);
+        if bytes < TAIL_BYTES && old.exists() {
+            // The file was begun anew a little while ago: the lines before are in the old one.
+            tail.splice(..0, tail_of(&File::open(&old)?)?.1);
+        }
+        let path = path.to_owned();
+        let log =
+            Self { path, file, bytes_max: FILE_BYTES_MAX, bytes, buffer: Vec::new(), lines: 0, dropped: 0 };
+        Ok((log, tail))
+    }
+
+    /// Puts the full file aside, and begins another.
+    fn begin_anew(&mut self) -> io::Result<()> {
+        std::fs::rename(&self.path, old(&self.path))?;
+        (self.file, self.bytes, _) = open(&self.path)?;
+        Ok(())
     }
 
     fn line(&mut self, text: &str) {
@@ -169,6 +185,10 @@ impl Log {
     }
 
     fn flush(&mut self) {
+        let full = self.bytes > 0 && self.bytes + self.buffer.len() as u64 > self.bytes_max;
+        if full && self.begin_anew().is_err() {
+            return;
+        }
         if !self.buffer.is_empty() && self.file.write_all_at(&self.buffer, self.bytes).is_ok() {
             self.bytes += self.buffer.len() as u64;
             self.buffer.clear();
@@ -184,6 +204,32 @@ impl Log {
         }
         self.file.sync_data()
     }
+}
+
+fn old(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".old");
+    name.into()
+}
+
+/// Opens or makes a file, cuts off what is no whole line, and returns its length and last lines.
+fn open(path: &Path) -> io::Result<(File, u64, Vec<u8>)> {
+    let file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    let (bytes, tail) = tail_of(&file)?;
+    file.set_len(bytes)?;
+    Ok((file, bytes, tail))
+}
+
+/// How long a file is without what is no whole line, and its last whole lines.
+fn tail_of(file: &File) -> io::Result<(u64, Vec<u8>)> {
+    let length = file.metadata()?.len();
+    let start = length.saturating_sub(TAIL_BYTES);
+    let mut tail = vec![0; usize::try_from(length - start).expect("a bounded tail")];
+    file.read_exact_at(&mut tail, start)?;
+    let whole = tail.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+    tail.truncate(whole);
+    Ok((start + whole as u64, tail))
 }
 
 /// The last input that lines speak of, and how many of the lines.
@@ -229,6 +275,37 @@ mod tests {
             telemetry.sync().unwrap();
             let written = std::fs::read_to_string(dir.path().join(EVENTS_NAME)).unwrap();
             assert_eq!(written, whole, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_full_file_gives_way_to_another() {
+        let whole: String = events().iter().map(|(seq, event)| line(*seq, event)).collect();
+        // One record's lines never fill two files; here it has three.
+        for bound in 3 * line(Seq(2), &events()[1].1).len()..=whole.len() + 1 {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join(EVENTS_NAME);
+            for kept in 0..events().len() {
+                // A life that ends after some lines, with the file as it then is; the next one writes what is missing.
+                let mut telemetry = Telemetry::open(dir.path(), 1).unwrap();
+                telemetry.events.bytes_max = bound as u64;
+                for (seq, event) in &events()[..=kept] {
+                    telemetry.regenerate(*seq, event);
+                    telemetry.flush();
+                }
+                let written = std::fs::read_to_string(&path).unwrap();
+                assert!(whole.contains(&written), "bound {bound}, {kept}: {written}");
+                assert!(
+                    written.len() <= bound || written.lines().count() == 1,
+                    "bound {bound}, {kept}: {written}"
+                );
+            }
+            let before = std::fs::read_to_string(old(&path)).unwrap_or_default();
+            let both = before + &std::fs::read_to_string(&path).unwrap();
+            assert!(whole.ends_with(&both), "bound {bound}: {both}");
+            std::fs::write(&path, "").unwrap();
+            let last = Telemetry::open(dir.path(), 3).unwrap().written;
+            assert!(last.0 > 0 || !old(&path).exists(), "bound {bound}: the old file is looked at");
         }
     }
 

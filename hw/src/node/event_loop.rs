@@ -38,6 +38,8 @@ pub(super) enum Message {
     Command(Command),
     /// A completion, from compute or a loader.
     Input(Input),
+    /// The same, with what it took.
+    Measured { input: Input, what: Timing, duration: Duration },
     /// The journal is further than before.
     Wake,
     /// A thread found a bug.
@@ -217,6 +219,10 @@ impl EventLoop {
                 Some(Message::Command(Command::Abandon)) => return End::Abandoned,
                 Some(Message::Command(command)) => self.command(parts, command),
                 Some(Message::Input(input)) => self.completion(parts, input),
+                Some(Message::Measured { input, what, duration }) => {
+                    self.telemetry.timing(what, duration);
+                    self.completion(parts, input)
+                }
                 Some(Message::Panicked { thread, message }) => {
                     Err(NodeError::Panic { seq: Seq(self.engine.next_seq().0 - 1), thread, message })
                 }

@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{ExpertKey, LoadId, Seq};
@@ -15,6 +16,7 @@ use super::error::panic_message;
 use super::event_loop::Message;
 use crate::arena::SlotWriter;
 use crate::blobs::Blobs;
+use crate::telemetry::Timing;
 
 /// Something to do with the bytes of experts.
 #[derive(Debug)]
@@ -72,9 +74,10 @@ fn run(loader: &ExpertLoader, blobs: &Blobs, jobs: &Mutex<Receiver<Job>>, messag
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(job) = job else { return };
+        let began = Instant::now();
         // The slot is given back within: the engine may give it to somebody else as soon as it hears.
         let message = match catch_unwind(AssertUnwindSafe(|| work(loader, blobs, job))) {
-            Ok(input) => Message::Input(input),
+            Ok((input, what)) => Message::Measured { input, what, duration: began.elapsed() },
             Err(panic) => Message::Panicked { thread: "loader", message: panic_message(&*panic) },
         };
         if messages.send(message).is_err() {
@@ -83,18 +86,18 @@ fn run(loader: &ExpertLoader, blobs: &Blobs, jobs: &Mutex<Receiver<Job>>, messag
     }
 }
 
-fn work(loader: &ExpertLoader, blobs: &Blobs, job: Job) -> Input {
+fn work(loader: &ExpertLoader, blobs: &Blobs, job: Job) -> (Input, Timing) {
     match job {
         Job::Load { load, expert, blob, mut slot } => {
             let result = match blob {
                 Some(blob) => blobs.read(blob, &mut slot),
                 None => loader.load(expert, &mut slot).map_err(|error| fault_of(expert, &error)),
             };
-            Input::Loaded { load, fault: result.err() }
+            (Input::Loaded { load, fault: result.err() }, Timing::Load(load.0))
         }
         Job::Persist { asked, experts } => {
             let result = experts.iter().try_for_each(|(blob, bytes)| blobs.write(*blob, bytes));
-            Input::Persisted { asked, fault: result.err() }
+            (Input::Persisted { asked, fault: result.err() }, Timing::Persist(asked.0))
         }
     }
 }
