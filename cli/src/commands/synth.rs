@@ -123,15 +123,17 @@ impl SynthArgs {
     /// Writes the Hugging Face form aside, then imports it.
     fn native(&self, tiers: &str) -> anyhow::Result<SynthReport> {
         let tiers = parse_tiers(tiers).map_err(|error| usage(format!("--tiers: {error}")))?;
-        let parent = match self.dir.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
+        let Some(name) = self.dir.file_name() else {
+            return Err(usage(format!("{} is no name of a directory to make", self.dir.display())));
         };
-        let aside = tempfile::Builder::new().prefix(".synth-").tempdir_in(parent);
-        let aside = aside.with_context(|| format!("cannot write in {}", parent.display()))?;
-        let report = write(&aside.path().join("model"), &self.spec()?)?;
+        // Under this name what a killed attempt left is found, and cleared away.
+        let source = self.dir.with_file_name(format!(".{}.source", name.to_string_lossy()));
+        clear(&source)?;
+        let report = write(&source, &self.spec()?)?;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let imported = import(&aside.path().join("model"), &self.dir, Some(tiers), threads, |_, _| {})?;
+        let imported = import(&source, &self.dir, Some(tiers), threads, |_, _| {});
+        clear(&source)?;
+        let imported = imported?;
         Ok(SynthReport {
             dir: self.dir.clone(),
             bytes: imported.bytes,
@@ -183,6 +185,15 @@ impl SynthArgs {
         spec.seed = self.seed;
         spec.shard_bytes = self.shard_size.map_or(spec.shard_bytes, |size| size.0);
         Ok(spec)
+    }
+}
+
+fn clear(dir: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", dir.display()))
+        }
+        _ => Ok(()),
     }
 }
 
