@@ -1,5 +1,6 @@
 //! Exit codes, and which error has which.
 
+use crate::divergence::Divergence;
 use lite_llm_core::engine::RestoreError;
 use lite_llm_core::input::Fault;
 use lite_llm_core::journal::JournalError;
@@ -109,7 +110,7 @@ fn code(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(checkpoint) = cause.downcast_ref::<CheckpointError>() {
         return Some(of_checkpoint(checkpoint));
     }
-    let verification = cause.is::<ReplayError>() || cause.is::<RestoreError>();
+    let verification = cause.is::<Divergence>() || cause.is::<ReplayError>() || cause.is::<RestoreError>();
     verification.then_some(Exit::Corrupt)
 }
 

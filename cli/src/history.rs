@@ -1,13 +1,15 @@
 //! A journal read back without being touched: restored, folded record by record, and proved by its digests.
 
+use crate::divergence::{Divergence, difference};
 use crate::exit::corrupt;
 use anyhow::{Context, bail};
 use lite_llm_core::LOGIC_VERSION;
+use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::input::Input;
 use lite_llm_core::journal::{JournalError, Record, Scanned, scan};
 use lite_llm_core::output::Output;
-use lite_llm_core::replay::{ReplayError, decode_input, fold};
+use lite_llm_core::replay::{decode_input, fold};
 use lite_llm_hw::disk::FileDisk;
 use std::path::Path;
 
@@ -16,6 +18,8 @@ use std::path::Path;
 pub(crate) struct History {
     /// What the files say.
     pub(crate) scanned: Scanned,
+    /// The state before the first record.
+    start: Engine,
     /// The state so far: of the snapshot, or nothing; then of every record that was walked.
     pub(crate) engine: Engine,
 }
@@ -62,7 +66,7 @@ impl History {
             }
             None => Engine::new(),
         };
-        Ok(Self { scanned, engine })
+        Ok(Self { scanned, start: engine.clone(), engine })
     }
 
     /// Folds the records up to `until` and shows each with what followed from it.
@@ -81,18 +85,14 @@ impl History {
             if until.is_some_and(|until| record.seq > until) {
                 break;
             }
-            let engine = &mut self.engine;
-            let source = |error: ReplayError| match before {
-                Some(before) => diverged(error, before, &outputs),
-                None => error.into(),
-            };
             // Checked here first, so that the outputs that led to a divergence can still be shown.
-            if record.digest != engine.digest().0 {
-                let (seq, expected) = (engine.next_seq(), lite_llm_core::digest::Digest(record.digest));
-                return Err(source(ReplayError::Diverged { seq, expected, found: engine.digest() }));
+            if record.digest != self.engine.digest().0
+                && let Some(before) = before
+            {
+                return Err(self.diverged(before, record, &outputs)?.into());
             }
             outputs.clear();
-            fold(engine, [record], |_, output| outputs.push(output.clone()))?;
+            fold(&mut self.engine, [record], |_, output| outputs.push(output.clone()))?;
             let input = decode_input(&record.payload).context("a record that was folded")?;
             each(&Moment { record, input: &input, outputs: &outputs, engine: &self.engine })?;
             before = Some(record);
@@ -100,21 +100,30 @@ impl History {
         }
         Ok(walked)
     }
-}
 
-/// Adds the record whose handling differs: the one before the digest that does not match.
-fn diverged(error: ReplayError, before: &Record, outputs: &[Output]) -> anyhow::Error {
-    let input = match decode_input(&before.payload) {
-        Ok(input) => describe(&input),
-        Err(error) => error.to_string(),
-    };
-    let outputs: Vec<String> = outputs.iter().map(|output| format!("  {output:?}")).collect();
-    anyhow::Error::new(error).context(format!(
-        "record {} ({input}) is handled differently here than by the process that wrote the journal; here it brings \
-         about\n{}",
-        before.seq,
-        outputs.join("\n")
-    ))
+    /// The state before a record, folded anew.
+    pub(crate) fn before(&self, seq: u64) -> anyhow::Result<Engine> {
+        let mut engine = self.start.clone();
+        fold(&mut engine, self.scanned.records.iter().take_while(|record| record.seq < seq), |_, _| {})?;
+        Ok(engine)
+    }
+
+    /// What is known of the handling of a record that led to another digest than the `next` record has.
+    fn diverged(&self, record: &Record, next: &Record, outputs: &[Output]) -> anyhow::Result<Divergence> {
+        let input = decode_input(&record.payload).context("a record that was folded")?;
+        Ok(Divergence {
+            record: record.seq,
+            what: format!(
+                "{} is handled differently here than by the process that wrote the journal",
+                describe(&input)
+            ),
+            expected: format!("digest {} before record {}", Digest(next.digest), next.seq),
+            found: format!("digest {} before record {}", self.engine.digest(), next.seq),
+            outputs: outputs.iter().map(|output| format!("{output:?}")).collect(),
+            between: "from before the record (-) to after it (+), as it is handled here",
+            difference: difference(&self.before(record.seq)?, &self.engine),
+        })
+    }
 }
 
 /// An input in one line, for people.

@@ -5,6 +5,7 @@
 mod beats;
 mod commands;
 mod control;
+mod divergence;
 mod exit;
 mod generations;
 mod history;

@@ -1,7 +1,8 @@
 //! Full replay: every step that the journal says was computed is computed again, and its digests compared.
 
+use crate::divergence::{Divergence, difference};
 use crate::exit::corrupt;
-use crate::history::Moment;
+use crate::history::{History, Moment};
 use anyhow::{Context, bail};
 use lite_llm_core::config::Limits;
 use lite_llm_core::digest::Digest;
@@ -10,6 +11,8 @@ use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
 use lite_llm_core::input::{Input, RowResult};
 use lite_llm_core::output::{Forward, Output, Row};
 use lite_llm_core::plan::ModelPlan;
+use lite_llm_core::replay::decode_input;
+use lite_llm_core::time::Time;
 use lite_llm_core::view::RequestView;
 use lite_llm_hw::blobs::Blobs;
 use lite_llm_model::kernels::{DType, Isa};
@@ -144,22 +147,18 @@ impl Recompute {
     fn compare(&mut self, seq: u64, forward: &Forward, expected: &[RowResult]) -> anyhow::Result<()> {
         let found = self.compute(forward)?;
         self.steps += 1;
-        for ((row, expected), found) in forward.rows.iter().zip(expected).zip(&found) {
+        for ((row, expected), of_row) in forward.rows.iter().zip(expected).zip(&found) {
             self.rows += 1;
-            if expected.digest != found.digest || expected.token != found.token {
-                let say = |token: Option<u32>| token.map_or_else(|| "none".into(), |token| token.to_string());
-                return Err(corrupt(format!(
-                    "record {seq}, step {}: request {}, positions {}..{}: the journal has token {} and digest {}, \
-                     recomputed are {} and {}",
+            if expected.digest != of_row.digest || expected.token != of_row.token {
+                let what = format!(
+                    "step {} computes other bits here for request {}, positions {}..{}",
                     forward.step,
                     row.request,
                     row.start,
-                    row.start as usize + row.tokens.len(),
-                    say(expected.token),
-                    expected.digest,
-                    say(found.token),
-                    found.digest
-                )));
+                    row.start as usize + row.tokens.len()
+                );
+                let (expected, of_row) = (say(expected), say(of_row));
+                return Err(OtherBits { record: seq, what, expected, found: of_row, rows: found }.into());
             }
         }
         Ok(())
@@ -221,6 +220,52 @@ impl Recompute {
             ))),
         }
     }
+}
+
+/// A step that computed other bits when the journal was written.
+#[derive(Debug)]
+pub(crate) struct OtherBits {
+    record: u64,
+    what: String,
+    expected: String,
+    found: String,
+    /// What is computed here.
+    rows: Vec<RowResult>,
+}
+
+impl OtherBits {
+    /// With what the other bits would have made of the state.
+    pub(crate) fn in_the_state(self, history: &History) -> anyhow::Result<Divergence> {
+        let Self { record, what, expected, found, rows } = self;
+        let engine = history.before(record)?;
+        let of_journal = history.scanned.records.iter().find(|of_journal| of_journal.seq == record);
+        let of_journal = of_journal.context("a record that was compared")?;
+        let after = |rows: Option<Vec<RowResult>>| {
+            let mut engine = engine.clone();
+            let mut input = decode_input(&of_journal.payload)?;
+            if let (Some(rows), Input::Finished { rows: of_input, .. }) = (rows, &mut input) {
+                *of_input = rows;
+            }
+            engine.handle(Time(of_journal.time_ns), input);
+            anyhow::Ok(engine)
+        };
+        let difference = difference(&after(None)?, &after(Some(rows))?);
+        let between = "after the journal's results (-) and after those found here (+)";
+        Ok(Divergence { record, what, expected, found, outputs: Vec::new(), between, difference })
+    }
+}
+
+impl std::fmt::Display for OtherBits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "record {}: {}", self.record, self.what)
+    }
+}
+
+impl std::error::Error for OtherBits {}
+
+fn say(row: &RowResult) -> String {
+    let token = row.token.map_or_else(|| "none".into(), |token| token.to_string());
+    format!("token {token}, digest {}", row.digest)
 }
 
 fn step(generation: Generation, tiers: Vec<u32>, row: Row) -> Forward {

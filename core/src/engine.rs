@@ -15,6 +15,7 @@ use crate::time::Time;
 use crate::view::View;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
+use core::fmt;
 use serde::{Deserialize, Serialize};
 
 /// Records between two digests of the whole state.
@@ -112,6 +113,12 @@ impl Engine {
     #[must_use]
     pub fn state_digest(&self) -> Digest {
         Digest::of_value(&self.core.state)
+    }
+
+    /// The whole state in words, for comparing two engines field by field.
+    #[must_use]
+    pub fn state(&self) -> impl fmt::Debug + '_ {
+        &self.core.state
     }
 
     /// The number that the next input will have.

@@ -64,6 +64,14 @@ fn a_journal_of_another_fold_diverges_where_it_differs() {
     let found = place.run(["replay", "other"]);
     found.refuses(3, &["record 19", "before record 20", &wrong]);
     assert!(!found.stderr.contains("a bug of lite-llm"), "{}", found.stderr);
+    // Nothing is known of the other state but its digest: what the record changes here is shown, field by field.
+    assert!(found.stderr.contains("state difference"), "{}", found.stderr);
+    let json: serde_json::Value =
+        serde_json::from_str(&place.run(["replay", "other", "--json"]).stdout).unwrap();
+    assert_eq!((&json["verified"], &json["record"]), (&false.into(), &19.into()));
+    let difference: Vec<&str> =
+        json["difference"].as_array().unwrap().iter().map(|line| line.as_str().unwrap()).collect();
+    assert!(!difference.is_empty() && difference.iter().all(|line| line.starts_with(['-', '+'])));
     assert_eq!(place.run(["replay", "other", "--until", "19"]).code, Some(0));
     place.run(["inspect", "other"]).refuses(3, &["record 20"]);
     place.run(RUN.iter().chain(&["--state", "other"])).refuses(3, &["record 20"]);
@@ -82,7 +90,20 @@ fn bits_that_were_never_computed_are_found_by_a_full_replay() {
     // The fold cannot know what the device should have computed.
     assert_eq!(place.run(["replay", "forged"]).code, Some(0));
     let record = format!("record {}", at + 1);
-    place.run(["replay", "forged", "--full", "m"]).refuses(3, &[&record, "recomputed"]);
+    let same = "state difference, after the journal's results (-) and after those found here (+): none";
+    place.run(["replay", "forged", "--full", "m"]).refuses(3, &[&record, "other bits", same]);
+
+    // Another token is another state.
+    let token = |(_, input): &mut (u64, Input)| match input {
+        Input::Finished { rows, .. } => rows.last_mut().and_then(|row| row.token.as_mut()).map(|t| *t ^= 1),
+        _ => None,
+    };
+    let mut inputs = self::inputs(&scanned);
+    let at = inputs.iter_mut().position(|input| token(input).is_some()).unwrap();
+    forge(&scanned, &place.path("token"), &inputs, |_, digest| digest);
+    let record = format!("record {}", at + 1);
+    let parts = [&record, "requests > ", "\n  - ", "\n  + "];
+    place.run(["replay", "token", "--full", "m"]).refuses(3, &parts);
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! `lite-llm replay`: prove a journal, by its digests alone or by computing everything again.
 
+use crate::divergence::Divergence;
 use crate::exit::{Exit, usage};
 use crate::history::{History, Moment};
-use crate::recompute::Recompute;
+use crate::recompute::{OtherBits, Recompute};
 use clap::Args;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::output::Output;
@@ -55,8 +56,14 @@ impl ReplayArgs {
         if self.until == Some(0) {
             return Err(usage("--until is the number of a record; the first is 1"));
         }
-        let proof = prove(&self.state, self.full.as_deref(), self.until, usize::from(self.threads))?;
+        let proof = prove(&self.state, self.full.as_deref(), self.until, usize::from(self.threads));
         let mut out = std::io::stdout().lock();
+        if let (Err(error), true) = (&proof, self.json)
+            && let Some(divergence) = error.downcast_ref::<Divergence>()
+        {
+            writeln!(out, "{}", divergence.to_json())?;
+        }
+        let proof = proof?;
         if self.json {
             writeln!(out, "{}", proof.to_json())?;
         } else {
@@ -85,7 +92,7 @@ pub(crate) fn prove(
         recompute = Some(model);
     }
     let (mut outputs, mut tokens) = (0, 0);
-    history.walk(until, |moment: &Moment<'_>| {
+    let walked = history.walk(until, |moment: &Moment<'_>| {
         outputs += moment.outputs.len() as u64;
         let resent = matches!(moment.input, lite_llm_core::input::Input::Submit { .. });
         if !resent {
@@ -95,7 +102,13 @@ pub(crate) fn prove(
             recompute = Some(open(dir, state, moment.engine, threads)?);
         }
         recompute.as_mut().map_or(Ok(()), |model| model.follow(moment))
-    })?;
+    });
+    if let Err(error) = walked {
+        return Err(match error.downcast::<OtherBits>() {
+            Ok(bits) => bits.in_the_state(&history)?.into(),
+            Err(error) => error,
+        });
+    }
     let engine = &history.engine;
     Ok(Proof {
         records: (first, engine.next_seq().0 - 1),
