@@ -75,7 +75,7 @@ fn attend(criterion: &mut Criterion) {
     for (name, kv_heads, dtype) in
         [("f32", 16, DType::F32), ("bf16", 16, DType::Bf16), ("bf16 grouped by 4", 4, DType::Bf16)]
     {
-        let shape = KvShape { kv_heads, key_dim: 128, value_dim: 128, dtype };
+        let shape = KvShape { kv_heads, key_dim: 128, value_dim: 128, values_in_keys: false, dtype };
         let mut storage =
             vec![(vec![0; shape.key_page_bytes()], vec![0; shape.value_page_bytes()]); len / PAGE_POSITIONS];
         let vector = values(kv_heads * 128);

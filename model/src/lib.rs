@@ -13,6 +13,7 @@ pub mod kernels;
 pub mod model;
 pub mod synth;
 pub mod tokenizer;
+mod weights;
 
 pub use checkpoint::{Checkpoint, CheckpointError};
 pub use forward::{Capture, ExpertSource, KvCache, Provided, StepError, Stopped};

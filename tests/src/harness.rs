@@ -16,12 +16,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The golden checkpoints: each is a directory with the outputs of transformers beside it.
-pub const GOLDEN: [&str; 8] = [
+pub const GOLDEN: [&str; 14] = [
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoe",
     "llama",
     "mixtral",
     "mixtral_bf16",
     "mixtral_sharded",
     "olmoe",
+    "phimoe",
     "qwen2_moe",
     "qwen3_moe",
     "qwen3_moe_bf16",

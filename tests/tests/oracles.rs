@@ -23,6 +23,11 @@ fn floats(tensors: &SafeTensors<'_>, name: &str) -> Vec<f32> {
     data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
 }
 
+/// Largest differences of logits and of routers' weights. Values of gpt-oss are larger, and so is the error of its oracle.
+fn tolerance(name: &str) -> (f32, f64) {
+    if name == "gpt_oss" { (5e-4, 5e-5) } else { (2e-4, 3e-5) }
+}
+
 /// One prompt of a folder against its oracle.
 fn check(name: &str, seen: &Seen, p: usize, oracle: &Value, tensors: &SafeTensors<'_>) {
     let prompt = numbers(&oracle["prompts"][p]);
@@ -41,7 +46,8 @@ fn check(name: &str, seen: &Seen, p: usize, oracle: &Value, tensors: &SafeTensor
             worst = worst.max((f32::from_bits(*bits) - expected).abs());
         }
     }
-    assert!(worst < 2e-4, "{name}, prompt {p}: logits differ by {worst}");
+    let (of_logits, of_weights) = tolerance(name);
+    assert!(worst < of_logits, "{name}, prompt {p}: logits differ by {worst}");
     for (layer, routes) in oracle["router"][p].as_object().into_iter().flatten() {
         let layer: u32 = layer.parse().unwrap();
         for position in 0..prompt.len() {
@@ -49,7 +55,10 @@ fn check(name: &str, seen: &Seen, p: usize, oracle: &Value, tensors: &SafeTensor
             assert_eq!(*experts, numbers(&routes["ids"][position]), "{name}: experts of layer {layer}");
             for (bits, expected) in weights.iter().zip(routes["weights"][position].as_array().unwrap()) {
                 let difference = f64::from(f32::from_bits(*bits)) - expected.as_f64().unwrap();
-                assert!(difference.abs() < 3e-5, "{name}: weights of layer {layer} differ by {difference}");
+                assert!(
+                    difference.abs() < of_weights,
+                    "{name}: weights of layer {layer} differ by {difference}"
+                );
             }
         }
     }

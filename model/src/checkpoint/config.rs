@@ -129,6 +129,13 @@ impl<'a> Config<'a> {
         list.ok_or_else(|| self.invalid(key, "it is no list of whole numbers"))
     }
 
+    /// A list of numbers.
+    pub fn numbers(&self, key: &str) -> Result<Vec<f64>, CheckpointError> {
+        let value = self.value(key).ok_or_else(|| self.missing(key))?;
+        let list = value.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
+        list.ok_or_else(|| self.invalid(key, "it is no list of numbers"))
+    }
+
     /// One token id or a list of them; empty if there is none.
     pub fn tokens(&self, key: &str) -> Result<Vec<u32>, CheckpointError> {
         match self.value(key) {
@@ -152,11 +159,5 @@ impl<'a> Config<'a> {
         let object = |v: &Value| v.as_object().map(|map| Self { path: self.path, map: map.clone() });
         let list = value.as_array().and_then(|list| list.iter().map(object).collect());
         list.ok_or_else(|| self.invalid(key, "it is no list of objects"))
-    }
-
-    /// The name of the quantisation method, if there is one.
-    pub fn quantisation(&self) -> Option<String> {
-        let part = self.value("quantization_config")?;
-        Some(part.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed").into())
     }
 }

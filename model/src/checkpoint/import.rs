@@ -7,10 +7,11 @@
 use super::native::{
     ALIGN, BaseShard, BaseTensor, Blob, ExpertShard, FORMAT, MANIFEST, Manifest, dtype_name,
 };
-use super::{Checkpoint, CheckpointError, Item, Tier};
+use super::{Checkpoint, CheckpointError, Item, Tier, expert_parts};
 use crate::disk::{FileDisk, LOCK_NAME};
 use crate::kernels::CONTRACT_VERSION;
-use crate::model::{ModelError, expert_layout, pack_expert};
+use crate::model::ModelError;
+use crate::weights::{expert_layout, pack_expert};
 use lite_llm_core::config::Placement;
 use lite_llm_core::disk::{Disk, DiskError, DiskErrorKind};
 use serde::{Deserialize, Serialize};
@@ -269,7 +270,8 @@ impl<'a, D: Disk> Import<'a, D> {
         let mut aside = self.aside(&shard.file)?;
         for tensor in &shard.tensors {
             let item = &job.hashed[&tensor.canonical].0;
-            aside.padded(job.checkpoint.bytes(item.tensor.as_ref().expect("a source is mapped")))?;
+            let tensor = item.tensor.as_ref().expect("a source is mapped");
+            aside.padded(&job.checkpoint.row_major(tensor))?;
         }
         aside.finish()?;
         self.done(shard.bytes, Note::Base(shard.clone()))?;
@@ -281,7 +283,7 @@ impl<'a, D: Disk> Import<'a, D> {
         let mut tensors = Vec::new();
         let mut offset = 0;
         for (canonical, (item, hash)) in &self.job.hashed {
-            let Some(name) = self.job.checkpoint.published_name(canonical) else { continue };
+            let Some(name) = item.published.clone() else { continue };
             tensors.push(BaseTensor {
                 name,
                 canonical: canonical.clone(),
@@ -312,7 +314,8 @@ impl<'a, D: Disk> Import<'a, D> {
         });
         let job = self.job;
         let layout = expert_layout(&job.checkpoint)?.expect("a mixture layer has experts");
-        let blob_bytes = layout.ends[2];
+        let blob_bytes = layout.bytes();
+        let parts = expert_parts(job.checkpoint.arch().moe.as_ref().expect("it has experts"), layout.hidden);
         if let Some(shard) = noted.filter(|shard| self.experts_hold(shard, blob_bytes as u64)) {
             self.kept += 1;
             self.bytes += shard.bytes;
@@ -324,7 +327,7 @@ impl<'a, D: Disk> Import<'a, D> {
             bytes: 0,
             layer,
             version: 0,
-            dtypes: layout.dtypes.map(|dtype| dtype_name(dtype).into()),
+            dtypes: layout.dtypes.iter().map(|&dtype| dtype_name(dtype).into()).collect(),
             blobs: Vec::new(),
         };
         let mut blob = vec![0; blob_bytes];
@@ -337,7 +340,7 @@ impl<'a, D: Disk> Import<'a, D> {
                 let name = format!("model.layers.{layer}.experts.{ordinal}.{part}");
                 blake3::Hash::from_bytes(job.hashed[&name].1).to_hex().to_string()
             };
-            let blake3 = ["gate", "up", "down"].map(hash);
+            let blake3 = parts.iter().map(|part| hash(part.name)).collect();
             shard.blobs.push(Blob { offset: shard.bytes, crc32: crc32fast::hash(&blob), blake3 });
             shard.bytes += (blob.len() as u64).next_multiple_of(ALIGN);
         }

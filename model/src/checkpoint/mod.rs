@@ -6,18 +6,23 @@
 //! Nothing that a file says is trusted: every size, offset and name is checked before anything is allocated for it.
 
 pub mod config;
+mod encoded;
 pub mod import;
+mod inventory;
 pub mod native;
 mod tensors;
 
-use crate::arch::{Arch, QkNorm};
+use crate::arch::Arch;
 use crate::families;
 use crate::kernels::{CONTRACT_VERSION, DType};
 use config::Config;
+pub use inventory::Gated;
+pub(crate) use inventory::{ExpertPart, Item, expert_parts, latent_projections, projections, qk_norm_sizes};
 use lite_llm_core::config::Placement;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::ExpertKey;
 use native::Native;
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 pub use tensors::{Tensor, TensorFiles};
 use thiserror::Error;
@@ -170,30 +175,6 @@ fn tiers_of(moe: &crate::arch::Moe) -> Vec<Tier> {
     tiered.tiers.iter().map(tier).collect()
 }
 
-/// A tensor that is used.
-#[derive(Clone, Debug)]
-pub(crate) struct Item {
-    pub(crate) name: String,
-    pub(crate) dtype: DType,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) bytes: u64,
-    /// Where its row-major bytes are, if they are in a mapped file.
-    tensor: Option<Tensor>,
-    /// BLAKE3 of its row-major bytes, if somebody has hashed them.
-    hash: Option<[u8; 32]>,
-}
-
-/// The three matrices of an expert (or of any gated block): gate, up, down.
-#[derive(Clone, Debug)]
-pub struct Gated {
-    /// `[intermediate, hidden]`.
-    pub gate: Tensor,
-    /// `[intermediate, hidden]`.
-    pub up: Tensor,
-    /// `[hidden, intermediate]`.
-    pub down: Tensor,
-}
-
 impl Checkpoint {
     /// Opens a Hugging Face directory or a native checkpoint, whichever it is.
     ///
@@ -212,8 +193,9 @@ impl Checkpoint {
             (TensorFiles::open(dir)?, None, arch.moe.as_ref().map_or_else(Vec::new, tiers_of))
         };
         let this = Self { dir: dir.into(), arch, files, native, tiers, eos };
-        // Every tensor is found, with its shape, before anything is loaded.
-        this.inventory()?;
+        // Every tensor is found, with its shape, before anything is loaded; and none is there that would be ignored.
+        let list = this.inventory()?;
+        this.refuse_unknown(&list)?;
         Ok(this)
     }
 
@@ -266,9 +248,14 @@ impl Checkpoint {
         &self.eos
     }
 
-    /// The bytes of a tensor, row-major, little-endian.
+    /// The bytes of a tensor that is in its file as it is used, row-major, little-endian.
     pub fn bytes(&self, tensor: &Tensor) -> &[u8] {
         self.files.bytes(tensor)
+    }
+
+    /// The bytes of any tensor, row-major, little-endian.
+    pub fn row_major(&self, tensor: &Tensor) -> Cow<'_, [u8]> {
+        self.files.row_major(tensor)
     }
 
     /// Gives back the memory that reading a tensor took. Its bytes can be read again.
@@ -279,7 +266,9 @@ impl Checkpoint {
     /// A tensor that must have this shape.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor, CheckpointError> {
         let Some(tensor) = self.files.find(name) else {
-            let what = format!("tensor {name} is missing, or of a type other than F32, BF16 and F16");
+            let what = format!(
+                "tensor {name} is missing, or of a type other than F32, BF16, F16 and block-scaled E4M3"
+            );
             return Err(CheckpointError::invalid(self.files.path(), &what));
         };
         if tensor.shape != shape {
@@ -287,213 +276,18 @@ impl Checkpoint {
                 format!("tensor {name} has shape {:?}, the configuration asks for {shape:?}", tensor.shape);
             return Err(CheckpointError::invalid(self.files.path(), &what));
         }
-        Ok(tensor.clone())
+        Ok(tensor)
     }
 
-    /// An expert of a mixture layer, from its own tensors or from fused ones.
-    pub fn expert(&self, layer: usize, expert: usize) -> Result<Gated, CheckpointError> {
-        let moe = self.arch.moe.as_ref().expect("only a mixture has experts");
-        let (hidden, width, names) = (self.arch.hidden, moe.intermediate, moe.names);
-        let block = format!("model.layers.{layer}.{}.experts", names.block);
-        let fused = format!("{block}.gate_up_proj");
-        if self.files.find(&fused).is_some() {
-            let gate_up = self.tensor(&fused, &[moe.experts, 2 * width, hidden])?;
-            let down = self.tensor(&format!("{block}.down_proj"), &[moe.experts, hidden, width])?;
-            return Ok(Gated {
-                gate: gate_up.part(2 * expert, 2 * moe.experts, vec![width, hidden]),
-                up: gate_up.part(2 * expert + 1, 2 * moe.experts, vec![width, hidden]),
-                down: down.part(expert, moe.experts, vec![hidden, width]),
-            });
+    /// The embedding, whose rows are read where they are.
+    pub(crate) fn embedding(&self) -> Result<Tensor, CheckpointError> {
+        let name = "model.embed_tokens.weight";
+        let tensor = self.tensor(name, &[self.arch.vocab, self.arch.hidden])?;
+        if tensor.is_plain() {
+            return Ok(tensor);
         }
-        let [gate, up, down] = names.expert.map(|name| format!("{block}.{expert}.{name}.weight"));
-        Ok(Gated {
-            gate: self.tensor(&gate, &[width, hidden])?,
-            up: self.tensor(&up, &[width, hidden])?,
-            down: self.tensor(&down, &[hidden, width])?,
-        })
-    }
-
-    /// A gated block that is no expert.
-    pub fn gated(&self, prefix: &str, width: usize) -> Result<Gated, CheckpointError> {
-        let hidden = self.arch.hidden;
-        Ok(Gated {
-            gate: self.tensor(&format!("{prefix}.gate_proj.weight"), &[width, hidden])?,
-            up: self.tensor(&format!("{prefix}.up_proj.weight"), &[width, hidden])?,
-            down: self.tensor(&format!("{prefix}.down_proj.weight"), &[hidden, width])?,
-        })
-    }
-
-    /// The name under which the files hold a tensor that is no expert, by its canonical one.
-    pub(crate) fn published_name(&self, canonical: &str) -> Option<String> {
-        if canonical.contains(".experts.") {
-            return None;
-        }
-        if let Some(prefix) = canonical.strip_suffix(".router") {
-            let names = self.arch.moe.as_ref()?.names;
-            return Some(format!("{prefix}.{}.{}.weight", names.block, names.router));
-        }
-        let gated = [("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")];
-        for (part, published) in gated {
-            if let Some(prefix) = canonical.strip_suffix(part).filter(|prefix| prefix.ends_with('.')) {
-                return Some(format!("{prefix}{published}.weight"));
-            }
-        }
-        Some(canonical.into())
-    }
-
-    /// The router of a layer.
-    pub fn router(&self, layer: usize) -> Result<Tensor, CheckpointError> {
-        let moe = self.arch.moe.as_ref().expect("only a mixture has routers");
-        let name = format!("model.layers.{layer}.{}.{}.weight", moe.names.block, moe.names.router);
-        self.tensor(&name, &[moe.router_rows(), self.arch.hidden])
-    }
-
-    /// Every tensor that is used, by its canonical name: the same list for every layout of the same weights.
-    pub(crate) fn inventory(&self) -> Result<Vec<Item>, CheckpointError> {
-        let mut list = Vec::new();
-        self.list_base(&mut list)?;
-        self.list_experts(&mut list)?;
-        list.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(list)
-    }
-
-    fn item(&self, name: String, tensor: Tensor) -> Item {
-        let hash = self.native.as_ref().and_then(|native| native.hash(&name));
-        let bytes = tensor.bytes_len() as u64;
-        Item { name, dtype: tensor.dtype, shape: tensor.shape.clone(), bytes, tensor: Some(tensor), hash }
-    }
-
-    fn list_base(&self, list: &mut Vec<Item>) -> Result<(), CheckpointError> {
-        let arch = &self.arch;
-        let mut add = |name: String, shape: &[usize]| -> Result<(), CheckpointError> {
-            let tensor = self.tensor(&name, shape)?;
-            list.push(self.item(name, tensor));
-            Ok(())
-        };
-        add("model.embed_tokens.weight".into(), &[arch.vocab, arch.hidden])?;
-        if !arch.tied {
-            add("lm_head.weight".into(), &[arch.vocab, arch.hidden])?;
-        }
-        add("model.norm.weight".into(), &[arch.hidden])?;
-        for (i, layer) in arch.layers.iter().enumerate() {
-            let prefix = format!("model.layers.{i}");
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                add(format!("{prefix}.{norm}.weight"), &[arch.hidden])?;
-            }
-            for (name, outputs, inputs, bias) in projections(arch) {
-                add(format!("{prefix}.self_attn.{name}.weight"), &[outputs, inputs])?;
-                if bias {
-                    add(format!("{prefix}.self_attn.{name}.bias"), &[outputs])?;
-                }
-            }
-            if let Some((q, k)) = qk_norm_sizes(arch) {
-                add(format!("{prefix}.self_attn.q_norm.weight"), &[q])?;
-                add(format!("{prefix}.self_attn.k_norm.weight"), &[k])?;
-            }
-            if let Some(shared) =
-                arch.moe.as_ref().and_then(|moe| moe.shared.as_ref()).filter(|_| layer.dense.is_none())
-                && shared.gated
-            {
-                add(format!("{prefix}.mlp.shared_expert_gate.weight"), &[1, arch.hidden])?;
-            }
-        }
-        for (i, layer) in arch.layers.iter().enumerate() {
-            let prefix = format!("model.layers.{i}.mlp");
-            let shared = arch.moe.as_ref().and_then(|moe| moe.shared.as_ref());
-            match (layer.dense, shared) {
-                (Some(width), _) => self.list_gated(list, &prefix, self.gated(&prefix, width)?),
-                (None, Some(shared)) => {
-                    let name = format!("{prefix}.shared_expert");
-                    self.list_gated(list, &name, self.gated(&name, shared.intermediate)?);
-                }
-                (None, None) => {}
-            }
-            if layer.dense.is_none() {
-                list.push(self.item(format!("model.layers.{i}.router"), self.router(i)?));
-            }
-        }
-        Ok(())
-    }
-
-    fn list_gated(&self, list: &mut Vec<Item>, name: &str, gated: Gated) {
-        for (part, tensor) in [("gate", gated.gate), ("up", gated.up), ("down", gated.down)] {
-            list.push(self.item(format!("{name}.{part}"), tensor));
-        }
-    }
-
-    fn list_experts(&self, list: &mut Vec<Item>) -> Result<(), CheckpointError> {
-        let Some(moe) = &self.arch.moe else { return Ok(()) };
-        for layer in self.arch.moe_layers() {
-            for expert in 0..moe.experts as u32 {
-                let name = format!("model.layers.{layer}.experts.{expert}");
-                if let Some(native) = &self.native {
-                    list.extend(native.expert_items(&name));
-                } else {
-                    self.list_gated(list, &name, self.expert(layer as usize, expert as usize)?);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Digest of the weights: canonical name, type, shape and BLAKE3 of the bytes of every tensor, in order of names.
-    /// Reads whatever has not been hashed before, with this many threads.
-    ///
-    /// # Errors
-    /// If a tensor is missing.
-    pub fn weights_digest(&self, threads: usize) -> Result<Digest, CheckpointError> {
-        let hashed = self.hashed(threads)?;
-        let mut all = blake3::Hasher::new();
-        for (item, hash) in &hashed {
-            let hash = blake3::Hash::from_bytes(*hash);
-            let line = format!("{} {:?} {:?} {}\n", item.name, item.dtype, item.shape, hash.to_hex());
-            all.update(line.as_bytes());
-        }
-        Ok(Digest(*all.finalize().as_bytes()))
-    }
-
-    /// Reads the base parameters of a native checkpoint and compares them with the manifest. A Hugging Face directory has
-    /// nothing to compare with; there the weights digest of the identity is taken from the bytes themselves.
-    ///
-    /// # Errors
-    /// Names the tensor that is damaged.
-    pub fn verify_base(&self) -> Result<(), CheckpointError> {
-        let mut list = Vec::new();
-        self.list_base(&mut list)?;
-        for item in &list {
-            let (Some(tensor), Some(hash)) = (&item.tensor, item.hash) else { continue };
-            if self.files.hash(tensor) != hash {
-                let what =
-                    format!("tensor {} does not have its checksum: import the checkpoint again", item.name);
-                return Err(CheckpointError::corrupt(self.files.path(), &what));
-            }
-        }
-        Ok(())
-    }
-
-    /// The inventory with the BLAKE3 of each tensor.
-    pub(crate) fn hashed(&self, threads: usize) -> Result<Vec<(Item, [u8; 32])>, CheckpointError> {
-        let list = self.inventory()?;
-        let next = std::sync::atomic::AtomicUsize::new(0);
-        let hashes = std::sync::Mutex::new(vec![[0u8; 32]; list.len()]);
-        std::thread::scope(|scope| {
-            for _ in 0..threads.max(1) {
-                scope.spawn(|| {
-                    loop {
-                        let i = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                        let Some(item) = list.get(i) else { break };
-                        let hash = item.hash.unwrap_or_else(|| {
-                            let tensor =
-                                item.tensor.as_ref().expect("what is not hashed is in a mapped file");
-                            self.files.hash(tensor)
-                        });
-                        hashes.lock().expect("no thread panics with the lock")[i] = hash;
-                    }
-                });
-            }
-        });
-        let hashes = hashes.into_inner().expect("no thread panicked");
-        Ok(list.into_iter().zip(hashes).collect())
+        let what = format!("tensor {name} is quantised; the embedding is read as F32, BF16 or F16 only");
+        Err(CheckpointError::invalid(self.files.path(), &what))
     }
 
     /// Digest of everything beside the weights that decides a bit.
@@ -503,26 +297,6 @@ impl Checkpoint {
         Digest::of(
             format!("contract {CONTRACT_VERSION} kv {kv:?} tiers {tiers:?} {:?}", self.arch).as_bytes(),
         )
-    }
-}
-
-/// Attention's projections: name, outputs, inputs, whether there is a bias.
-pub(crate) fn projections(arch: &Arch) -> [(&'static str, usize, usize, bool); 4] {
-    let (q, kv, hidden) = (arch.q_dim(), arch.kv_dim(), arch.hidden);
-    [
-        ("q_proj", q, hidden, arch.qkv_bias),
-        ("k_proj", kv, hidden, arch.qkv_bias),
-        ("v_proj", kv, hidden, arch.qkv_bias),
-        ("o_proj", hidden, q, arch.o_bias),
-    ]
-}
-
-/// Sizes of the norms of queries and keys.
-pub(crate) fn qk_norm_sizes(arch: &Arch) -> Option<(usize, usize)> {
-    match arch.qk_norm {
-        QkNorm::None => None,
-        QkNorm::PerHead => Some((arch.head_dim, arch.head_dim)),
-        QkNorm::Whole => Some((arch.q_dim(), arch.kv_dim())),
     }
 }
 

@@ -1,15 +1,16 @@
 //! The native checkpoint: `manifest.json` beside shards.
 //!
 //! `base.bin` holds every tensor that is no expert, row-major, each at a multiple of 4 KiB. `experts-LAYER.bin` holds the
-//! experts of a layer by original number, each one contiguous blob in the packed layout of the kernels (gate, up, down)
-//! at a multiple of 4 KiB: one expert is one aligned read. The configuration and tokenizer files lie beside them as
+//! experts of a layer by original number, each one contiguous blob in the packed layout of the kernels (gate, up, down,
+//! then biases as f32) at a multiple of 4 KiB: one expert is one aligned read. The configuration and tokenizer files lie beside them as
 //! published. The manifest lists everything with sizes and checksums, and nothing in it is trusted: each number is
 //! checked against the architecture and the files before anything is allocated.
 
 use super::tensors::TensorFiles;
-use super::{CheckpointError, Item, Tier};
+use super::{CheckpointError, ExpertPart, Item, Tier, expert_parts};
 use crate::arch::Arch;
-use crate::kernels::{CONTRACT_VERSION, DType, packed_len};
+use crate::kernels::{CONTRACT_VERSION, DType};
+use crate::weights::ExpertLayout;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,7 +20,7 @@ use std::path::{Path, PathBuf};
 /// The file that makes a directory a native checkpoint.
 pub const MANIFEST: &str = "manifest.json";
 /// The version of the manifest that is written and read.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Everything in a shard begins at a multiple of this.
 pub const ALIGN: u64 = 4096;
 /// The manifest's own checksum.
@@ -102,8 +103,8 @@ pub struct ExpertShard {
     pub layer: u32,
     /// Version of the blobs: 0 as imported.
     pub version: u32,
-    /// Storage types of gate, up and down.
-    pub dtypes: [String; 3],
+    /// Storage types of gate, up and down, then of their biases if they have any.
+    pub dtypes: Vec<String>,
     /// The blobs, by original number.
     pub blobs: Vec<Blob>,
 }
@@ -116,17 +117,17 @@ pub struct Blob {
     pub offset: u64,
     /// CRC-32 of the packed bytes, checked at every load.
     pub crc32: u32,
-    /// BLAKE3 of gate, up and down as published, in hexadecimal: what the weights digest lists.
-    pub blake3: [String; 3],
+    /// BLAKE3 of each part as published, in hexadecimal: what the weights digest lists.
+    pub blake3: Vec<String>,
 }
 
 /// An opened native checkpoint.
 #[derive(Debug)]
 pub(crate) struct Native {
     manifest: Manifest,
-    dtypes: [DType; 3],
+    dtypes: Vec<DType>,
     blob_bytes: usize,
-    sizes: [(usize, usize); 3],
+    parts: Vec<ExpertPart>,
     files: BTreeMap<u32, (PathBuf, File)>,
     hashes: BTreeMap<String, [u8; 32]>,
 }
@@ -180,27 +181,29 @@ pub(super) fn open(dir: &Path, arch: &Arch) -> Result<(TensorFiles, Native), Che
     }
     files.map(&shard(dir, &manifest.base.file)?, listed)?;
 
-    let (hidden, width) = (arch.hidden, arch.moe.as_ref().map_or(0, |moe| moe.intermediate));
-    let sizes = [(width, hidden), (width, hidden), (hidden, width)];
     let mut native = Native {
-        dtypes: [DType::F32; 3],
+        dtypes: Vec::new(),
         blob_bytes: 0,
-        sizes,
+        parts: arch.moe.as_ref().map_or_else(Vec::new, |moe| expert_parts(moe, arch.hidden)),
         files: BTreeMap::new(),
         hashes,
         manifest: manifest.clone(),
     };
     for (i, experts) in manifest.experts.iter().enumerate() {
-        let [gate, up, down] = experts.dtypes.each_ref().map(|name| dtype_of(&path, name));
-        let dtypes = [gate?, up?, down?];
+        let dtypes: Result<Vec<DType>, _> = experts.dtypes.iter().map(|name| dtype_of(&path, name)).collect();
+        let dtypes = dtypes?;
         if i > 0 && dtypes != native.dtypes {
             return Err(CheckpointError::invalid(&path, "the layers' experts have different storage types"));
         }
-        let bytes = dtypes.iter().zip(sizes).try_fold(0usize, |sum, (&dtype, (outputs, inputs))| {
-            packed_len(dtype, outputs, inputs).and_then(|bytes| sum.checked_add(bytes))
-        });
+        let parts = native.parts.len();
+        if dtypes.len() != parts || experts.blobs.iter().any(|blob| blob.blake3.len() != parts) {
+            let what = format!("an expert of this model has {parts} parts, the manifest lists others");
+            return Err(CheckpointError::invalid(&path, &what));
+        }
         native.dtypes = dtypes;
-        native.blob_bytes = bytes.ok_or_else(|| CheckpointError::invalid(&path, "an expert is too large"))?;
+        let layout = ExpertLayout::new(&native.dtypes, arch);
+        native.blob_bytes =
+            layout.ok_or_else(|| CheckpointError::invalid(&path, "an expert is too large"))?.bytes();
         native.open_shard(dir, &path, experts)?;
     }
     Ok((files, native))
@@ -289,8 +292,8 @@ impl Native {
                 );
                 return Err(CheckpointError::invalid(&path, &what));
             }
-            for (part, hash) in ["gate", "up", "down"].iter().zip(&blob.blake3) {
-                let name = format!("model.layers.{}.experts.{ordinal}.{part}", experts.layer);
+            for (part, hash) in self.parts.iter().zip(&blob.blake3) {
+                let name = format!("model.layers.{}.experts.{ordinal}.{}", experts.layer, part.name);
                 self.hashes.insert(name, hash_of(manifest, hash)?);
             }
         }
@@ -306,19 +309,19 @@ impl Native {
         self.hashes.get(canonical).copied()
     }
 
-    pub(crate) fn expert_dtypes(&self) -> [DType; 3] {
-        self.dtypes
+    pub(crate) fn expert_dtypes(&self) -> &[DType] {
+        &self.dtypes
     }
 
-    /// Gate, up and down of an expert, as the weights digest lists them.
+    /// The parts of an expert, as the weights digest lists them.
     pub(super) fn expert_items(&self, name: &str) -> Vec<Item> {
-        let parts = ["gate", "up", "down"].into_iter().zip(self.dtypes).zip(self.sizes);
+        let parts = self.parts.iter().zip(&self.dtypes);
         parts
-            .map(|((part, dtype), (outputs, inputs))| {
-                let name = format!("{name}.{part}");
+            .map(|(part, &dtype)| {
+                let name = format!("{name}.{}", part.name);
                 let hash = self.hash(&name);
-                let bytes = (outputs * inputs * dtype.bytes()) as u64;
-                Item { name, dtype, shape: vec![outputs, inputs], bytes, tensor: None, hash }
+                let bytes = (part.shape.iter().product::<usize>() * dtype.bytes()) as u64;
+                Item { name, published: None, dtype, shape: part.shape.clone(), bytes, tensor: None, hash }
             })
             .collect()
     }

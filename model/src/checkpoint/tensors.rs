@@ -2,9 +2,11 @@
 //! before anything is believed; the bytes are mapped, never copied here.
 
 use super::CheckpointError;
+use super::encoded::{self, Form, MXFP4_GROUP};
 use crate::kernels::DType;
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,14 +16,23 @@ const INDEX: &str = "model.safetensors.index.json";
 /// Bytes that are hashed before their memory is given back.
 const HASH_BYTES: usize = 4 << 20;
 const PAGE_BYTES: usize = 4096;
+/// Rows and columns of E4M3 bytes that share a scale.
+const FP8_BLOCK: usize = 128;
 
-/// Where a tensor's bytes are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tensor {
+/// Some bytes of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Span {
     file: usize,
     start: usize,
     end: usize,
-    /// Storage type.
+}
+
+/// Where a tensor's bytes are, and how they lie there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    span: Span,
+    form: Form,
+    /// Storage type; of a quantised tensor that of its decoded values.
     pub dtype: DType,
     /// Sizes, slowest first.
     pub shape: Vec<usize>,
@@ -30,15 +41,39 @@ pub struct Tensor {
 impl Tensor {
     /// A stretch of equal parts along the first dimension, with another shape.
     pub(super) fn part(&self, index: usize, of: usize, shape: Vec<usize>) -> Self {
-        let size = (self.end - self.start) / of;
-        let start = self.start + index * size;
-        Self { start, end: start + size, shape, ..self.clone() }
+        Self { span: self.span.part(index, of), shape, ..self.clone() }
     }
 
-    /// Its size.
-    pub fn bytes_len(&self) -> usize {
-        self.end - self.start
+    /// A matrix within it, or a column of such, whose rows and columns are that many values apart.
+    pub(super) fn strided(&self, first: usize, row: usize, column: usize, shape: Vec<usize>) -> Self {
+        Self { form: Form::Strided { first, row, column }, shape, ..self.clone() }
     }
+
+    /// Whether its bytes are in the file as they are used.
+    pub(super) fn is_plain(&self) -> bool {
+        self.form == Form::Plain
+    }
+
+    /// Bytes of its values, row-major.
+    pub fn bytes_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bytes()
+    }
+}
+
+impl Span {
+    fn part(self, index: usize, of: usize) -> Self {
+        let size = (self.end - self.start) / of;
+        let start = self.start + index * size;
+        Self { start, end: start + size, ..self }
+    }
+}
+
+/// A tensor of bytes that mean numbers only with others.
+#[derive(Clone, Debug)]
+struct Quantised {
+    span: Span,
+    kind: Dtype,
+    shape: Vec<usize>,
 }
 
 /// The mapped files.
@@ -46,6 +81,7 @@ impl Tensor {
 pub struct TensorFiles {
     files: Vec<(PathBuf, Mmap)>,
     tensors: BTreeMap<String, Tensor>,
+    quantised: BTreeMap<String, Quantised>,
 }
 
 impl TensorFiles {
@@ -54,7 +90,7 @@ impl TensorFiles {
         let index = dir.join(INDEX);
         let names: BTreeSet<String> =
             if index.exists() { shards(&index)? } else { BTreeSet::from([ONE.to_owned()]) };
-        let mut this = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        let mut this = Self { files: Vec::new(), tensors: BTreeMap::new(), quantised: BTreeMap::new() };
         for name in names {
             this.add(&dir.join(name))?;
         }
@@ -63,7 +99,7 @@ impl TensorFiles {
 
     /// No files yet.
     pub(super) fn empty() -> Self {
-        Self { files: Vec::new(), tensors: BTreeMap::new() }
+        Self { files: Vec::new(), tensors: BTreeMap::new(), quantised: BTreeMap::new() }
     }
 
     /// Maps a file whose tensors are listed elsewhere: name, type, shape, offset. Each is checked against the file.
@@ -84,7 +120,8 @@ impl TensorFiles {
                     format!("tensor {name} is beyond the end of the file: the file is cut, import it again");
                 return Err(CheckpointError::invalid(path, &what));
             };
-            self.tensors.insert(name, Tensor { file, start, end, dtype, shape });
+            let span = Span { file, start, end };
+            self.tensors.insert(name, Tensor { span, form: Form::Plain, dtype, shape });
         }
         self.files.push((path.to_owned(), map));
         Ok(())
@@ -97,8 +134,12 @@ impl TensorFiles {
         })?;
         let begin = 8 + header;
         let index = self.files.len();
-        for (name, tensor) in tensors_of(path, &metadata, index, begin, map.len())? {
-            if self.tensors.insert(name.clone(), tensor).is_some() {
+        for (name, stored) in tensors_of(path, &metadata, index, begin, map.len())? {
+            let twice = match stored {
+                Stored::Floats(tensor) => self.tensors.insert(name.clone(), tensor).is_some(),
+                Stored::Bytes(bytes) => self.quantised.insert(name.clone(), bytes).is_some(),
+            };
+            if twice {
                 return Err(CheckpointError::invalid(path, &format!("tensor {name} is in two files")));
             }
         }
@@ -106,22 +147,91 @@ impl TensorFiles {
         Ok(())
     }
 
-    /// A tensor by its name.
-    pub fn find(&self, name: &str) -> Option<&Tensor> {
-        self.tensors.get(name)
+    /// A tensor by its name: of floats, or of E4M3 bytes with their scales beside them.
+    pub fn find(&self, name: &str) -> Option<Tensor> {
+        if let Some(tensor) = self.tensors.get(name) {
+            return Some(tensor.clone());
+        }
+        let stored = self.quantised.get(name).filter(|stored| stored.kind == Dtype::F8_E4M3)?;
+        let scales = self.tensors.get(&format!("{name}_scale_inv"))?;
+        let (&[rows, columns], &[down, across]) = (&stored.shape[..], &scales.shape[..]) else { return None };
+        let fits = (rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)) == (down, across);
+        let form = Form::Fp8 { scales: scales.span, side: FP8_BLOCK };
+        (fits && scales.dtype == DType::F32 && scales.is_plain()).then(|| Tensor {
+            span: stored.span,
+            form,
+            dtype: DType::F32,
+            shape: stored.shape.clone(),
+        })
     }
 
-    /// The bytes of a tensor.
+    /// An expert's matrix of MXFP4 blocks: of `NAME_blocks` and `NAME_scales`, `[experts, rows, blocks]`, the rows from
+    /// `first` on that are `step` apart.
+    pub(super) fn mxfp4(&self, name: &str, expert: usize, first: usize, step: usize) -> Option<Tensor> {
+        let blocks = self.quantised.get(&format!("{name}_blocks"))?;
+        let scales = self.quantised.get(&format!("{name}_scales"))?;
+        let &[experts, rows, groups, bytes] = &blocks.shape[..] else { return None };
+        let fits = bytes == MXFP4_GROUP / 2 && scales.shape == [experts, rows, groups] && expert < experts;
+        (fits && blocks.kind == Dtype::U8 && scales.kind == Dtype::U8 && step > 0).then(|| Tensor {
+            span: blocks.span.part(expert, experts),
+            form: Form::Mxfp4 { first, row: step, scales: scales.span.part(expert, experts) },
+            dtype: DType::Bf16,
+            shape: vec![rows / step, groups * MXFP4_GROUP],
+        })
+    }
+
+    /// The names of all that lies in no used tensor.
+    pub(super) fn unused<'a>(&self, used: impl IntoIterator<Item = &'a Tensor>) -> Vec<&str> {
+        let mut starts: BTreeSet<(usize, usize)> = BTreeSet::new();
+        for tensor in used {
+            starts.insert((tensor.span.file, tensor.span.start));
+            if let Form::Mxfp4 { scales, .. } | Form::Fp8 { scales, .. } = tensor.form {
+                starts.insert((scales.file, scales.start));
+            }
+        }
+        let floats = self.tensors.iter().map(|(name, tensor)| (name, tensor.span));
+        let bytes = self.quantised.iter().map(|(name, stored)| (name, stored.span));
+        let unused = floats.chain(bytes).filter(|(_, span)| {
+            starts.range((span.file, span.start)..(span.file, span.end.max(span.start + 1))).next().is_none()
+        });
+        unused.map(|(name, _)| name.as_str()).collect()
+    }
+
+    fn span(&self, span: Span) -> &[u8] {
+        &self.files[span.file].1[span.start..span.end]
+    }
+
+    /// The bytes of a tensor as they are in its file.
+    ///
+    /// # Panics
+    /// If they are in another form there.
     pub fn bytes(&self, tensor: &Tensor) -> &[u8] {
-        &self.files[tensor.file].1[tensor.start..tensor.end]
+        assert!(tensor.is_plain(), "the bytes of this tensor have to be decoded");
+        self.span(tensor.span)
     }
 
-    /// The BLAKE3 of a tensor's bytes, which take no more memory than a few megabytes while they are read.
+    /// The bytes of a tensor, row-major.
+    pub fn row_major(&self, tensor: &Tensor) -> Cow<'_, [u8]> {
+        let scales = match tensor.form {
+            Form::Mxfp4 { scales, .. } | Form::Fp8 { scales, .. } => self.span(scales),
+            Form::Plain | Form::Strided { .. } => &[],
+        };
+        encoded::decode(&tensor.form, tensor.dtype, &tensor.shape, self.span(tensor.span), scales)
+    }
+
+    /// The BLAKE3 of a tensor's row-major bytes, which take no more memory than a few megabytes while they are read if
+    /// they are so in the file.
     pub fn hash(&self, tensor: &Tensor) -> [u8; 32] {
-        let map = &self.files[tensor.file].1;
+        if !tensor.is_plain() {
+            let hash = *blake3::hash(&self.row_major(tensor)).as_bytes();
+            self.forget(tensor);
+            return hash;
+        }
+        let Span { file, start, end } = tensor.span;
+        let map = &self.files[file].1;
         let mut hasher = blake3::Hasher::new();
-        for start in (tensor.start..tensor.end).step_by(HASH_BYTES) {
-            let end = tensor.end.min(start + HASH_BYTES);
+        for start in (start..end).step_by(HASH_BYTES) {
+            let end = end.min(start + HASH_BYTES);
             hasher.update(&map[start..end]);
             forget(map, start, end);
         }
@@ -130,7 +240,8 @@ impl TensorFiles {
 
     /// Gives back the memory that reading a tensor took: it would count against the process until others want it.
     pub fn forget(&self, tensor: &Tensor) {
-        forget(&self.files[tensor.file].1, tensor.start, tensor.end);
+        let Span { file, start, end } = tensor.span;
+        forget(&self.files[file].1, start, end);
     }
 
     /// The first file, to name in an error about a tensor that is in none.
@@ -158,31 +269,43 @@ fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
     unsafe { Mmap::map(&file) }.map_err(|e| CheckpointError::io(path, e))
 }
 
+/// What a header lists.
+enum Stored {
+    Floats(Tensor),
+    Bytes(Quantised),
+}
+
 fn tensors_of(
     path: &Path,
     metadata: &Metadata,
     file: usize,
     begin: usize,
     len: usize,
-) -> Result<Vec<(String, Tensor)>, CheckpointError> {
+) -> Result<Vec<(String, Stored)>, CheckpointError> {
     let mut tensors = Vec::new();
     for (name, info) in metadata.tensors() {
         let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::BF16 => DType::Bf16,
-            Dtype::F16 => DType::F16,
+            Dtype::F32 => Some(DType::F32),
+            Dtype::BF16 => Some(DType::Bf16),
+            Dtype::F16 => Some(DType::F16),
+            Dtype::U8 | Dtype::F8_E4M3 => None,
             // Other types may belong to tensors that nobody asks for; who asks is told that it is missing.
             _ => continue,
         };
         let (start, end) = (begin + info.data_offsets.0, begin + info.data_offsets.1);
         let values = info.shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size));
-        let bytes = values.and_then(|values| values.checked_mul(dtype.bytes()));
+        let bytes = values.and_then(|values| values.checked_mul(dtype.map_or(1, DType::bytes)));
         if end > len || start > end || bytes != Some(end - start) {
             let what =
                 format!("tensor {name} does not fit its shape or the file: the file is cut or damaged");
             return Err(CheckpointError::invalid(path, &what));
         }
-        tensors.push((name, Tensor { file, start, end, dtype, shape: info.shape.clone() }));
+        let (span, shape) = (Span { file, start, end }, info.shape.clone());
+        let stored = match dtype {
+            Some(dtype) => Stored::Floats(Tensor { span, form: Form::Plain, dtype, shape }),
+            None => Stored::Bytes(Quantised { span, kind: info.dtype, shape }),
+        };
+        tensors.push((name, stored));
     }
     Ok(tensors)
 }

@@ -10,7 +10,7 @@ pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
         return Err(config.unsupported("mlp_bias", "true", "only blocks without bias are computed"));
     }
     let bias = config.flag_or("attention_bias", false)?;
-    (arch.qkv_bias, arch.o_bias) = (bias, bias);
+    (arch.attention.qkv_bias, arch.attention.o_bias) = (bias, bias);
     let width = config.size("intermediate_size")?;
     for layer in &mut arch.layers {
         layer.dense = Some(width);

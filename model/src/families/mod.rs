@@ -2,16 +2,23 @@
 //!
 //! To add one, write its file and its line in [`FAMILIES`].
 
+mod deepseek;
+mod glm4_moe;
+mod gpt_oss;
+mod granitemoe;
 mod llama;
 mod mixtral;
 mod olmoe;
+mod phimoe;
 mod qwen2_moe;
 mod qwen3_moe;
+mod rope;
 mod tiered_moe;
 
-use crate::arch::{Arch, Layer, MoeNames, QkNorm, Rope, RopeScaling};
+use crate::arch::{Activation, Arch, Attention, ExpertForm, Layer, Moe, Multipliers, Norm, QkNorm, Score};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::Config;
+use lite_llm_core::routing::{GroupLimit, GroupScore};
 
 /// More layers than any model has.
 const LAYERS_MAX: usize = 4096;
@@ -22,17 +29,37 @@ type Read = fn(&Config<'_>) -> Result<Arch, CheckpointError>;
 
 /// Every family by its `model_type`.
 pub const FAMILIES: &[(&str, Read)] = &[
+    ("deepseek_v2", deepseek::read_v2),
+    ("deepseek_v3", deepseek::read_v3),
+    ("glm4_moe", glm4_moe::read),
+    ("gpt_oss", gpt_oss::read),
+    ("granitemoe", granitemoe::read),
     ("llama", llama::read),
     ("mixtral", mixtral::read),
     ("olmoe", olmoe::read),
+    ("phimoe", phimoe::read),
     ("qwen2_moe", qwen2_moe::read),
     ("qwen3_moe", qwen3_moe::read),
     ("tiered_moe", tiered_moe::read),
 ];
 
-/// Experts as `mlp.experts.N.{gate,up,down}_proj`, the router as `mlp.gate`.
-const MLP_EXPERTS: MoeNames =
-    MoeNames { block: "mlp", router: "gate", expert: ["gate_proj", "up_proj", "down_proj"] };
+/// The form in which transformers 5 writes the experts of any family, if it is asked not to write the hub's.
+const FUSED: ExpertForm =
+    ExpertForm::Fused { gate_up: "mlp.experts.gate_up_proj", down: "mlp.experts.down_proj" };
+/// Experts as `mlp.experts.N.{gate,up,down}_proj`.
+const MLP_EXPERTS: &[ExpertForm] =
+    &[ExpertForm::Apart { block: "mlp.experts", names: ["gate_proj", "up_proj", "down_proj"] }, FUSED];
+/// Experts as `block_sparse_moe.experts.N.{w1,w3,w2}`: gate, up and down.
+const BLOCK_SPARSE_EXPERTS: &[ExpertForm] = &[
+    ExpertForm::Apart { block: "block_sparse_moe.experts", names: ["w1", "w3", "w2"] },
+    FUSED,
+    BLOCK_SPARSE_FUSED,
+];
+/// The same in two tensors.
+const BLOCK_SPARSE_FUSED: ExpertForm = ExpertForm::Fused {
+    gate_up: "block_sparse_moe.experts.gate_up_proj",
+    down: "block_sparse_moe.experts.down_proj",
+};
 
 /// The architecture that a configuration states.
 ///
@@ -48,13 +75,7 @@ pub fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
             &format!("this program knows {}", known.join(", ")),
         ));
     };
-    if let Some(method) = config.quantisation() {
-        return Err(config.unsupported(
-            "quantization_config",
-            &method,
-            "give the checkpoint with plain weights",
-        ));
-    }
+    quantisation(config, &family)?;
     let arch = read(config)?;
     check(config, &arch)?;
     Ok(arch)
@@ -73,80 +94,118 @@ fn common(config: &Config<'_>, family: &'static str) -> Result<Arch, CheckpointE
     if layers > LAYERS_MAX {
         return Err(config.invalid("num_hidden_layers", "no model has that many"));
     }
+    let context = config.count("max_position_embeddings")?;
     Ok(Arch {
         family,
         hidden,
-        heads,
-        kv_heads: config.size_or("num_key_value_heads", heads)?,
-        head_dim,
         vocab: config.size("vocab_size")?,
-        context: config.count("max_position_embeddings")?,
+        context,
+        norm: Norm::Rms,
         norm_eps: config.number_or("rms_norm_eps", 1e-6)? as f32,
-        rope: rope(config, head_dim)?,
-        qk_norm: QkNorm::None,
-        qkv_bias: false,
-        o_bias: false,
-        clip_qkv: None,
+        attention: Attention {
+            heads,
+            kv_heads: config.size_or("num_key_value_heads", heads)?,
+            head_dim,
+            value_dim: head_dim,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            qk_norm: QkNorm::None,
+            qkv_bias: false,
+            o_bias: false,
+            clip_qkv: None,
+            sinks: false,
+            latent: None,
+        },
+        rope: rope::read(config, head_dim, context)?,
+        multipliers: Multipliers { embedding: 1.0, residual: 1.0, logits: 1.0 },
         tied: config.flag_or("tie_word_embeddings", false)?,
+        head_bias: false,
         layers: vec![Layer { window: None, dense: None }; layers],
         moe: None,
         eos: config.tokens("eos_token_id")?,
     })
 }
 
-fn rope(config: &Config<'_>, dims: usize) -> Result<Rope, CheckpointError> {
-    let parameters = config.part("rope_parameters")?;
-    let scaling = match &parameters {
-        Some(parameters) => Some(parameters.clone()),
-        None => config.part("rope_scaling")?,
-    };
-    let theta = match &parameters {
-        Some(parameters) => parameters.number_or("rope_theta", 10000.0)?,
-        None => config.number_or("rope_theta", 10000.0)?,
-    };
-    let scaling = match scaling {
-        None => RopeScaling::None,
-        Some(part) => {
-            let kind = if part.has("rope_type") {
-                part.text("rope_type")?
-            } else {
-                part.text_or("type", "default")?
-            };
-            match kind.as_str() {
-                "default" => RopeScaling::None,
-                "linear" => RopeScaling::Linear { factor: part.number("factor")? },
-                "llama3" => RopeScaling::Llama3 {
-                    factor: part.number("factor")?,
-                    low: part.number("low_freq_factor")?,
-                    high: part.number("high_freq_factor")?,
-                    original: part.number("original_max_position_embeddings")?,
-                },
-                other => {
-                    return Err(part.unsupported(
-                        "rope_type",
-                        other,
-                        "default, linear and llama3 are computed",
-                    ));
-                }
-            }
-        }
-    };
-    let numbers = match scaling {
-        RopeScaling::None => vec![theta],
-        RopeScaling::Linear { factor } => vec![theta, factor],
-        RopeScaling::Llama3 { factor, low, high, original } => vec![theta, factor, low, high, original],
-    };
-    if numbers.iter().any(|number| !(number.is_finite() && *number > 0.0)) {
-        return Err(config.invalid("rope_theta", "it and the numbers of its scaling must be positive"));
+/// A mixture of which each family changes what is its own.
+const fn mixture(experts: usize, top_k: usize, intermediate: usize, forms: &'static [ExpertForm]) -> Moe {
+    Moe {
+        experts,
+        top_k,
+        intermediate,
+        score: Score::Softmax,
+        normalise: false,
+        scaling: 1.0,
+        group_limit: None,
+        tiered: None,
+        router_bias: false,
+        activation: Activation::SwiGlu,
+        expert_bias: false,
+        shared: None,
+        routers: &["mlp.gate"],
+        forms,
     }
-    Ok(Rope { theta, dims, scaling })
+}
+
+/// The methods whose weights are decoded: block-scaled E4M3, and MXFP4 where a family is published so.
+fn quantisation(config: &Config<'_>, family: &str) -> Result<(), CheckpointError> {
+    let Some(part) = config.part("quantization_config")? else { return Ok(()) };
+    let method = part.text_or("quant_method", "unnamed")?;
+    let fp8 = || {
+        Ok::<_, CheckpointError>(
+            part.text_or("fmt", "e4m3")? == "e4m3" && part.counts("weight_block_size")? == [128, 128],
+        )
+    };
+    match method.as_str() {
+        "mxfp4" if family == "gpt_oss" => Ok(()),
+        "fp8" if fp8()? => Ok(()),
+        _ => Err(config.unsupported(
+            "quantization_config",
+            &method,
+            "give the checkpoint with plain weights, as E4M3 with scales of 128 x 128 blocks, or gpt_oss as MXFP4",
+        )),
+    }
+}
+
+/// Layers before `first_k_dense_replace` are dense.
+fn first_dense(config: &Config<'_>, arch: &mut Arch) -> Result<(), CheckpointError> {
+    let first = config.optional_count("first_k_dense_replace")?.unwrap_or(0) as usize;
+    let width = config.size("intermediate_size")?;
+    for layer in arch.layers.iter_mut().take(first) {
+        layer.dense = Some(width);
+    }
+    if first >= arch.layers.len() {
+        arch.moe = None;
+    }
+    Ok(())
+}
+
+/// Groups of experts of which only the best are selected from; no limit where there is one group, or all stay.
+fn group_limit(
+    config: &Config<'_>,
+    experts: usize,
+    score: GroupScore,
+) -> Result<Option<GroupLimit>, CheckpointError> {
+    let (groups, keep) = (config.size_or("n_group", 1)?, config.size_or("topk_group", 1)?);
+    if !experts.is_multiple_of(groups) || keep > groups {
+        return Err(config.invalid("n_group", "it must divide the experts, and be at least topk_group"));
+    }
+    Ok((keep < groups).then_some(GroupLimit { groups, keep, score }))
 }
 
 /// Windows by `layer_types`, or by `use_sliding_window` for the layers from `max_window_layers` on.
 fn windows(config: &Config<'_>, arch: &mut Arch) -> Result<(), CheckpointError> {
     let used = config.flag_or("use_sliding_window", false)?;
     let window = config.optional_count("sliding_window")?.filter(|&window| used && window > 0);
-    let from = config.size_or("max_window_layers", 0)?;
+    let from = config.optional_count("max_window_layers")?.unwrap_or(0) as usize;
+    windows_by(config, arch, window, |layer| layer >= from)
+}
+
+/// Windows by `layer_types`, or by a rule where the configuration does not list them.
+fn windows_by(
+    config: &Config<'_>,
+    arch: &mut Arch,
+    window: Option<u32>,
+    rule: impl Fn(usize) -> bool,
+) -> Result<(), CheckpointError> {
     let kinds = config.texts("layer_types")?;
     for (i, layer) in arch.layers.iter_mut().enumerate() {
         let slides = match &kinds {
@@ -161,7 +220,7 @@ fn windows(config: &Config<'_>, arch: &mut Arch) -> Result<(), CheckpointError> 
                     ));
                 }
             },
-            None => i >= from,
+            None => rule(i),
         };
         layer.window = window.filter(|_| slides);
     }
@@ -185,14 +244,21 @@ fn dense_layers(config: &Config<'_>, arch: &mut Arch) -> Result<(), CheckpointEr
 
 /// What must hold for any architecture before anything is allocated.
 fn check(config: &Config<'_>, arch: &Arch) -> Result<(), CheckpointError> {
-    if !arch.heads.is_multiple_of(arch.kv_heads) {
+    if !arch.attention.heads.is_multiple_of(arch.attention.kv_heads) {
         return Err(config.invalid("num_key_value_heads", "it must divide num_attention_heads"));
     }
-    if !arch.rope.dims.is_multiple_of(2) || arch.rope.dims > arch.head_dim {
+    if !arch.rope.dims.is_multiple_of(2) || arch.rope.dims > arch.attention.head_dim {
         return Err(config.invalid("head_dim", "the rotated dimensions must be even and within the head"));
     }
     if !(arch.norm_eps.is_finite() && arch.norm_eps >= 0.0) {
         return Err(config.invalid("rms_norm_eps", "it must be a small positive number"));
+    }
+    let numbers = [arch.attention.scale, arch.multipliers.embedding, arch.multipliers.residual];
+    let divisor = arch.multipliers.logits;
+    if !(numbers.iter().all(|number| number.is_finite()) && divisor.is_finite() && divisor > 0.0) {
+        return Err(
+            config.invalid("logits_scaling", "it and the multipliers must be finite, and it positive")
+        );
     }
     if let Some(moe) = &arch.moe
         && (moe.top_k == 0 || moe.top_k > moe.experts)

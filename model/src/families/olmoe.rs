@@ -7,18 +7,13 @@ use crate::checkpoint::config::Config;
 pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
     let mut arch = super::common(config, "olmoe")?;
     let bias = config.flag_or("attention_bias", false)?;
-    (arch.qkv_bias, arch.o_bias) = (bias, bias);
-    arch.qk_norm = QkNorm::Whole;
-    arch.clip_qkv = config.optional_number("clip_qkv")?.map(|limit| limit as f32);
+    (arch.attention.qkv_bias, arch.attention.o_bias) = (bias, bias);
+    arch.attention.qk_norm = QkNorm::Whole;
+    arch.attention.clip_qkv = config.optional_number("clip_qkv")?.map(|limit| limit as f32);
+    let (experts, width) = (config.size("num_experts")?, config.size("intermediate_size")?);
     arch.moe = Some(Moe {
-        experts: config.size("num_experts")?,
-        top_k: config.size("num_experts_per_tok")?,
-        intermediate: config.size("intermediate_size")?,
         normalise: config.flag_or("norm_topk_prob", false)?,
-        group_limit: None,
-        tiered: None,
-        shared: None,
-        names: super::MLP_EXPERTS,
+        ..super::mixture(experts, config.size("num_experts_per_tok")?, width, super::MLP_EXPERTS)
     });
     Ok(arch)
 }

@@ -33,15 +33,11 @@ pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
             return Err(config.invalid(key, &format!("{k} are more than there are to select from: {least}")));
         }
     }
+    let width = config.size("moe_intermediate_size")?;
     arch.moe = Some(Moe {
-        experts,
-        top_k: select.tiers * select.groups * select.experts,
-        intermediate: config.size("moe_intermediate_size")?,
         normalise: config.flag_or("norm_topk_prob", true)?,
-        group_limit: None,
         tiered: Some(router),
-        shared: None,
-        names: super::MLP_EXPERTS,
+        ..super::mixture(experts, select.tiers * select.groups * select.experts, width, super::MLP_EXPERTS)
     });
     Ok(arch)
 }

@@ -3,31 +3,16 @@
 //! Experts are computed in the order in which they come; their results wait in a buffer and are combined in ascending
 //! order of the experts' original numbers, so that the order of arrival never changes a bit.
 
+use super::router::Route;
 use super::{Batch, Capture, ExpertSource, StepError};
 use crate::arch::Moe;
-use crate::kernels::math::{exp, sigmoid};
+use crate::kernels::math::sigmoid;
 use crate::kernels::{axpy, linear};
-use crate::model::{LayerWeights, Model};
+use crate::model::Model;
+use crate::weights::LayerWeights;
 use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_core::output::Forward;
-use lite_llm_core::routing::{Ties, select};
 use std::collections::BTreeMap;
-
-/// The experts of one position by original number, ascending, and their weights.
-pub(super) struct Route {
-    pub(super) experts: Vec<u32>,
-    pub(super) weights: Vec<f32>,
-}
-
-impl Route {
-    /// Divides the weights by their sum, which is added in ascending order of expert.
-    pub(super) fn normalise(&mut self) {
-        let sum: f32 = self.weights.iter().fold(0.0, |sum, weight| sum + weight);
-        for weight in &mut self.weights {
-            *weight /= sum;
-        }
-    }
-}
 
 /// For each expert, the (position, place in its route) pairs that chose it.
 type Users = BTreeMap<ExpertKey, Vec<(usize, usize)>>;
@@ -110,44 +95,6 @@ impl Model {
         Ok(())
     }
 
-    /// Chooses the experts of every position.
-    fn route(&self, layer: usize, moe: &Moe, step: &Forward, batch: &Batch) -> Result<Vec<Route>, StepError> {
-        let router = self.routers[layer].as_ref().expect("routers are loaded before the first step").view();
-        let mut logits = vec![0.0; batch.at.len() * moe.router_rows()];
-        linear(&self.pool, self.isa, &batch.normed, batch.at.len(), &router, None, &mut logits);
-        // Experts of tiers outside the TierSet are masked out: they have no share of the softmax and are never selected.
-        let tiers = self.checkpoint.tiers().iter().zip(0u32..);
-        let eligible: Vec<bool> = tiers
-            .flat_map(|(tier, index)| std::iter::repeat_n(step.tiers.contains(&index), tier.experts as usize))
-            .collect();
-        let mut routes = Vec::with_capacity(batch.at.len());
-        for (at, logits) in batch.at.iter().zip(logits.chunks_exact_mut(moe.router_rows())) {
-            if !logits.iter().all(|logit| logit.is_finite()) {
-                return Err(StepError::NonFinite { row: at.row, layer: layer as u32, position: at.position });
-            }
-            let ties = Ties { seed: self.routing_seed, layer: layer as u32, position: at.position };
-            if let Some(router) = &moe.tiered {
-                routes.push(super::tiered::route(router, ties, &step.tiers, moe.normalise, logits));
-                continue;
-            }
-            for (logit, eligible) in logits.iter_mut().zip(&eligible) {
-                if !eligible {
-                    *logit = f32::NEG_INFINITY;
-                }
-            }
-            let scores = softmax(logits);
-            let mut experts = select(ties, scores, |id| eligible[id as usize], moe.group_limit, moe.top_k);
-            experts.sort_unstable();
-            let weights = experts.iter().map(|&expert| scores[expert as usize]).collect();
-            let mut route = Route { experts, weights };
-            if moe.normalise {
-                route.normalise();
-            }
-            routes.push(route);
-        }
-        Ok(routes)
-    }
-
     /// Computes some experts, each for all its users, and puts each result in its place.
     fn experts(
         &self,
@@ -167,7 +114,8 @@ impl Model {
             x.extend_from_slice(&batch.normed[position * hidden..][..hidden]);
         }
         let blocks = experts.iter().map(|(key, slot)| (layout.views(source.slot(*slot)), users[key].len()));
-        let y = self.gated_all(&blocks.collect::<Vec<_>>(), &x);
+        let activation = self.arch().moe.as_ref().expect("a mixture").activation;
+        let y = self.gated_all(&blocks.collect::<Vec<_>>(), activation, &x);
         for (&(position, place), y) in positions().zip(y.chunks_exact(hidden)) {
             results[(position * top_k + place) * hidden..][..hidden].copy_from_slice(y);
         }
@@ -205,21 +153,7 @@ impl Model {
             if let Some((y, gates)) = &shared {
                 axpy(self.isa, gates[i], &y[i * hidden..][..hidden], &mut sum);
             }
-            super::add(&mut batch.x[i * hidden..][..hidden], &sum);
+            self.add(&mut batch.x[i * hidden..][..hidden], &sum);
         }
     }
-}
-
-/// Softmax in place; the sum is a dot product with ones.
-pub(super) fn softmax(logits: &mut [f32]) -> &[f32] {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |max, &logit| if logit > max { logit } else { max });
-    for logit in &mut *logits {
-        *logit = exp(*logit - max);
-    }
-    let ones = vec![1.0; logits.len()];
-    let sum = crate::kernels::dot(logits, &ones);
-    for logit in &mut *logits {
-        *logit /= sum;
-    }
-    logits
 }

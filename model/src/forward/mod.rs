@@ -1,20 +1,25 @@
 //! The forward pass of one batch step: every row through every layer, experts as they come.
 //!
 //! All rows share each matrix product; the bits of a row depend on that row alone. Attention is per row, over pages.
-//! `experts` is the mixture with the protocol of need, provision and release; `output` chooses tokens and digests.
+//! `experts` is the mixture with the protocol of need, provision and release, `router` what it selects; `output` chooses
+//! tokens and digests.
 
 mod attention;
 mod cache;
 mod experts;
+mod latent;
 mod output;
+mod router;
 mod tiered;
 
 pub(crate) use experts::ROWS_TOGETHER;
 
 pub use cache::KvCache;
 
-use crate::kernels::{Isa, PackedView, Product, convert, linear_all, rms_norm, swiglu};
-use crate::model::{Base, GatedBlock, Model};
+use crate::arch::Activation;
+use crate::kernels::{Isa, Product, clamped_swiglu, convert, layer_norm, linear_all, rms_norm, swiglu};
+use crate::model::Model;
+use crate::weights::{Base, GatedBlock, GatedViews, NormWeights};
 use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_core::input::RowResult;
 use lite_llm_core::output::Forward;
@@ -134,7 +139,7 @@ impl Model {
             self.normalise(&mut batch, &weights.block_norm);
             if let Some(dense) = &weights.dense {
                 let y = self.gated(dense, &batch.normed, batch.at.len());
-                add(&mut batch.x, &y);
+                self.add(&mut batch.x, &y);
             } else {
                 self.mixture(layer, weights, step, source, &mut capture, &mut batch)?;
             }
@@ -158,56 +163,78 @@ impl Model {
                 let out = &mut batch.x[batch.at.len() * hidden..][..hidden];
                 let bytes = &table[token as usize * size..][..size];
                 convert::widen(Isa::Scalar, base.embedding.dtype, bytes, out);
+                for value in out {
+                    *value *= self.arch().multipliers.embedding;
+                }
                 batch.at.push(At { row: index, request: row.request, position });
             }
         }
         batch
     }
 
-    fn normalise(&self, batch: &mut Batch, weight: &[f32]) {
+    fn normalise(&self, batch: &mut Batch, weights: &NormWeights) {
         let hidden = self.arch().hidden;
         for (x, out) in batch.x.chunks_exact(hidden).zip(batch.normed.chunks_exact_mut(hidden)) {
-            rms_norm(self.isa, x, weight, self.arch().norm_eps, out);
+            self.norm(x, weights, out);
+        }
+    }
+
+    fn norm(&self, x: &[f32], weights: &NormWeights, out: &mut [f32]) {
+        let eps = self.arch().norm_eps;
+        match &weights.bias {
+            None => rms_norm(self.isa, x, &weights.weight, eps, out),
+            Some(bias) => layer_norm(self.isa, x, &weights.weight, Some(bias), eps, out),
+        }
+    }
+
+    /// Adds what a block gives to the residual stream.
+    fn add(&self, x: &mut [f32], y: &[f32]) {
+        let multiplier = self.arch().multipliers.residual;
+        for (x, y) in x.iter_mut().zip(y) {
+            *x += y * multiplier;
         }
     }
 
     /// `down(silu(gate x) * up x)` of some rows.
     fn gated(&self, block: &GatedBlock, x: &[f32], rows: usize) -> Vec<f32> {
-        self.gated_all(&[([block.gate.view(), block.up.view(), block.down.view()], rows)], x)
+        self.gated_all(&[(block.views(), rows)], Activation::SwiGlu, x)
     }
 
     /// The same of several blocks of one shape, each with its rows of `x`.
-    fn gated_all(&self, blocks: &[([PackedView<'_>; 3], usize)], x: &[f32]) -> Vec<f32> {
-        let Some(([gate, _, down], _)) = blocks.first() else { return Vec::new() };
+    fn gated_all(&self, blocks: &[(GatedViews<'_>, usize)], activation: Activation, x: &[f32]) -> Vec<f32> {
+        let Some((GatedViews { matrices: [gate, _, down], .. }, _)) = blocks.first() else {
+            return Vec::new();
+        };
         let (inputs, width, outputs) = (gate.inputs(), gate.outputs(), down.outputs());
         let rows: usize = blocks.iter().map(|(_, rows)| rows).sum();
         let [mut gates, mut ups, mut h] = [0, 1, 2].map(|_| vec![0.0; rows * width]);
         let mut products = Vec::with_capacity(2 * blocks.len());
         let (mut x, mut gate_rest, mut up_rest) = (x, &mut gates[..], &mut ups[..]);
-        for &([gate, up, _], rows) in blocks {
+        for (block, rows) in blocks {
+            let ([gate, up, _], [gate_bias, up_bias, _], rows) = (block.matrices, block.biases(), *rows);
             let mine = x.split_off(..rows * inputs).expect("rows for every block");
             let gates = gate_rest.split_off_mut(..rows * width).expect("rows for every block");
             let ups = up_rest.split_off_mut(..rows * width).expect("rows for every block");
-            products.push(Product { x: mine, rows, w: gate, bias: None, out: gates });
-            products.push(Product { x: mine, rows, w: up, bias: None, out: ups });
+            products.push(Product { x: mine, rows, w: gate, bias: gate_bias, out: gates });
+            products.push(Product { x: mine, rows, w: up, bias: up_bias, out: ups });
         }
         linear_all(&self.pool, self.isa, products);
-        swiglu(self.isa, &gates, &ups, &mut h);
+        match activation {
+            Activation::SwiGlu => swiglu(self.isa, &gates, &ups, &mut h),
+            Activation::Clamped { alpha, limit } => {
+                clamped_swiglu(self.isa, &gates, &ups, alpha, limit, &mut h);
+            }
+        }
         let mut y = vec![0.0; rows * outputs];
         let mut products = Vec::with_capacity(blocks.len());
         let (mut h, mut y_rest) = (&h[..], &mut y[..]);
-        for &([_, _, down], rows) in blocks {
+        for (block, rows) in blocks {
+            let ([_, _, w], [_, _, bias], rows) = (block.matrices, block.biases(), *rows);
             let x = h.split_off(..rows * width).expect("rows for every block");
             let out = y_rest.split_off_mut(..rows * outputs).expect("rows for every block");
-            products.push(Product { x, rows, w: down, bias: None, out });
+            products.push(Product { x, rows, w, bias, out });
         }
         linear_all(&self.pool, self.isa, products);
         y
-    }
-}
-
-fn add(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
     }
 }

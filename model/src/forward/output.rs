@@ -1,9 +1,10 @@
 //! The end of a step: logits where they are asked for, the choice of tokens, the digest of each row.
 
 use super::{Batch, Capture, StepError};
+use crate::kernels::linear;
 use crate::kernels::sample::{Params, penalise, sample};
-use crate::kernels::{linear, rms_norm};
-use crate::model::{Base, Model};
+use crate::model::Model;
+use crate::weights::Base;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::input::RowResult;
 use lite_llm_core::output::{Forward, Row, SampleSpec};
@@ -20,10 +21,14 @@ impl Model {
         let wanted = self.wanted(step, batch, capture.as_deref());
         let mut normed = vec![0.0; wanted.len() * arch.hidden];
         for (&i, out) in wanted.iter().zip(normed.chunks_exact_mut(arch.hidden)) {
-            rms_norm(self.isa, &batch.x[i * arch.hidden..][..arch.hidden], &base.norm, arch.norm_eps, out);
+            self.norm(&batch.x[i * arch.hidden..][..arch.hidden], &base.norm, out);
         }
         let mut logits = vec![0.0; wanted.len() * arch.vocab];
-        linear(&self.pool, self.isa, &normed, wanted.len(), &base.head.view(), None, &mut logits);
+        let (head, bias) = (base.head.matrix.view(), base.head.bias.as_deref());
+        linear(&self.pool, self.isa, &normed, wanted.len(), &head, bias, &mut logits);
+        for logit in &mut logits {
+            *logit /= arch.multipliers.logits;
+        }
 
         let mut tokens = vec![None; step.rows.len()];
         for (&i, logits) in wanted.iter().zip(logits.chunks_exact_mut(arch.vocab)) {

@@ -1,6 +1,6 @@
 //! The tiered router of one position: a softmax at each level, tier times group times expert.
 
-use super::experts::{Route, softmax};
+use super::router::{Route, softmax};
 use crate::arch::TieredRouter;
 use lite_llm_core::routing::{Ties, select_hierarchical};
 
@@ -37,7 +37,7 @@ pub(super) fn route(
     let weights = selected.iter().map(|&[tier, group, expert]| share(tier) * share(group) * share(expert));
     let mut route = Route { experts, weights: weights.collect() };
     if normalise {
-        route.normalise();
+        route.normalise(0.0);
     }
     route
 }

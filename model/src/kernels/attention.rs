@@ -31,6 +31,8 @@ pub struct KvShape {
     pub key_dim: usize,
     /// Values in a value vector (and an output).
     pub value_dim: usize,
+    /// Whether a value vector is the beginning of its key, and not stored by itself.
+    pub values_in_keys: bool,
     /// Storage type; keys and values are rounded to it before any use.
     pub dtype: DType,
 }
@@ -43,6 +45,9 @@ impl KvShape {
 
     /// Bytes of the values of one page.
     pub fn value_page_bytes(&self) -> usize {
+        if self.values_in_keys {
+            return 0;
+        }
         self.kv_heads * PAGE_POSITIONS * self.value_dim * self.dtype.bytes()
     }
 
@@ -52,9 +57,13 @@ impl KvShape {
         self.write(position, keys, self.key_dim, page);
     }
 
-    /// Rounds the values (`kv_heads` x `value_dim`) of one position to storage, at `position` mod 64 of its page.
+    /// Rounds the values (`kv_heads` x `value_dim`; none if they are in the keys) of one position to storage, at
+    /// `position` mod 64 of its page.
     pub fn write_values(&self, position: u32, values: &[f32], page: &mut [u8]) {
         assert_eq!(page.len(), self.value_page_bytes(), "the page does not fit the shape");
+        if self.values_in_keys {
+            return assert!(values.is_empty(), "values that are in the keys");
+        }
         self.write(position, values, self.value_dim, page);
     }
 
@@ -134,6 +143,7 @@ pub fn attention(
 ) {
     let shape = kv.shape;
     assert!(shape.kv_heads > 0 && shape.key_dim > 0 && shape.value_dim > 0, "the shape is empty");
+    assert!(!shape.values_in_keys || shape.value_dim <= shape.key_dim, "values do not fit into the keys");
     assert!(
         params.heads > 0 && params.heads.is_multiple_of(shape.kv_heads),
         "heads are no multiple of kv heads"
@@ -232,7 +242,7 @@ versioned! {
 
 #[inline(always)]
 fn attend_body(form: Isa, kv: &PagedKv<'_>, group: Group<'_>, out: &mut [&mut [f32]]) {
-    let KvShape { key_dim, value_dim, dtype, .. } = kv.shape;
+    let KvShape { key_dim, value_dim, values_in_keys, dtype, .. } = kv.shape;
     let heads = group.rows[0].q.len() / key_dim;
     let all = Seen {
         first: group.rows.iter().map(|row| row.seen.first).min().unwrap_or(0),
@@ -274,25 +284,26 @@ fn attend_body(form: Isa, kv: &PagedKv<'_>, group: Group<'_>, out: &mut [&mut [f
         sinks[index] = group.sinks.map_or(0.0, |sinks| exp(sinks[index % heads] - max));
     }
     let mut block = vec![0.0f32; value_dim];
+    // From one value vector to the next.
+    let stride = if values_in_keys { key_dim } else { value_dim };
     for page in all.pages() {
         let read = all.slots(page);
-        let values =
-            head_of_page(dtype, kv.pages[page].values, group.kv_head, value_dim, &read, &mut widened);
+        let stored = if values_in_keys { kv.pages[page].keys } else { kv.pages[page].values };
+        let values = head_of_page(dtype, stored, group.kv_head, stride, &read, &mut widened);
         for (index, scores) in scores.chunks_exact(span).enumerate() {
             let seen = &group.rows[index / heads].seen;
             let slots = seen.slots(page);
             if slots.is_empty() {
                 continue;
             }
-            let values =
-                &values[(slots.start - read.start) * value_dim..(slots.end - read.start) * value_dim];
+            let values = &values[(slots.start - read.start) * stride..(slots.end - read.start) * stride];
             let weights = &scores[seen.scores(page, &slots)];
             let out = &mut out[index / heads][index % heads * value_dim..][..value_dim];
             let mut denominator = 0.0f32;
             for weight in weights {
                 denominator += weight;
             }
-            weighted_sum(weights, values, value_dim, &mut block);
+            weighted_sum(weights, values, stride, &mut block);
             if page == seen.pages().start {
                 denominators[index] = denominator;
                 out.copy_from_slice(&block);
@@ -351,26 +362,27 @@ fn head_of_page<'a>(
 
 /// One ascending fma chain from +0 for each dimension, 64 or 16 dimensions at a time to keep them in registers.
 #[inline(always)]
-fn weighted_sum(weights: &[f32], values: &[f32], dim: usize, out: &mut [f32]) {
+fn weighted_sum(weights: &[f32], values: &[f32], stride: usize, out: &mut [f32]) {
+    let dim = out.len();
     let mut at = 0;
     while at + 64 <= dim {
-        chains::<64>(weights, values, dim, at, out);
+        chains::<64>(weights, values, stride, at, out);
         at += 64;
     }
     while at + 16 <= dim {
-        chains::<16>(weights, values, dim, at, out);
+        chains::<16>(weights, values, stride, at, out);
         at += 16;
     }
     while at < dim {
-        chains::<1>(weights, values, dim, at, out);
+        chains::<1>(weights, values, stride, at, out);
         at += 1;
     }
 }
 
 #[inline(always)]
-fn chains<const WIDTH: usize>(weights: &[f32], values: &[f32], dim: usize, at: usize, out: &mut [f32]) {
+fn chains<const WIDTH: usize>(weights: &[f32], values: &[f32], stride: usize, at: usize, out: &mut [f32]) {
     let mut acc = [0.0f32; WIDTH];
-    for (weight, values) in weights.iter().zip(values.chunks_exact(dim)) {
+    for (weight, values) in weights.iter().zip(values.chunks_exact(stride)) {
         let values = &values[at..at + WIDTH];
         for lane in 0..WIDTH {
             acc[lane] = weight.mul_add(values[lane], acc[lane]);

@@ -26,7 +26,7 @@ pub use pool::Pool;
 pub use rope::RopeTable;
 pub use sample::{NonFinite, argmax, penalise, sample};
 pub use self_test::{SelfTestError, self_test};
-pub use swiglu::{axpy, swiglu};
+pub use swiglu::{axpy, clamped_swiglu, swiglu};
 
 /// Version of the numeric contract. It changes with any change of any bit of any kernel.
 pub const CONTRACT_VERSION: u32 = 1;

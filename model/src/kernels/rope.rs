@@ -47,7 +47,7 @@ impl RopeTable {
         (&self.cos[at..at + self.half], &self.sin[at..at + self.half])
     }
 
-    /// Rotates the first [`dims`](Self::dims) values of one head; the rest stay.
+    /// Rotates the first [`dims`](Self::dims) values of one head, each with the one half of them further; the rest stay.
     ///
     /// # Panics
     /// If the head has fewer values, or the tables do not hold the position.
@@ -61,15 +61,28 @@ impl RopeTable {
             *b = y * cos + x * sin;
         }
     }
+
+    /// Rotates the first [`dims`](Self::dims) values of one head, neighbour with neighbour; the rest stay.
+    ///
+    /// # Panics
+    /// If the head has fewer values, or the tables do not hold the position.
+    pub fn apply_to_neighbours(&self, head: &mut [f32], position: u32) {
+        let (cos, sin) = self.row(position);
+        for ((pair, cos), sin) in head[..self.dims()].chunks_exact_mut(2).zip(cos).zip(sin) {
+            let (x, y) = (pair[0], pair[1]);
+            pair[0] = x * cos - y * sin;
+            pair[1] = y * cos + x * sin;
+        }
+    }
 }
 
-/// `1 / theta^(2i / dims)` for i in `0..dims / 2`: the exponent is rounded to `f32`, the power is taken in `f64` and
-/// rounded to `f32`, and so is the quotient.
+/// `theta^(2i / dims)` for i in `0..dims / 2`: the exponent is rounded to `f32`, the power is taken in `f64` and rounded
+/// to `f32`.
+pub fn powers(theta: f64, dims: usize) -> impl Iterator<Item = f32> {
+    (0..dims / 2).map(move |i| libm::pow(theta, f64::from((2 * i) as f32 / dims as f32)) as f32)
+}
+
+/// The reciprocals of the [`powers`], rounded to `f32`.
 pub fn inverse_frequencies(theta: f64, dims: usize) -> Vec<f32> {
-    (0..dims / 2)
-        .map(|i| {
-            let exponent = (2 * i) as f32 / dims as f32;
-            1.0 / libm::pow(theta, f64::from(exponent)) as f32
-        })
-        .collect()
+    powers(theta, dims).map(|power| 1.0 / power).collect()
 }

@@ -72,7 +72,7 @@ impl Golden {
     }
 }
 
-pub(super) const GOLDEN: [Golden; 14] = [
+pub(super) const GOLDEN: [Golden; 17] = [
     Golden {
         kernel: "linear f32",
         run: |isa, bits| linears(isa, DType::F32, bits),
@@ -90,25 +90,34 @@ pub(super) const GOLDEN: [Golden; 14] = [
     },
     Golden {
         kernel: "attention f32",
-        run: |isa, bits| attentions(isa, DType::F32, bits),
+        run: |isa, bits| attentions(isa, KvShape { dtype: DType::F32, ..SHAPE }, bits),
         hash: 0x9614_3b2f_ac69_635f,
     },
     Golden {
         kernel: "attention bf16",
-        run: |isa, bits| attentions(isa, DType::Bf16, bits),
+        run: |isa, bits| attentions(isa, KvShape { dtype: DType::Bf16, ..SHAPE }, bits),
         hash: 0xc27e_5ecc_616e_bb66,
     },
     Golden {
         kernel: "attention f16",
-        run: |isa, bits| attentions(isa, DType::F16, bits),
+        run: |isa, bits| attentions(isa, KvShape { dtype: DType::F16, ..SHAPE }, bits),
         hash: 0x2f0e_0653_e9a8_0991,
+    },
+    Golden {
+        kernel: "attention over latents",
+        run: |isa, bits| {
+            attentions(isa, KvShape { kv_heads: 1, value_dim: 51, values_in_keys: true, ..SHAPE }, bits)
+        },
+        hash: 0x6d36_d0cc_158d_74f6,
     },
     Golden { kernel: "rms_norm", run: rms_norms, hash: 0x3e14_9db9_a08a_ddf1 },
     Golden { kernel: "layer_norm", run: layer_norms, hash: 0x7376_f199_aae0_7679 },
     Golden { kernel: "rope", run: ropes, hash: 0x2c0a_34e0_c258_f295 },
+    Golden { kernel: "rope of neighbours", run: ropes_of_neighbours, hash: 0xf561_f0b3_58b3_305b },
     Golden { kernel: "exp", run: exps, hash: 0x4963_8842_8b7d_ce00 },
     Golden { kernel: "silu", run: silus, hash: 0x1cd9_30c8_2e96_0159 },
     Golden { kernel: "combine", run: combines, hash: 0xf7bb_1ce0_c8c8_65d5 },
+    Golden { kernel: "clamped gate", run: clamped_gates, hash: 0xd920_0c93_027d_2e3a },
     Golden { kernel: "convert", run: conversions, hash: 0x0bb0_b5fd_f89d_46e9 },
     Golden { kernel: "sample", run: samples, hash: 0x01be_cfa9_9814_0060 },
 ];
@@ -172,24 +181,29 @@ fn linears(isa: Isa, dtype: DType, bits: &mut Bits) {
     }
 }
 
-/// Three pages; dimensions that fill no whole register; windows, sinks and grouped heads.
-fn attentions(isa: Isa, dtype: DType, bits: &mut Bits) {
-    let shape = KvShape { kv_heads: 2, key_dim: 72, value_dim: 83, dtype };
+/// Dimensions that fill no whole register, grouped heads.
+const SHAPE: KvShape =
+    KvShape { kv_heads: 2, key_dim: 72, value_dim: 83, values_in_keys: false, dtype: DType::F32 };
+
+/// Three pages; windows and sinks.
+fn attentions(isa: Isa, shape: KvShape, bits: &mut Bits) {
+    let KvShape { kv_heads, key_dim, value_dim, values_in_keys, .. } = shape;
     let (heads, len) = (6, 150);
     let mut storage = vec![(vec![0; shape.key_page_bytes()], vec![0; shape.value_page_bytes()]); 3];
     for position in 0..len {
         let (keys, values) = &mut storage[position / PAGE_POSITIONS];
-        shape.write_keys(position as u32, &operands(2 * 72, position as u64), keys);
-        shape.write_values(position as u32, &operands(2 * 83, 1 << 32 | position as u64), values);
+        shape.write_keys(position as u32, &operands(kv_heads * key_dim, position as u64), keys);
+        let of_values = if values_in_keys { 0 } else { kv_heads * value_dim };
+        shape.write_values(position as u32, &operands(of_values, 1 << 32 | position as u64), values);
     }
     let pages: Vec<KvPage<'_>> = storage.iter().map(|(keys, values)| KvPage { keys, values }).collect();
     let kv = PagedKv::new(shape, &pages).expect("the pages have the shape's size");
     let positions = [0, 63, 64, 149];
-    let q = operands(positions.len() * heads * 72, 7);
+    let q = operands(positions.len() * heads * key_dim, 7);
     let sinks = operands(heads, 8);
     for (window, sinks) in [(None, None), (Some(70), Some(&sinks[..]))] {
         let params = AttentionParams { heads, scale: 0.117_851_13, window, sinks };
-        let mut out = vec![0.0; positions.len() * heads * 83];
+        let mut out = vec![0.0; positions.len() * heads * value_dim];
         attention(&Pool::new(1), isa, &q, &positions, &kv, &params, &mut out);
         bits.values(&out);
     }
@@ -225,6 +239,15 @@ fn ropes(_: Isa, bits: &mut Bits) {
     }
 }
 
+fn ropes_of_neighbours(_: Isa, bits: &mut Bits) {
+    let table = RopeTable::new(&rope::inverse_frequencies(10_000.0, 64), 1.25, 300);
+    for position in [0, 1, 7, 255, 299] {
+        let mut head = operands(80, u64::from(position));
+        table.apply_to_neighbours(&mut head, position);
+        bits.values(&head);
+    }
+}
+
 /// Every 2^16-th pattern or so, NaNs and infinities included, and the range that matters more densely.
 fn exp_operands() -> Vec<f32> {
     let patterns = (0..=u32::MAX).step_by(65_521).map(f32::from_bits);
@@ -255,6 +278,12 @@ fn combines(isa: Isa, bits: &mut Bits) {
     for weight in operands(8, 3) {
         axpy(isa, weight, &gate, &mut out);
     }
+    bits.values(&out);
+}
+
+fn clamped_gates(isa: Isa, bits: &mut Bits) {
+    let mut out = vec![0.0; 1061];
+    clamped_swiglu(isa, &operands(1061, 1), &operands(1061, 2), 1.702, 1.5, &mut out);
     bits.values(&out);
 }
 

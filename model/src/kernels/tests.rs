@@ -129,6 +129,29 @@ fn rope_rotates_halves_and_leaves_the_rest() {
 }
 
 #[test]
+fn rope_rotates_neighbours_and_leaves_the_rest() {
+    let table = RopeTable::new(&rope::inverse_frequencies(10_000.0, 4), 1.0, 8);
+    let mut head = [1.0, 3.0, 2.0, 4.0, 5.0];
+    table.apply_to_neighbours(&mut head, 3);
+    let (sin, cos) = (libm::sin(3.0) as f32, libm::cos(3.0) as f32);
+    assert_eq!(head[0], cos - 3.0 * sin);
+    assert_eq!(head[1], 3.0 * cos + sin);
+    assert_eq!(head[4], 5.0);
+}
+
+#[test]
+fn a_clamped_gate_is_its_definition() {
+    let (gate, up) = ([-9.0, 0.5, 9.0, 2.0], [1.0, -9.0, 9.0, 0.25]);
+    let mut out = [0.0; 4];
+    clamped_swiglu(Isa::Scalar, &gate, &up, 1.5, 7.0, &mut out);
+    for ((gate, up), out) in gate.into_iter().zip(up).zip(out) {
+        let (gate, up) = (f64::from(gate).min(7.0), f64::from(up).clamp(-7.0, 7.0));
+        let expected = (up + 1.0) * gate / (1.0 + (-1.5 * gate).exp());
+        assert!((f64::from(out) - expected).abs() < 1e-5, "{out} for {expected}");
+    }
+}
+
+#[test]
 fn conversions_round_to_even() {
     for bits in 0..=u16::MAX {
         let value = convert::f16_value(bits);

@@ -92,22 +92,25 @@ proptest! {
         len in 1usize..200,
         window in prop::option::of(1u32..150),
         with_sinks in any::<bool>(),
+        inside in any::<bool>(),
         seed in any::<u64>(),
     ) {
-        let shape = KvShape { kv_heads, key_dim, value_dim, dtype };
+        let values_in_keys = inside && value_dim <= key_dim;
+        let shape = KvShape { kv_heads, key_dim, value_dim, values_in_keys, dtype };
         let heads = kv_heads * group;
         let mut keys = operands(len * kv_heads * key_dim, seed);
-        let mut values = operands(len * kv_heads * value_dim, seed ^ 1);
+        let mut values = if values_in_keys {
+            keys.chunks_exact(key_dim).flat_map(|key| &key[..value_dim]).copied().collect()
+        } else {
+            operands(len * kv_heads * value_dim, seed ^ 1)
+        };
         let storage: Vec<(Vec<u8>, Vec<u8>)> = (0..len.div_ceil(64)).map(|page| {
             let mut k = vec![0; shape.key_page_bytes()];
             let mut v = vec![0; shape.value_page_bytes()];
             for position in page * 64..len.min(page * 64 + 64) {
                 shape.write_keys(position as u32, &keys[position * kv_heads * key_dim..][..kv_heads * key_dim], &mut k);
-                shape.write_values(
-                    position as u32,
-                    &values[position * kv_heads * value_dim..][..kv_heads * value_dim],
-                    &mut v,
-                );
+                let of_position = &values[position * kv_heads * value_dim..][..kv_heads * value_dim];
+                shape.write_values(position as u32, if values_in_keys { &[] } else { of_position }, &mut v);
             }
             (k, v)
         }).collect();
@@ -174,6 +177,8 @@ proptest! {
             layer_norm(isa, &x, &w, Some(&b), 1e-5, &mut out);
             all.extend(bits(&out));
             swiglu(isa, &x, &w, &mut out);
+            all.extend(bits(&out));
+            clamped_swiglu(isa, &x, &w, 1.702, 0.75, &mut out);
             all.extend(bits(&out));
             axpy(isa, weight, &x, &mut out);
             all.extend(bits(&out));

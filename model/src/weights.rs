@@ -1,0 +1,407 @@
+//! The weights of a model in the form in which the kernels read them.
+
+use crate::arch::{Arch, Latent, Norm};
+use crate::checkpoint::{
+    Checkpoint, Gated, Tensor, expert_parts, latent_projections, projections, qk_norm_sizes,
+};
+use crate::kernels::{DType, Isa, PackedView, convert, pack, packed_len};
+use crate::model::ModelError;
+use memmap2::{Advice, MmapMut};
+use std::borrow::Cow;
+
+/// A matrix in the packed layout.
+#[derive(Debug)]
+pub(crate) struct Matrix {
+    dtype: DType,
+    outputs: usize,
+    inputs: usize,
+    size: usize,
+    bytes: MmapMut,
+}
+
+impl Matrix {
+    pub(crate) fn load(checkpoint: &Checkpoint, tensor: &Tensor) -> Result<Self, ModelError> {
+        let [outputs, inputs] = tensor.shape[..] else { unreachable!("matrices are asked for by shape") };
+        let matrix = Self::pack(tensor.dtype, outputs, inputs, &checkpoint.row_major(tensor))?;
+        checkpoint.forget(tensor);
+        Ok(matrix)
+    }
+
+    fn pack(dtype: DType, outputs: usize, inputs: usize, row_major: &[u8]) -> Result<Self, ModelError> {
+        let size = packed_bytes(dtype, outputs, inputs)?;
+        let refused = |_| ModelError::Memory { what: "a matrix", bytes: size as u64 };
+        let mut bytes = MmapMut::map_anon(size.max(1)).map_err(refused)?;
+        // Decode reads all of it once a token: with small pages it would wait for page walks. A kernel without large
+        // pages refuses, and nothing is lost but time.
+        let _ = bytes.advise(Advice::HugePage);
+        pack(dtype, outputs, inputs, row_major, &mut bytes[..size]);
+        Ok(Self { dtype, outputs, inputs, size, bytes })
+    }
+
+    pub(crate) fn view(&self) -> PackedView<'_> {
+        PackedView::new(self.dtype, self.outputs, self.inputs, &self.bytes[..self.size])
+            .expect("packed for this shape")
+    }
+}
+
+fn packed_bytes(dtype: DType, outputs: usize, inputs: usize) -> Result<usize, ModelError> {
+    packed_len(dtype, outputs, inputs).ok_or(ModelError::Memory { what: "a matrix", bytes: u64::MAX })
+}
+
+/// A matrix and its bias.
+#[derive(Debug)]
+pub(crate) struct Projection {
+    pub(crate) matrix: Matrix,
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+/// Gate, up and down of a block that every position uses.
+#[derive(Debug)]
+pub(crate) struct GatedBlock {
+    pub(crate) gate: Matrix,
+    pub(crate) up: Matrix,
+    pub(crate) down: Matrix,
+}
+
+impl GatedBlock {
+    fn load(checkpoint: &Checkpoint, gated: &Gated) -> Result<Self, ModelError> {
+        Ok(Self {
+            gate: Matrix::load(checkpoint, &gated.gate)?,
+            up: Matrix::load(checkpoint, &gated.up)?,
+            down: Matrix::load(checkpoint, &gated.down)?,
+        })
+    }
+
+    pub(crate) fn views(&self) -> GatedViews<'_> {
+        GatedViews { matrices: [self.gate.view(), self.up.view(), self.down.view()], biases: None }
+    }
+}
+
+/// A gated block where it lies, of whatever kind: gate, up and down.
+#[derive(Clone, Debug)]
+pub(crate) struct GatedViews<'a> {
+    pub(crate) matrices: [PackedView<'a>; 3],
+    /// Of all three, one after the other.
+    biases: Option<Cow<'a, [f32]>>,
+}
+
+impl GatedViews<'_> {
+    /// The biases of gate, up and down.
+    pub(crate) fn biases(&self) -> [Option<&[f32]>; 3] {
+        let Some(values) = &self.biases else { return [None; 3] };
+        let width = self.matrices[0].outputs();
+        let (gate, rest) = values.split_at(width);
+        let (up, down) = rest.split_at(width);
+        [Some(gate), Some(up), Some(down)]
+    }
+}
+
+/// The norm of a row.
+#[derive(Debug)]
+pub(crate) struct NormWeights {
+    pub(crate) weight: Vec<f32>,
+    /// A norm by mean and variance has one.
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+/// What makes queries, keys and values.
+#[derive(Debug)]
+pub(crate) enum Inputs {
+    /// Query, key, value; the norms of queries and keys.
+    Plain { projections: [Projection; 3], qk_norm: Option<(Vec<f32>, Vec<f32>)> },
+    /// Multi-head latent attention.
+    Latent(LatentWeights),
+}
+
+/// The weights of multi-head latent attention but its output.
+#[derive(Debug)]
+pub(crate) struct LatentWeights {
+    /// Queries, of the input; or the vector that they are made of, its norm, and queries of it.
+    pub(crate) query: Projection,
+    pub(crate) query_norm: Option<(Vec<f32>, Projection)>,
+    /// The latent, and the rotated part of all keys.
+    pub(crate) latent: Projection,
+    pub(crate) latent_norm: Vec<f32>,
+    /// For each head: a plain query into a query of the latent, and a mix of latents into a mix of values. Keys and
+    /// values themselves are never made: a score of a key is a score of its latent.
+    pub(crate) heads: Vec<(Matrix, Matrix)>,
+}
+
+/// The base parameters of a decoder layer.
+#[derive(Debug)]
+pub(crate) struct LayerWeights {
+    pub(crate) attention_norm: NormWeights,
+    pub(crate) block_norm: NormWeights,
+    pub(crate) inputs: Inputs,
+    pub(crate) output: Projection,
+    pub(crate) sinks: Option<Vec<f32>>,
+    pub(crate) dense: Option<GatedBlock>,
+    pub(crate) shared: Option<(GatedBlock, Option<Matrix>)>,
+}
+
+/// The base parameters.
+#[derive(Debug)]
+pub(crate) struct Base {
+    pub(crate) embedding: Tensor,
+    pub(crate) norm: NormWeights,
+    pub(crate) head: Projection,
+    pub(crate) layers: Vec<LayerWeights>,
+}
+
+/// A router.
+#[derive(Debug)]
+pub(crate) struct Router {
+    pub(crate) matrix: Matrix,
+    /// Added to its outputs.
+    pub(crate) bias: Option<Vec<f32>>,
+    /// Added to scores where they select, not where they weigh.
+    pub(crate) correction: Option<Vec<f32>>,
+}
+
+impl Router {
+    pub(crate) fn load(checkpoint: &Checkpoint, layer: usize) -> Result<Self, ModelError> {
+        let names = checkpoint.arch().moe.as_ref().map_or_else(Vec::new, |moe| moe.router_vectors());
+        let vector = |name: &str| {
+            let there = names.contains(&name).then(|| checkpoint.router_vector(layer, name)).transpose()?;
+            Ok::<_, ModelError>(there.map(|tensor| values(checkpoint, &tensor)))
+        };
+        Ok(Self {
+            matrix: Matrix::load(checkpoint, &checkpoint.router(layer)?)?,
+            bias: vector("bias")?,
+            correction: vector("e_score_correction_bias")?,
+        })
+    }
+}
+
+/// Where the parts of an expert lie in its slot, and how its matrices are typed: the three matrices packed, then their
+/// biases as `f32`.
+#[derive(Clone, Debug)]
+pub(crate) struct ExpertLayout {
+    /// As published, of each part.
+    pub(crate) dtypes: Vec<DType>,
+    pub(crate) hidden: usize,
+    pub(crate) width: usize,
+    matrices: [usize; 3],
+}
+
+impl ExpertLayout {
+    /// `None` where a size cannot be said.
+    pub(crate) fn new(dtypes: &[DType], arch: &Arch) -> Option<Self> {
+        let (width, hidden) = (arch.moe.as_ref()?.intermediate, arch.hidden);
+        let gate = packed_len(dtypes[0], width, hidden)?;
+        let up = gate.checked_add(packed_len(dtypes[1], width, hidden)?)?;
+        let down = up.checked_add(packed_len(dtypes[2], hidden, width)?)?;
+        let layout = Self { dtypes: dtypes.into(), hidden, width, matrices: [gate, up, down] };
+        down.checked_add(layout.bias_bytes()).map(|_| layout)
+    }
+
+    fn bias_bytes(&self) -> usize {
+        if self.dtypes.len() > 3 { 4 * (2 * self.width + self.hidden) } else { 0 }
+    }
+
+    /// Bytes of an expert.
+    pub(crate) fn bytes(&self) -> usize {
+        self.matrices[2] + self.bias_bytes()
+    }
+
+    /// The expert in a slot.
+    pub(crate) fn views<'a>(&self, slot: &'a [u8]) -> GatedViews<'a> {
+        let [gate, up, down] = self.matrices;
+        let view = |i: usize, outputs, inputs, start: usize, end: usize| {
+            PackedView::new(self.dtypes[i], outputs, inputs, &slot[start..end])
+                .expect("a slot of this layout")
+        };
+        let biases = (self.dtypes.len() > 3).then(|| {
+            let bytes = &slot[down..self.bytes()];
+            // In place where the slot is aligned, as those of an arena are.
+            let there = bytemuck::try_cast_slice(bytes).map(Cow::Borrowed);
+            there.unwrap_or_else(|_| Cow::Owned(bytemuck::pod_collect_to_vec(bytes)))
+        });
+        GatedViews {
+            matrices: [
+                view(0, self.width, self.hidden, 0, gate),
+                view(1, self.width, self.hidden, gate, up),
+                view(2, self.hidden, self.width, up, down),
+            ],
+            biases,
+        }
+    }
+}
+
+/// Packs the parts of an expert one after the other.
+pub(crate) fn pack_expert(checkpoint: &Checkpoint, gated: &Gated, layout: &ExpertLayout, slot: &mut [u8]) {
+    let mut start = 0;
+    for (tensor, end) in [&gated.gate, &gated.up, &gated.down].into_iter().zip(layout.matrices) {
+        let bytes = checkpoint.row_major(tensor);
+        pack(tensor.dtype, tensor.shape[0], tensor.shape[1], &bytes, &mut slot[start..end]);
+        checkpoint.forget(tensor);
+        start = end;
+    }
+    for tensor in gated.biases.iter().flatten() {
+        let values = values(checkpoint, tensor);
+        let end = start + 4 * values.len();
+        convert::narrow(DType::F32, &values, &mut slot[start..end]);
+        start = end;
+    }
+}
+
+/// The one layout that all experts of a checkpoint have.
+pub(crate) fn expert_layout(checkpoint: &Checkpoint) -> Result<Option<ExpertLayout>, ModelError> {
+    let arch = checkpoint.arch();
+    let Some(moe) = &arch.moe else { return Ok(None) };
+    let layout = |dtypes: &[DType]| {
+        let too_large = ModelError::Memory { what: "an expert", bytes: u64::MAX };
+        ExpertLayout::new(dtypes, arch).ok_or(too_large).map(Some)
+    };
+    if let Some(native) = checkpoint.native() {
+        return layout(native.expert_dtypes());
+    }
+    let mut first: Option<Vec<DType>> = None;
+    for layer in arch.moe_layers() {
+        for ordinal in 0..moe.experts {
+            let gated = checkpoint.expert(layer as usize, ordinal)?;
+            let dtypes: Vec<DType> = gated.parts().map(|part| part.dtype).collect();
+            debug_assert_eq!(dtypes.len(), expert_parts(moe, arch.hidden).len());
+            match &first {
+                None => first = Some(dtypes),
+                Some(first) if *first != dtypes => {
+                    return Err(ModelError::MixedTypes(checkpoint.key(layer, ordinal as u32)));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    first.map_or(Ok(None), |dtypes| layout(&dtypes))
+}
+
+/// Loads the base parameters, routers apart.
+pub(crate) fn load_base(checkpoint: &Checkpoint) -> Result<Base, ModelError> {
+    let arch = checkpoint.arch();
+    let embedding = checkpoint.embedding()?;
+    let head = if arch.tied {
+        embedding.clone()
+    } else {
+        checkpoint.tensor("lm_head.weight", &[arch.vocab, arch.hidden])?
+    };
+    let bias = arch.head_bias.then(|| vector(checkpoint, "lm_head.bias", arch.vocab)).transpose()?;
+    let layers =
+        (0..arch.layers.len()).map(|layer| load_layer(checkpoint, layer)).collect::<Result<_, _>>()?;
+    Ok(Base {
+        norm: norm(checkpoint, "model.norm")?,
+        head: Projection { matrix: Matrix::load(checkpoint, &head)?, bias },
+        embedding,
+        layers,
+    })
+}
+
+fn load_layer(checkpoint: &Checkpoint, layer: usize) -> Result<LayerWeights, ModelError> {
+    let arch = checkpoint.arch();
+    let prefix = format!("model.layers.{layer}");
+    let projection = |(name, outputs, inputs, bias): (&str, usize, usize, bool)| {
+        let name = format!("{prefix}.self_attn.{name}");
+        let bias = bias.then(|| vector(checkpoint, &format!("{name}.bias"), outputs)).transpose()?;
+        let tensor = checkpoint.tensor(&format!("{name}.weight"), &[outputs, inputs])?;
+        Ok::<_, ModelError>(Projection { matrix: Matrix::load(checkpoint, &tensor)?, bias })
+    };
+    let of_attention =
+        |name: &str, size: usize| vector(checkpoint, &format!("{prefix}.self_attn.{name}"), size);
+    let [q, k, v, o] = projections(arch);
+    let inputs = if let Some(latent) = arch.attention.latent {
+        Inputs::Latent(load_latent(checkpoint, &prefix, latent, projection)?)
+    } else {
+        let qk_norm = match qk_norm_sizes(arch) {
+            Some((q, k)) => Some((of_attention("q_norm.weight", q)?, of_attention("k_norm.weight", k)?)),
+            None => None,
+        };
+        Inputs::Plain { projections: [projection(q)?, projection(k)?, projection(v)?], qk_norm }
+    };
+    let dense = match arch.layers[layer].dense {
+        Some(width) => {
+            Some(GatedBlock::load(checkpoint, &checkpoint.gated(&format!("{prefix}.mlp"), width)?)?)
+        }
+        None => None,
+    };
+    let mut shared = None;
+    if let Some(block) = arch.moe.as_ref().and_then(|moe| moe.shared.as_ref()).filter(|_| dense.is_none()) {
+        let name = format!("{prefix}.{}", block.name);
+        let gated = checkpoint.gated(&name, block.intermediate)?;
+        let gate = if block.gated {
+            let gate = checkpoint.tensor(&format!("{name}_gate.weight"), &[1, arch.hidden])?;
+            Some(Matrix::load(checkpoint, &gate)?)
+        } else {
+            None
+        };
+        shared = Some((GatedBlock::load(checkpoint, &gated)?, gate));
+    }
+    Ok(LayerWeights {
+        attention_norm: norm(checkpoint, &format!("{prefix}.input_layernorm"))?,
+        block_norm: norm(checkpoint, &format!("{prefix}.post_attention_layernorm"))?,
+        inputs,
+        output: projection(o)?,
+        sinks: arch.attention.sinks.then(|| of_attention("sinks", arch.attention.heads)).transpose()?,
+        dense,
+        shared,
+    })
+}
+
+fn load_latent(
+    checkpoint: &Checkpoint,
+    prefix: &str,
+    latent: Latent,
+    projection: impl Fn((&str, usize, usize, bool)) -> Result<Projection, ModelError>,
+) -> Result<LatentWeights, ModelError> {
+    let attention = &checkpoint.arch().attention;
+    let mut list = latent_projections(checkpoint.arch(), latent).into_iter();
+    let mut next = || list.next().expect("as many projections as are taken here");
+    let of_attention =
+        |name: &str, size: usize| vector(checkpoint, &format!("{prefix}.self_attn.{name}"), size);
+    let query = projection(next())?;
+    let query_norm = match latent.query_rank {
+        Some(rank) => Some((of_attention("q_a_layernorm.weight", rank)?, projection(next())?)),
+        None => None,
+    };
+    let of_latent = projection(next())?;
+    let (name, outputs, inputs, _) = next();
+    let tensor = checkpoint.tensor(&format!("{prefix}.self_attn.{name}.weight"), &[outputs, inputs])?;
+    let (plain, values, rank) = (latent.plain, attention.value_dim, latent.rank);
+    let bytes = checkpoint.row_major(&tensor);
+    let row = rank * tensor.dtype.bytes();
+    let heads = bytes.chunks_exact((plain + values) * row).map(|head| {
+        let (keys, of_values) = head.split_at(plain * row);
+        let transposed = transpose(keys, plain, rank, tensor.dtype.bytes());
+        let query = Matrix::pack(tensor.dtype, rank, plain, &transposed)?;
+        Ok((query, Matrix::pack(tensor.dtype, values, rank, of_values)?))
+    });
+    let heads = heads.collect::<Result<_, ModelError>>()?;
+    checkpoint.forget(&tensor);
+    let latent_norm = of_attention("kv_a_layernorm.weight", rank)?;
+    Ok(LatentWeights { query, query_norm, latent: of_latent, latent_norm, heads })
+}
+
+fn transpose(bytes: &[u8], rows: usize, columns: usize, size: usize) -> Vec<u8> {
+    let mut transposed = Vec::with_capacity(bytes.len());
+    for column in 0..columns {
+        for row in 0..rows {
+            transposed.extend_from_slice(&bytes[(row * columns + column) * size..][..size]);
+        }
+    }
+    transposed
+}
+
+fn norm(checkpoint: &Checkpoint, name: &str) -> Result<NormWeights, ModelError> {
+    let arch = checkpoint.arch();
+    let bias = (arch.norm == Norm::Layer)
+        .then(|| vector(checkpoint, &format!("{name}.bias"), arch.hidden))
+        .transpose()?;
+    Ok(NormWeights { weight: vector(checkpoint, &format!("{name}.weight"), arch.hidden)?, bias })
+}
+
+fn vector(checkpoint: &Checkpoint, name: &str, size: usize) -> Result<Vec<f32>, ModelError> {
+    Ok(values(checkpoint, &checkpoint.tensor(name, &[size])?))
+}
+
+fn values(checkpoint: &Checkpoint, tensor: &Tensor) -> Vec<f32> {
+    let mut values = vec![0.0; tensor.shape.iter().product()];
+    convert::widen(Isa::Scalar, tensor.dtype, &checkpoint.row_major(tensor), &mut values);
+    values
+}
