@@ -48,6 +48,7 @@ fn plan() -> ModelPlan {
         format: ModelPlan::FORMAT,
         identity: Identity::default(),
         tiers: vec![TierPlan { name: "all".into(), groups: 1, experts: EXPERTS, placement: Placement::Hot }],
+        layers: LAYERS,
         moe_layers: (0..LAYERS).collect(),
         top_k: TOP_K,
         slot_bytes: SLOT_BYTES,

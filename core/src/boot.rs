@@ -119,7 +119,7 @@ impl State {
             Err(error) => return self.exit_with(cx, error),
         };
         self.carving = carving;
-        self.residency = Residency::new(carving.slots, self.residency.next_load());
+        self.residency = Residency::new(carving.slots, self.shelves(), self.residency.next_load());
         self.pages = Pages::new(carving.pages);
         cx.event(Event::PhaseDone { phase: Phase::Manifest, bytes: 0 });
         cx.say(Output::Carve(carving));
@@ -141,6 +141,7 @@ impl State {
                 plan.identity.contract
             ));
         }
+        self.config.topology.check(plan.layers, plan.experts_of_layer())?;
         let tiers = plan.tier_set(&self.config.tier_set).map_err(|e| format!("tier_set: {e}"))?;
         for (mode, names) in &self.config.modes {
             plan.tier_set(names).map_err(|e| format!("modes.{mode}: {e}"))?;
@@ -189,7 +190,13 @@ impl State {
             .filter(|(placement, _)| *placement != Placement::Cold)
             .collect();
         experts.sort_by_key(|&(placement, key)| (core::cmp::Reverse(placement), key));
-        experts.truncate(index(self.carving.slots));
+        let mut room = alloc::vec![self.carving.slots; index(self.shelves())];
+        experts.retain(|&(_, key)| {
+            let room = &mut room[index(self.shelf(key))];
+            let fits = *room > 0;
+            *room = room.saturating_sub(1);
+            fits
+        });
         experts.into_iter().map(|(_, key)| (key, self.current_blob(key))).collect()
     }
 
@@ -230,7 +237,18 @@ impl State {
     }
 }
 
-/// Divides the memory: what must be there, KV pages, then slots for as many experts as there are.
+/// The most experts that a rank may have to hold.
+fn experts_of_rank(config: &Config, plan: &ModelPlan) -> u32 {
+    let topology = &config.topology;
+    let layers = (0..topology.pipeline).map(|stage| {
+        let range = topology.layers(plan.layers, stage);
+        len32(plan.moe_layers.iter().filter(|layer| range.contains(layer)).count())
+    });
+    let experts = plan.experts_of_layer().div_ceil(topology.expert);
+    layers.max().unwrap_or(0) * experts
+}
+
+/// Divides the memory of each rank: what must be there, KV pages, then slots for as many experts as there are.
 ///
 /// # Errors
 /// The number of bytes that would do.
@@ -240,8 +258,7 @@ fn carve(config: &Config, plan: &ModelPlan, pages_min: u32) -> Result<Carving, S
         .iter()
         .chain([&plan.router_bytes, &plan.overhead_bytes])
         .fold(0u64, |sum, bytes| sum.saturating_add(*bytes));
-    let all: Vec<u32> = (0..len32(plan.tiers.len())).collect();
-    let experts = if plan.moe_layers.is_empty() { 0 } else { len32(plan.experts(&all).count()) };
+    let experts = experts_of_rank(config, plan);
     let slots_min = plan.top_k.min(experts);
     let pages_bytes = |pages: u32| u64::from(pages).saturating_mul(plan.page_bytes);
     let slots_bytes = |slots: u32| u64::from(slots).saturating_mul(plan.slot_bytes);

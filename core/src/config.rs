@@ -1,5 +1,6 @@
 //! What the operator decides: budgets, batch shape, modes and limits. Checked once, in the first boot phase.
 
+use crate::topology::Topology;
 use alloc::{collections::BTreeMap, format, string::String, vec::Vec};
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +72,8 @@ pub struct Config {
     pub prefill_chunk: u32,
     /// Records between two snapshots; 0 takes none but those asked for.
     pub snapshot_every: u64,
+    /// The ranks that the model is spread over.
+    pub topology: Topology,
     /// Whether optimizer state is wanted. Training is not built: `true` is refused by name.
     pub training: bool,
     /// Bounds.
@@ -87,6 +90,7 @@ impl Default for Config {
             placement: BTreeMap::new(),
             prefill_chunk: 64,
             snapshot_every: 4096,
+            topology: Topology::SINGLE,
             training: false,
             limits: Limits::default(),
         }
@@ -120,6 +124,7 @@ impl Config {
         if self.memory_bytes == 0 {
             return Err("memory_bytes is 0; give the process the bytes it may use".into());
         }
+        self.topology.check_counts()?;
         if self.training {
             return Err("training is not built: set training = false".into());
         }

@@ -88,7 +88,7 @@ impl State {
         let drain = self.drain.take().expect("ResourcesReleased answers Release");
         assert_eq!(drain.phase, Phase::Resources, "ResourcesReleased answers Release");
         assert!(self.residency.slots().all(|(_, slot): (Slot, _)| slot.pins == 0), "nothing is in use");
-        self.residency = Residency::new(0, self.residency.next_load());
+        self.residency = Residency::new(0, 0, self.residency.next_load());
         self.requests.forget_pages();
         self.carving = Carving::default();
         self.pages = Pages::default();

@@ -71,7 +71,7 @@ pub enum FinishReason {
 /// The carved memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Carving {
-    /// Slots of the hot arena.
+    /// Slots of the hot arena of each rank.
     pub slots: u32,
     /// Bytes of a slot.
     pub slot_bytes: u64,
@@ -123,7 +123,7 @@ pub enum Output {
         layer: u32,
         /// In which wave.
         wave: u32,
-        /// Experts of this wave.
+        /// Experts of this wave on the same shelf.
         wave_len: u32,
         /// Which expert.
         expert: ExpertKey,

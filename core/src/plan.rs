@@ -41,6 +41,8 @@ pub struct ModelPlan {
     pub identity: Identity,
     /// Tiers, smallest first.
     pub tiers: Vec<TierPlan>,
+    /// Decoder layers.
+    pub layers: u32,
     /// The layers that have experts, ascending.
     pub moe_layers: Vec<u32>,
     /// The most experts that one position selects in one layer.
@@ -92,6 +94,9 @@ impl ModelPlan {
         if !self.moe_layers.is_sorted_by(|a, b| a < b) {
             return Err("mixture layers must ascend".into());
         }
+        if self.layers == 0 || self.moe_layers.last().is_some_and(|&last| last >= self.layers) {
+            return Err(format!("mixture layers must be of the model's {} layers", self.layers));
+        }
         let mut experts: u32 = 0;
         for tier in &self.tiers {
             let count = tier.groups.checked_mul(tier.experts).filter(|&n| n > 0);
@@ -137,6 +142,20 @@ impl ModelPlan {
                 })
             })
         })
+    }
+
+    /// Experts of a mixture layer, over all tiers.
+    #[must_use]
+    pub fn experts_of_layer(&self) -> u32 {
+        self.tiers.iter().map(|tier| tier.groups * tier.experts).sum()
+    }
+
+    /// The place of an expert among those of its layer, in ascending order of keys.
+    #[must_use]
+    pub fn ordinal(&self, key: ExpertKey) -> u32 {
+        let tier = crate::ids::index(key.tier);
+        let before: u32 = self.tiers[..tier].iter().map(|tier| tier.groups * tier.experts).sum();
+        before + key.group * self.tiers[tier].experts + key.expert
     }
 
     /// Whether the key names an expert of this checkpoint.

@@ -44,10 +44,12 @@ struct Load {
     failures: u32,
 }
 
-/// The hot arena.
+/// The hot arena, or those of all ranks: one shelf of equal length for each (stage, expert rank), whose experts fit
+/// nowhere else. The tensor ranks of a shelf hold the same experts in the same slots, each its rows.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Residency {
     slots: Vec<SlotState>,
+    shelf_slots: u32,
     by_held: BTreeMap<Held, Slot>,
     loads: BTreeMap<LoadId, Load>,
     /// Slots that a step waits for, in order.
@@ -68,8 +70,9 @@ pub(crate) enum Outcome {
 }
 
 impl Residency {
-    pub(crate) fn new(slots: u32, next_load: LoadId) -> Self {
-        Self { slots: alloc::vec![SlotState::default(); index(slots)], next_load, ..Self::default() }
+    pub(crate) fn new(shelf_slots: u32, shelves: u32, next_load: LoadId) -> Self {
+        let slots = alloc::vec![SlotState::default(); index(shelf_slots) * index(shelves)];
+        Self { slots, shelf_slots, next_load, ..Self::default() }
     }
 
     pub(crate) const fn next_load(&self) -> LoadId {
@@ -78,6 +81,11 @@ impl Residency {
 
     pub(crate) fn slots(&self) -> impl Iterator<Item = (Slot, &SlotState)> {
         (0..).map(Slot).zip(&self.slots)
+    }
+
+    fn shelf(&self, shelf: u32) -> impl Iterator<Item = (Slot, &SlotState)> {
+        let first = shelf * self.shelf_slots;
+        (first..).map(Slot).zip(&self.slots[index(first)..index(first + self.shelf_slots)])
     }
 
     /// Whether anything is coming or is to come.
@@ -130,9 +138,9 @@ impl Residency {
     }
 
     /// A slot that may be given away: a free one, or the unpinned one whose expert is the least worth keeping.
-    fn victim<K: Ord>(&self, worth: impl Fn(Held, u32) -> K) -> Option<Slot> {
+    fn victim<K: Ord>(&self, shelf: u32, worth: impl Fn(Held, u32) -> K) -> Option<Slot> {
         let mut best: Option<(K, Slot)> = None;
-        for (slot, state) in self.slots() {
+        for (slot, state) in self.shelf(shelf) {
             match state.content {
                 Content::Empty => return Some(slot),
                 Content::Ready(key) if state.pins == 0 => {
@@ -147,8 +155,8 @@ impl Residency {
         best.map(|(_, slot)| slot)
     }
 
-    fn free_slot(&self) -> Option<Slot> {
-        self.slots().find(|(_, state)| state.content == Content::Empty).map(|(slot, _)| slot)
+    fn free_slot(&self, shelf: u32) -> Option<Slot> {
+        self.shelf(shelf).find(|(_, state)| state.content == Content::Empty).map(|(slot, _)| slot)
     }
 
     fn assign(&mut self, slot: Slot, held: Held) {
@@ -257,6 +265,22 @@ impl Residency {
 }
 
 impl State {
+    /// The shelf that an expert belongs to.
+    pub(crate) fn shelf(&self, key: ExpertKey) -> u32 {
+        let topology = &self.config.topology;
+        if topology.pipeline * topology.expert == 1 {
+            return 0;
+        }
+        let plan = self.plan();
+        let stage = topology.stage(plan.layers, key.layer);
+        stage * topology.expert + topology.holder(plan.experts_of_layer(), plan.ordinal(key))
+    }
+
+    /// Shelves of the arena.
+    pub(crate) const fn shelves(&self) -> u32 {
+        self.config.topology.pipeline * self.config.topology.expert
+    }
+
     /// Gives a slot to an expert that a step demands, evicting if need be; `None` if every slot is in use.
     pub(crate) fn demand(&mut self, held: Held) -> Option<Slot> {
         let (plan, tiers) = (self.plan(), self.generations.active_tiers());
@@ -270,7 +294,7 @@ impl State {
             let steps_away = (ordinal(other.layer) + layers.len() - here - 1) % layers.len();
             (placement, uses, core::cmp::Reverse(steps_away))
         };
-        let slot = self.residency.victim(worth)?;
+        let slot = self.residency.victim(self.shelf(held.0), worth)?;
         self.residency.assign(slot, held);
         self.residency.demanded.push_back(slot);
         Some(slot)
@@ -279,23 +303,21 @@ impl State {
     /// Starts loads: demanded ones first, those ahead with half of the depth once requests are served.
     pub(crate) fn issue_loads(&mut self, cx: &mut Context<'_>) {
         let depth = index(self.config.limits.loads_max);
-        let residency = &mut self.residency;
-        while residency.loads.len() < depth {
-            let Some(slot) = residency.demanded.pop_front() else { break };
-            residency.issue(cx, slot, 0);
+        while self.residency.loads.len() < depth {
+            let Some(slot) = self.residency.demanded.pop_front() else { break };
+            self.residency.issue(cx, slot, 0);
         }
         let depth = if self.steps.current.is_some() { depth.div_ceil(2) } else { depth };
-        while residency.loads.len() < depth && residency.demanded.is_empty() {
-            let Some(key) = residency.ahead.pop_front() else { break };
-            if residency.by_held.contains_key(&key) {
+        while self.residency.loads.len() < depth && self.residency.demanded.is_empty() {
+            let Some(held) = self.residency.ahead.pop_front() else { break };
+            if self.residency.by_held.contains_key(&held) {
                 continue;
             }
-            let Some(slot) = residency.free_slot() else {
-                residency.ahead.clear();
-                break;
-            };
-            residency.assign(slot, key);
-            residency.issue(cx, slot, 0);
+            // What finds no room is loaded when it is demanded.
+            if let Some(slot) = self.residency.free_slot(self.shelf(held.0)) {
+                self.residency.assign(slot, held);
+                self.residency.issue(cx, slot, 0);
+            }
         }
     }
 

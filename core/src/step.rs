@@ -115,13 +115,20 @@ impl State {
             }
         }
         let hits = len32(members.len());
+        // A bit for each shelf whose slots are all in use.
+        let mut full = 0u64;
         for key in &remaining {
-            if members.contains_key(key) {
+            let shelf = 1u64 << self.shelf(*key);
+            if full & shelf != 0 || members.contains_key(key) {
                 continue;
             }
-            let Some(slot) = self.demand(self.held(*key, generation)) else { break };
-            self.residency.pin(slot);
-            members.insert(*key, slot);
+            match self.demand(self.held(*key, generation)) {
+                Some(slot) => {
+                    self.residency.pin(slot);
+                    members.insert(*key, slot);
+                }
+                None => full |= shelf,
+            }
         }
         let step = self.steps.current.as_mut().expect("it was there");
         if first && !members.is_empty() {
@@ -136,6 +143,13 @@ impl State {
         }
     }
 
+    /// The layer and wave that the running step waits for, and a bit for each shelf that has experts of it.
+    pub(crate) fn wave(&self) -> Option<(u32, u32, u64)> {
+        let need = self.steps.current.as_ref()?.need.as_ref()?;
+        let shelves = need.members.keys().fold(0, |bits, &key| bits | 1 << self.shelf(key));
+        Some((need.layer, need.wave, shelves))
+    }
+
     /// Hands an expert to the step if it is there and of the wave.
     pub(crate) fn provide(&self, cx: &mut Context<'_>, held: Held) {
         let Some(step) = self.steps.current.as_ref().filter(|s| s.aborted.is_none()) else { return };
@@ -143,12 +157,17 @@ impl State {
         let (expert, _) = held;
         let Some(&slot) = need.members.get(&expert) else { return };
         if self.residency.slot_of(held) == Some((slot, true)) {
+            let shelf = self.shelf(expert);
+            let wave_len = match self.shelves() {
+                1 => need.members.len(),
+                _ => need.members.keys().filter(|&&key| self.shelf(key) == shelf).count(),
+            };
             cx.say(Output::Provide {
                 step: step.id,
                 attempt: step.attempt,
                 layer: need.layer,
                 wave: need.wave,
-                wave_len: len32(need.members.len()),
+                wave_len: len32(wave_len),
                 expert,
                 slot,
             });

@@ -6,17 +6,32 @@
 //! every output is one dot product on one rank, so gathering the outputs gives the bits of a single machine, and no
 //! partial sum ever crosses ranks. There is no way to say a division of K with the types below.
 
+use crate::cluster::membership::NodeId;
 use alloc::{format, string::String, vec::Vec};
 use core::ops::Range;
+use serde::{Deserialize, Serialize};
 
 /// How many ranks there are of each kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Topology {
+    /// Replicas of the whole model, each with requests of its own.
+    pub data: u32,
     /// Ranks that share the rows of every matrix.
     pub tensor: u32,
     /// Stages that share the layers.
     pub pipeline: u32,
     /// Ranks that share the experts of every layer.
+    pub expert: u32,
+}
+
+/// The place of a rank in its replica. Ranks are numbered stage by stage, in a stage tensor rank by tensor rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Seat {
+    /// Pipeline stage, from 0.
+    pub pipeline: u32,
+    /// Tensor rank in the stage, from 0.
+    pub tensor: u32,
+    /// Expert rank in the stage, from 0.
     pub expert: u32,
 }
 
@@ -78,7 +93,9 @@ pub struct Slice {
 
 impl Topology {
     /// One rank of everything.
-    pub const SINGLE: Self = Self { tensor: 1, pipeline: 1, expert: 1 };
+    pub const SINGLE: Self = Self { data: 1, tensor: 1, pipeline: 1, expert: 1 };
+    /// No replica may have more ranks: the leader keeps a bit for each.
+    pub const REPLICA_RANKS_MAX: u32 = 64;
     /// No kind may have more ranks.
     pub const RANKS_MAX: u32 = 1 << 12;
 
@@ -87,11 +104,7 @@ impl Topology {
     /// # Errors
     /// The count and the remedy, for people.
     pub fn check(&self, layers: u32, experts: u32) -> Result<(), String> {
-        for (name, count) in [("tensor", self.tensor), ("pipeline", self.pipeline), ("expert", self.expert)] {
-            if !(1..=Self::RANKS_MAX).contains(&count) {
-                return Err(format!("topology.{name} is {count}; it must be 1 to {}", Self::RANKS_MAX));
-            }
-        }
+        self.check_counts()?;
         if self.pipeline > layers {
             return Err(format!(
                 "topology.pipeline is {}; the model has {layers} layers to share",
@@ -105,6 +118,85 @@ impl Topology {
             ));
         }
         Ok(())
+    }
+
+    /// Checks what needs no model.
+    ///
+    /// # Errors
+    /// The count and the remedy, for people.
+    pub fn check_counts(&self) -> Result<(), String> {
+        for (name, count) in [
+            ("data", self.data),
+            ("tensor", self.tensor),
+            ("pipeline", self.pipeline),
+            ("expert", self.expert),
+        ] {
+            if !(1..=Self::RANKS_MAX).contains(&count) {
+                return Err(format!("topology.{name} is {count}; it must be 1 to {}", Self::RANKS_MAX));
+            }
+        }
+        let ranks = [self.pipeline, self.tensor, self.expert].into_iter().fold(1u64, |n, m| n * u64::from(m));
+        if ranks > u64::from(Self::REPLICA_RANKS_MAX) {
+            return Err(format!(
+                "topology has {ranks} ranks in a replica; pipeline x tensor x expert must be at most {}",
+                Self::REPLICA_RANKS_MAX
+            ));
+        }
+        Ok(())
+    }
+
+    /// Ranks of one replica.
+    #[must_use]
+    pub const fn ranks(&self) -> u32 {
+        self.pipeline * self.tensor * self.expert
+    }
+
+    /// Nodes that the whole topology needs.
+    #[must_use]
+    pub const fn nodes(&self) -> u32 {
+        self.data * self.ranks()
+    }
+
+    /// The replica and rank that a node has unless the supervisor says otherwise; `None` for a spare.
+    #[must_use]
+    pub fn home(&self, node: NodeId) -> Option<(u32, u32)> {
+        (node.0 < self.nodes()).then(|| (node.0 / self.ranks(), node.0 % self.ranks()))
+    }
+
+    /// Where a rank sits.
+    #[must_use]
+    pub const fn seat(&self, rank: u32) -> Seat {
+        Seat {
+            pipeline: rank / (self.tensor * self.expert),
+            tensor: rank / self.expert % self.tensor,
+            expert: rank % self.expert,
+        }
+    }
+
+    /// Who sits there.
+    #[must_use]
+    pub const fn rank(&self, seat: Seat) -> u32 {
+        (seat.pipeline * self.tensor + seat.tensor) * self.expert + seat.expert
+    }
+
+    /// The stage of a layer.
+    ///
+    /// # Panics
+    /// If there is no such layer.
+    #[must_use]
+    pub fn stage(&self, layers: u32, layer: u32) -> u32 {
+        (0..self.pipeline).find(|&s| self.layers(layers, s).contains(&layer)).expect("a layer of the model")
+    }
+
+    /// The expert rank that has an expert, by its ordinal in its layer.
+    ///
+    /// # Panics
+    /// If there is no such expert.
+    #[must_use]
+    pub fn holder(&self, experts: u32, ordinal: u32) -> u32 {
+        (0..self.expert)
+            .find(|&r| self.experts(experts, r).contains(&ordinal))
+            .expect("an expert of the layer")
     }
 
     /// The layers of a stage.
@@ -163,7 +255,7 @@ pub fn assign(topology: &Topology, layers: u32, tensors: &[BaseTensor]) -> Resul
 fn stage(topology: &Topology, layers: u32, place: Place) -> Option<u32> {
     match place {
         Place::Front => Some(0),
-        Place::Layer(layer) => (0..topology.pipeline).find(|&s| topology.layers(layers, s).contains(&layer)),
+        Place::Layer(layer) => (layer < layers).then(|| topology.stage(layers, layer)),
         Place::Back => Some(topology.pipeline - 1),
     }
 }
@@ -175,6 +267,12 @@ fn share(count: u32, parts: u32, part: u32) -> Range<u32> {
         u32::try_from(cut).expect("at most count")
     };
     cut(part)..cut(part + 1)
+}
+
+impl Default for Topology {
+    fn default() -> Self {
+        Self::SINGLE
+    }
 }
 
 #[cfg(test)]
@@ -194,7 +292,7 @@ mod tests {
             more_layers in 0u32..9,
             shapes in prop::collection::vec((tensor(), 0u32..99), 1..12),
         ) {
-            let topology = Topology { tensor: ranks.0, pipeline: ranks.1, expert: 1 };
+            let topology = Topology { data: 1, tensor: ranks.0, pipeline: ranks.1, expert: 1 };
             let layers = ranks.1 + more_layers;
             let tensors: Vec<BaseTensor> = shapes
                 .iter()
@@ -243,8 +341,19 @@ mod tests {
         }
 
         #[test]
+        fn every_rank_has_a_seat_of_its_own(data in 1u32..4, tensor in 1u32..5, pipeline in 1u32..5, expert in 1u32..4) {
+            let topology = Topology { data, tensor, pipeline, expert };
+            for rank in 0..topology.ranks() {
+                prop_assert_eq!(topology.rank(topology.seat(rank)), rank);
+            }
+            let homes: Vec<_> = (0..=topology.nodes()).map(|node| topology.home(NodeId(node))).collect();
+            let seats = (0..data).flat_map(|replica| (0..topology.ranks()).map(move |rank| Some((replica, rank))));
+            prop_assert_eq!(homes, seats.chain([None]).collect::<Vec<_>>());
+        }
+
+        #[test]
         fn layers_and_experts_are_shared_out_exactly(count in 1u32..300, parts in 1u32..40) {
-            let topology = Topology { tensor: 1, pipeline: parts, expert: parts };
+            let topology = Topology { data: 1, tensor: 1, pipeline: parts, expert: parts };
             let layers: Vec<u32> = (0..parts).flat_map(|s| topology.layers(count, s)).collect();
             let experts: Vec<u32> = (0..parts).flat_map(|r| topology.experts(count, r)).collect();
             prop_assert_eq!(&layers, &(0..count).collect::<Vec<u32>>());
@@ -254,7 +363,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_shared_is_refused() {
-        let ok = Topology { tensor: 2, pipeline: 2, expert: 4 };
+        let ok = Topology { data: 2, tensor: 2, pipeline: 2, expert: 4 };
         assert_eq!(ok.check(2, 4), Ok(()));
         assert_eq!(Topology::SINGLE.check(1, 0), Ok(()));
         for (topology, word) in [
@@ -262,6 +371,7 @@ mod tests {
             (Topology { pipeline: 3, ..ok }, "topology.pipeline is 3; the model has 2 layers"),
             (Topology { expert: 5, ..ok }, "topology.expert is 5; a layer has 4 experts"),
             (Topology { tensor: u32::MAX, ..ok }, "it must be 1 to 4096"),
+            (Topology { tensor: 64, ..ok }, "512 ranks in a replica"),
         ] {
             let error = topology.check(2, 4).expect_err("it does not fit");
             assert!(error.contains(word), "{error}");
@@ -279,7 +389,8 @@ mod tests {
             BaseTensor { place: Place::Layer(1), rows: 12, division: Division::Rows { together: 4 } },
             BaseTensor { place: Place::Back, rows: 1, division: Division::Copies },
         ];
-        let slices = assign(&Topology { tensor: 2, pipeline: 2, expert: 1 }, 3, &tensors).expect("it fits");
+        let slices =
+            assign(&Topology { data: 1, tensor: 2, pipeline: 2, expert: 1 }, 3, &tensors).expect("it fits");
         let shown: Vec<_> =
             slices.into_iter().map(|s| (s.tensor, s.rank.pipeline, s.rank.tensor, s.rows, s.copy)).collect();
         assert_eq!(

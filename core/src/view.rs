@@ -184,6 +184,22 @@ impl<'a> View<'a> {
         self.0.steps.current.as_ref().map(|step| step.id)
     }
 
+    /// The layer and wave that the running step waits for, and a bit for each shelf (stage x expert ranks + expert rank)
+    /// that has experts of it.
+    #[must_use]
+    pub fn wave(&self) -> Option<(u32, u32, u64)> {
+        self.0.wave()
+    }
+
+    /// The shelf of an expert: stage x expert ranks + expert rank.
+    ///
+    /// # Panics
+    /// Before the manifest is read.
+    #[must_use]
+    pub fn shelf(&self, key: ExpertKey) -> u32 {
+        self.0.shelf(key)
+    }
+
     /// Free pages of KV cache.
     #[must_use]
     pub fn pages_free(&self) -> usize {

@@ -19,6 +19,7 @@ fn plan() -> ModelPlan {
             TierPlan { name: "base".into(), groups: 1, experts: 2, placement: Placement::Hot },
             TierPlan { name: "extra".into(), groups: 1, experts: 2, placement: Placement::Hot },
         ],
+        layers: 2,
         moe_layers: vec![0, 1],
         top_k: 2,
         slot_bytes: 100,

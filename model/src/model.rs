@@ -135,6 +135,7 @@ impl Model {
             format: ModelPlan::FORMAT,
             identity,
             tiers: self.checkpoint.tiers().iter().map(tier_plan).collect(),
+            layers: arch.layers.len() as u32,
             moe_layers: arch.moe_layers(),
             top_k: moe.map_or(0, |moe| moe.top_k as u32),
             slot_bytes: self.slot_bytes() as u64,

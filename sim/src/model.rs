@@ -19,6 +19,7 @@ pub fn plan() -> ModelPlan {
             TierPlan { name: "small".into(), groups: 1, experts: 3, placement: Placement::Hot },
             TierPlan { name: "large".into(), groups: 2, experts: 2, placement: Placement::Hot },
         ],
+        layers: 4,
         moe_layers: vec![0, 1, 3],
         top_k: 2,
         slot_bytes: 1000,

@@ -34,7 +34,7 @@ proptest! {
         let weights: Vec<u8> =
             (0..rows as usize * inputs).flat_map(|n| value(n + inputs).to_le_bytes()).collect();
         let tensor = BaseTensor { place: Place::Layer(0), rows, division: Division::Rows { together } };
-        let topology = Topology { tensor: ranks, pipeline: 1, expert: 1 };
+        let topology = Topology { data: 1, tensor: ranks, pipeline: 1, expert: 1 };
         let gathered: Vec<u32> = assign(&topology, 1, &[tensor])
             .unwrap()
             .into_iter()
