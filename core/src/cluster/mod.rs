@@ -5,5 +5,9 @@
 //! Epochs are the supervisor's: it names the members before anybody may act in it, and marks an epoch active once its
 //! members have one log. `docs/cluster.md` says why this is enough.
 
+mod gather;
+mod link;
 pub mod membership;
+pub mod message;
 pub mod orders;
+pub mod peer;

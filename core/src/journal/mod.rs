@@ -11,6 +11,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::disk::DiskError;
+use serde::{Deserialize, Serialize};
 
 pub use recovery::{Cut, Scanned, SegmentInfo, scan};
 pub use store::{Recovered, Store};
@@ -29,7 +30,7 @@ pub struct Header {
 }
 
 /// Input number `seq`, as it was journalled.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// The record's number; the first is 1.
     pub seq: u64,
@@ -42,7 +43,7 @@ pub struct Record {
 }
 
 /// The state after every record below `next`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// The first record that is not in it.
     pub next: u64,

@@ -1,0 +1,201 @@
+//! A new epoch: every member forgets what was volatile, then brings its log to the leader's.
+
+use super::{Held, Peer, PeerOutput, Standing, end_of};
+use crate::cluster::gather::Gather;
+use crate::cluster::membership::Membership;
+use crate::cluster::message::Payload;
+use crate::cluster::orders::{LogEnd, Orders};
+use crate::digest::Digest;
+use crate::engine::Engine;
+use crate::ids::{Incarnation, Seq, len32};
+use crate::input::Input;
+use crate::journal::{Record, Snapshot};
+use crate::time::Time;
+use alloc::vec::Vec;
+
+impl Peer {
+    pub(super) fn orders(&mut self, now: Time, orders: Orders) {
+        if orders.to != self.settings.member || self.standing == Standing::Broken {
+            return;
+        }
+        if let Some(membership) = orders.membership {
+            let newer = self.membership.as_ref().is_none_or(|mine| membership.epoch > mine.epoch);
+            if newer && let Some(rank) = membership.rank_of(self.settings.member) {
+                self.enter(now, membership.clone(), rank);
+            }
+            let current = self.epoch() == Some(membership.epoch);
+            if current && orders.active && !self.active && (self.synced() || !self.leading()) {
+                self.active = true;
+                if self.leading() {
+                    self.begin(now);
+                }
+            }
+            if let Some(lease) = orders.lease.filter(|_| current && self.leads()) {
+                let kept = 1000 - u64::from(self.settings.drift_per_mille.min(1000));
+                let until = lease.sent.after_ns(lease.length_ns / 1000 * kept);
+                self.lease_until = self.lease_until.max(Some(until));
+            }
+        }
+        if let Some(bound_ns) = orders.drain
+            && self.leads()
+            && self.obeying
+            && !self.draining
+        {
+            self.draining = true;
+            self.order(now, Input::Drain { bound_ns });
+        }
+    }
+
+    fn enter(&mut self, now: Time, membership: Membership, rank: u32) {
+        let leader = membership.leader;
+        let ranks = len32(membership.members.len());
+        assert_eq!(ranks, self.topology().ranks(), "an epoch has a member for each rank");
+        self.membership = Some(membership);
+        self.rank = rank;
+        self.active = false;
+        self.obeying = false;
+        self.links.clear();
+        self.followers.clear();
+        self.reading.clear();
+        self.gather = Gather::default();
+        self.held.clear();
+        self.batch.clear();
+        self.lease_until = None;
+        self.engine_until = None;
+        self.diverged = 0;
+        self.draining = false;
+        self.out.push_back(PeerOutput::Forget);
+        if rank == leader {
+            self.standing = Standing::Joined;
+            self.followers = (0..ranks).filter(|&other| other != rank).map(|other| (other, None)).collect();
+        } else if self.standing != Standing::Rewinding {
+            self.standing = Standing::Joining;
+            self.join(now);
+        }
+    }
+
+    /// Tells the leader where the log ends, once all of it is durable.
+    pub(super) fn join(&mut self, now: Time) {
+        let membership = self.membership.as_ref().expect("an epoch is joined");
+        if self.standing == Standing::Joining && self.unsynced.is_empty() {
+            let leader = membership.leader;
+            let payload = Payload::Join { end: self.durable, committed: self.committed };
+            self.standing = Standing::Joined;
+            self.send(now, leader, payload);
+        }
+    }
+
+    /// The journal was cut or replaced as the leader said.
+    pub(super) fn rewound(&mut self, now: Time, engine: Engine) {
+        self.durable = end_of(&engine);
+        self.engine = engine;
+        self.unsynced.clear();
+        self.committed = self.committed.min(self.durable.last);
+        if self.standing == Standing::Rewinding {
+            self.standing = Standing::Joining;
+            if !self.leading() {
+                self.join(now);
+            } else {
+                self.standing = Standing::Joined;
+            }
+        }
+    }
+
+    /// As the leader: a member tells where its log ends.
+    pub(super) fn joining(&mut self, now: Time, rank: u32, end: LogEnd, committed: Seq) {
+        if !self.leading() || self.obeying {
+            return;
+        }
+        let mine = end_of(&self.engine);
+        if end == mine {
+            return self.joined(rank, end.last);
+        }
+        if end.last >= mine.last {
+            // It has records that were never committed; what it knows to be committed is in every log.
+            let keep = committed.min(mine.last);
+            return self.send(now, rank, Payload::Rewind { keep });
+        }
+        self.reading.push_back((rank, end, committed));
+        if self.reading.len() == 1 {
+            self.out.push_back(PeerOutput::ReadLog { from: Seq(end.last.0 + 1) });
+        }
+    }
+
+    /// As the leader: the records that a member lacks.
+    pub(super) fn log_read(&mut self, now: Time, snapshot: Option<Snapshot>, records: Vec<Record>) {
+        let Some((rank, end, committed)) = self.reading.pop_front() else { return };
+        if let Some(snapshot) = snapshot {
+            self.send(now, rank, Payload::Install { snapshot });
+        } else if records.first().is_some_and(|record| Digest(record.digest) == end.digest) {
+            self.send_records(now, rank, records);
+            self.joined(rank, end.last);
+        } else {
+            self.send(now, rank, Payload::Rewind { keep: committed.min(Seq(end.last.0.saturating_sub(1))) });
+        }
+        if let Some(&(_, end, _)) = self.reading.front() {
+            self.out.push_back(PeerOutput::ReadLog { from: Seq(end.last.0 + 1) });
+        }
+    }
+
+    fn send_records(&mut self, now: Time, rank: u32, records: Vec<Record>) {
+        let mut records = records.into_iter().peekable();
+        while records.peek().is_some() {
+            let part: Vec<Record> = records.by_ref().take(RECORDS_TOGETHER).collect();
+            self.send(now, rank, Payload::Records { records: part, committed: self.committed });
+        }
+    }
+
+    fn joined(&mut self, rank: u32, durable: Seq) {
+        self.followers.insert(rank, Some(durable));
+    }
+
+    /// Whether this rank leads, and every member's log is its own, durable.
+    pub(super) fn synced(&self) -> bool {
+        let last = end_of(&self.engine).last;
+        self.leading()
+            && self.standing == Standing::Joined
+            && self.durable.last == last
+            && self.followers.values().all(|durable| durable.is_some_and(|durable| durable >= last))
+    }
+
+    /// The first input of the epoch: what was volatile is gone on every rank. All that is in the log is committed.
+    fn begin(&mut self, now: Time) {
+        self.committed = end_of(&self.engine).last;
+        let incarnation = Incarnation(self.epoch().expect("an epoch is active").0);
+        let (config, entropy) = (self.settings.config.clone(), self.settings.entropy);
+        self.order(
+            now,
+            if self.engine.next_seq() == Seq(1) {
+                Input::Boot { incarnation, config, entropy }
+            } else {
+                Input::Restarted { incarnation, config, entropy }
+            },
+        );
+    }
+
+    /// As a follower: the leader's records.
+    pub(super) fn follow(&mut self, records: Vec<Record>) {
+        for record in records {
+            let (seq, expected) = (Seq(record.seq), Digest(record.digest));
+            assert_eq!(seq, self.engine.next_seq(), "a link delivers records in order");
+            let found = self.engine.digest();
+            let input = crate::replay::decode_input(&record.payload);
+            let (true, Ok(input)) = (found == expected, input) else {
+                self.standing = Standing::Broken;
+                self.held.clear();
+                self.out.push_back(PeerOutput::Diverged { seq, expected, found });
+                return;
+            };
+            let time = Time(record.time_ns);
+            self.fold(time, input, record);
+        }
+    }
+
+    /// What waits for a later commit.
+    pub(super) fn hold(&mut self, after: Seq, held: Held) {
+        self.held.push_back((after, held));
+    }
+}
+
+/// Records that travel in one message while a log is brought up.
+const RECORDS_TOGETHER: usize = 64;
