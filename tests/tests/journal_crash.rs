@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use lite_llm_core::disk::Disk;
-use lite_llm_core::journal::{Header, JournalError, Recovered, Store, scan};
+use lite_llm_core::journal::{Header, JournalError, Recovered, Snapshot, Store, scan};
 use lite_llm_sim::disk::{Ending, Fault, SimDisk};
 use lite_llm_sim::random::Choice;
 
@@ -256,4 +256,72 @@ fn files_have_golden_bytes() {
         }
     }
     insta::assert_snapshot!(golden);
+}
+
+/// A journal of 30 records whose tail is cut, or that is replaced by another's snapshot, then goes on.
+fn cut_or_install(disk: &mut SimDisk, install: bool) -> Result<(), JournalError> {
+    let (store, _) = Store::open(&mut *disk, &header(2))?;
+    let mut store = store.with_segment_bytes(16 << 10);
+    if install {
+        let bytes = state(101);
+        store.install(&Snapshot { next: 101, digest: [9; 32], logic_version: 1, bytes })?;
+        assert_eq!(store.durable(), 100);
+    } else {
+        store.cut(17)?;
+    }
+    let seq = store.next_seq();
+    store.push(seq, seq * 10, [1; 32], payload(seq))?;
+    assert_eq!(store.flush()?, seq);
+    let (snapshot, records) = store.read_from(seq)?;
+    assert_eq!((snapshot, records.len()), (None, 1));
+    Ok(())
+}
+
+/// Where a journal ends and what it begins with.
+fn extent(disk: &mut SimDisk) -> (Option<u64>, u64) {
+    let (store, recovered) = Store::open(&mut *disk, &header(3)).unwrap();
+    let snapshot = recovered.snapshot.map(|snapshot| {
+        assert_eq!(snapshot.bytes, state(snapshot.next));
+        snapshot.next
+    });
+    for (record, seq) in recovered.records.iter().zip(snapshot.unwrap_or(1)..) {
+        assert_eq!((record.seq, &record.payload), (seq, &payload(seq)));
+    }
+    (snapshot, store.durable())
+}
+
+#[test]
+fn a_journal_is_cut_or_replaced_whole_or_not_at_all() {
+    let mut before = SimDisk::new();
+    let (store, _) = Store::open(&mut before, &HEADER).unwrap();
+    let mut store = store.with_segment_bytes(16 << 10);
+    for seq in 1..=30 {
+        store.push(seq, seq * 10, [1; 32], payload(seq)).unwrap();
+        store.flush().unwrap();
+    }
+    drop(store);
+    for install in [false, true] {
+        let mut disk = before.clone();
+        disk.fail_at(1 << 40, Fault::Io);
+        cut_or_install(&mut disk, install).unwrap();
+        let operations = disk.operations();
+        let done = extent(&mut disk);
+        assert_eq!(done, if install { (Some(101), 101) } else { (None, 18) });
+        let mut outcomes = std::collections::BTreeSet::new();
+        for at in 0..operations {
+            for mut ending in endings(at) {
+                let mut disk = before.clone();
+                disk.fail_at(at, Fault::Crash);
+                cut_or_install(&mut disk, install).unwrap_err();
+                disk.crash(&mut ending);
+                outcomes.insert(extent(&mut disk));
+            }
+        }
+        let allowed = if install {
+            vec![(None, 0), (None, 30), (Some(101), 100), done]
+        } else {
+            vec![(None, 17), done, (None, 30)]
+        };
+        assert_eq!(outcomes.into_iter().collect::<Vec<_>>(), allowed, "install: {install}");
+    }
 }

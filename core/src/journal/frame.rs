@@ -40,6 +40,9 @@ pub const SNAPSHOT_HEADER_BYTES: usize = 148;
 /// The suffix of a file that is being written aside.
 pub const ASIDE: &str = ".aside";
 
+/// A file of this name says that the journal is being replaced by another node's: nothing here counts.
+pub const REPLACING: &str = "replacing";
+
 /// A segment's name: its index and first record, so that those no longer needed are never opened.
 pub fn segment_name(index: u64, first_seq: u64) -> String {
     format!("segment-{index:020}-{first_seq:020}")

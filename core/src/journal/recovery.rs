@@ -10,9 +10,9 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use super::frame::{
-    BLOCK_BYTES, GROUP_HEADER_BYTES, GroupHeader, Invalid, NUMBER_MAX, SEGMENT_BYTES_MAX, SNAPSHOT_BYTES_MAX,
-    SNAPSHOT_HEADER_BYTES, SegmentHeader, SnapshotHeader, Tag, decode_frame, parse_segment_name,
-    parse_snapshot_name, snapshot_name,
+    BLOCK_BYTES, GROUP_HEADER_BYTES, GroupHeader, Invalid, NUMBER_MAX, REPLACING, SEGMENT_BYTES_MAX,
+    SNAPSHOT_BYTES_MAX, SNAPSHOT_HEADER_BYTES, SegmentHeader, SnapshotHeader, Tag, decode_frame,
+    parse_segment_name, parse_snapshot_name, snapshot_name,
 };
 use super::{Header, JournalError, Record, Snapshot};
 use crate::disk::{Disk, DiskError, DiskErrorKind, DiskOp};
@@ -67,7 +67,10 @@ pub fn scan<D: Disk>(disk: &mut D) -> Result<Scanned, JournalError> {
 
 /// Reads a journal; with `expected`, refuses one of another identity, node, newer incarnation or logic version.
 pub(super) fn read<D: Disk>(disk: &mut D, expected: Option<&Header>) -> Result<Scanned, JournalError> {
-    let names = disk.list()?;
+    let mut names = disk.list()?;
+    if names.iter().any(|name| name == REPLACING) {
+        names.clear();
+    }
     let snapshot = match names.iter().filter_map(|name| parse_snapshot_name(name)).max() {
         Some(next) => Some(read_snapshot(disk, next, expected)?),
         None => None,

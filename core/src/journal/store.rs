@@ -9,7 +9,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use super::frame::{
-    ASIDE, BLOCK_BYTES, GROUP_BYTES_MAX, PAYLOAD_BYTES_MAX, SEGMENT_BYTES_MAX, SNAPSHOT_BYTES_MAX,
+    ASIDE, BLOCK_BYTES, GROUP_BYTES_MAX, PAYLOAD_BYTES_MAX, REPLACING, SEGMENT_BYTES_MAX, SNAPSHOT_BYTES_MAX,
     SNAPSHOT_HEADER_BYTES, SegmentHeader, SnapshotHeader, Tag, encode_group, frame_bytes, parse_segment_name,
     parse_snapshot_name, segment_name, snapshot_name,
 };
@@ -62,6 +62,11 @@ impl<D: Disk> Store<D> {
     /// What was read may exist only in the page cache, so every record not known to be durable is copied into a new
     /// segment, synced with its directory, before this returns.
     pub fn open(mut disk: D, header: &Header) -> Result<(Self, Recovered), JournalError> {
+        if disk.list()?.iter().any(|name| name == REPLACING) {
+            remove_all(&mut disk)?;
+            disk.remove(REPLACING)?;
+            disk.sync_dir()?;
+        }
         let scanned = read(&mut disk, Some(header))?;
         let first_seq = scanned.durable + 1;
         let tail: Vec<Record> = scanned.records.iter().filter(|r| r.seq >= first_seq).cloned().collect();
@@ -202,6 +207,73 @@ impl<D: Disk> Store<D> {
         })
     }
 
+    /// Forgets the records above `keep`, durably: they were never committed. What is buffered is dropped.
+    ///
+    /// # Errors
+    /// If `keep` is below the snapshot or above what is durable, or the disk fails.
+    pub fn cut(&mut self, keep: u64) -> Result<(), JournalError> {
+        if keep + 1 < self.snapshot_next || keep > self.durable {
+            return Err(JournalError::OutOfOrder { expected: self.durable, found: keep });
+        }
+        self.or_poison(|store| {
+            let index = store.active.index + 1;
+            store.active = create_segment(&mut store.disk, &store.header, index, keep + 1, &[])?;
+            store.durable = keep;
+            store.buffer.clear();
+            store.buffer_bytes = 0;
+            store.remove_unused(keep + 1)?;
+            Ok(store.disk.sync_dir()?)
+        })
+    }
+
+    /// Puts a snapshot of another node's journal in the place of everything here. A crash leaves the old journal, none, or
+    /// the new one.
+    ///
+    /// # Errors
+    /// If the snapshot is too large or the disk fails.
+    pub fn install(&mut self, snapshot: &Snapshot) -> Result<(), JournalError> {
+        check_bound(snapshot.bytes.len() as u64, SNAPSHOT_BYTES_MAX - SNAPSHOT_HEADER_BYTES as u64)?;
+        let header = SnapshotHeader {
+            header: Header { logic_version: snapshot.logic_version, ..self.header },
+            next: snapshot.next,
+            digest: snapshot.digest,
+            state_bytes: snapshot.bytes.len() as u64,
+            state_hash: *blake3::hash(&snapshot.bytes).as_bytes(),
+        };
+        self.or_poison(|store| {
+            let disk = &mut store.disk;
+            let name = snapshot_name(snapshot.next);
+            let aside = begin_aside(disk, &name, &[&header.encode(), &snapshot.bytes])?;
+            // While the mark is there nothing else counts: names come and go in any order.
+            disk.create_new(REPLACING)?;
+            disk.sync_dir()?;
+            remove_all(disk)?;
+            let index = store.active.index + 1;
+            store.active = create_segment(disk, &store.header, index, snapshot.next, &[])?;
+            disk.rename(&aside, &name)?;
+            disk.sync_dir()?;
+            disk.remove(REPLACING)?;
+            disk.sync_dir()?;
+            store.durable = snapshot.next - 1;
+            store.snapshot_next = snapshot.next;
+            store.buffer.clear();
+            store.buffer_bytes = 0;
+            Ok(())
+        })
+    }
+
+    /// The records from `from` on, none of them buffered; if the journal begins later, its snapshot and what follows.
+    ///
+    /// # Errors
+    /// If the journal cannot be read back.
+    pub fn read_from(&mut self, from: u64) -> Result<(Option<Snapshot>, Vec<Record>), JournalError> {
+        let scanned = read(&mut self.disk, Some(&self.header))?;
+        let first = scanned.snapshot.as_ref().map_or(1, |snapshot| snapshot.next);
+        let records =
+            scanned.records.into_iter().filter(|r| r.seq >= from.max(first) && r.seq <= self.durable);
+        Ok((scanned.snapshot.filter(|snapshot| snapshot.next > from), records.collect()))
+    }
+
     fn write_group(&mut self) -> Result<(), JournalError> {
         let group_bytes = (self.buffer_bytes + 2 * BLOCK_BYTES) as u64;
         let empty = self.active.bytes == BLOCK_BYTES as u64;
@@ -243,6 +315,16 @@ impl<D: Disk> Store<D> {
     }
 }
 
+/// Removes every segment and snapshot, durably.
+fn remove_all<D: Disk>(disk: &mut D) -> Result<(), JournalError> {
+    for name in disk.list()? {
+        if parse_segment_name(&name).is_some() || parse_snapshot_name(&name).is_some() {
+            disk.remove(&name)?;
+        }
+    }
+    Ok(disk.sync_dir()?)
+}
+
 fn check_bound(bytes: u64, max: u64) -> Result<(), JournalError> {
     if bytes > max { Err(JournalError::TooLarge { bytes, max }) } else { Ok(()) }
 }
@@ -281,6 +363,13 @@ fn group_len(records: &[Record]) -> usize {
 
 /// Writes a file so that under its name there is all of it or what was there before.
 fn write_aside<D: Disk>(disk: &mut D, name: &str, parts: &[&[u8]]) -> Result<(), JournalError> {
+    let aside = begin_aside(disk, name, parts)?;
+    disk.rename(&aside, name)?;
+    Ok(disk.sync_dir()?)
+}
+
+/// Writes and syncs a file beside the name that it is to have, and returns its present one.
+fn begin_aside<D: Disk>(disk: &mut D, name: &str, parts: &[&[u8]]) -> Result<String, JournalError> {
     let aside = format!("{name}{ASIDE}");
     if disk.list()?.contains(&aside) {
         disk.remove(&aside)?;
@@ -290,6 +379,5 @@ fn write_aside<D: Disk>(disk: &mut D, name: &str, parts: &[&[u8]]) -> Result<(),
         disk.append(&aside, part)?;
     }
     disk.sync(&aside)?;
-    disk.rename(&aside, name)?;
-    Ok(disk.sync_dir()?)
+    Ok(aside)
 }
