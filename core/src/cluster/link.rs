@@ -27,13 +27,15 @@ pub(super) struct Link<P> {
     received: u64,
     /// Something came that has not been confirmed yet.
     owes: bool,
-    /// When to send again.
+    /// When to send again, ever more seldom.
     again: Option<Time>,
+    /// How often it was in vain since the last confirmation.
+    vain: u32,
 }
 
 impl<P> Default for Link<P> {
     fn default() -> Self {
-        Self { unconfirmed: VecDeque::new(), sent: 0, received: 0, owes: false, again: None }
+        Self { unconfirmed: VecDeque::new(), sent: 0, received: 0, owes: false, again: None, vain: 0 }
     }
 }
 
@@ -59,9 +61,9 @@ impl<P: Clone> Link<P> {
             self.unconfirmed.pop_front();
         }
         if self.unconfirmed.is_empty() {
-            self.again = None;
+            (self.again, self.vain) = (None, 0);
         } else if self.unconfirmed.len() < before {
-            self.again = Some(now.after_ns(retry_ns));
+            (self.again, self.vain) = (Some(now.after_ns(retry_ns)), 0);
         }
         if header.number == 0 {
             return false;
@@ -77,7 +79,8 @@ impl<P: Clone> Link<P> {
     pub(super) fn due(&mut self, now: Time, retry_ns: u64) -> Vec<(LinkHeader, Option<P>)> {
         let mut due = Vec::new();
         if self.again.is_some_and(|again| again <= now) {
-            self.again = Some(now.after_ns(retry_ns));
+            self.vain = (self.vain + 1).min(VAIN_MAX);
+            self.again = Some(now.after_ns(retry_ns.saturating_mul(1 << self.vain)));
             for (number, payload) in self.unconfirmed.iter().take(AGAIN_MAX) {
                 let header = LinkHeader { number: *number, confirms: self.received };
                 due.push((header, Some(payload.clone())));
@@ -97,6 +100,8 @@ impl<P: Clone> Link<P> {
     }
 }
 
+/// The longest pause between two attempts, as a power of two of the first.
+const VAIN_MAX: u32 = 5;
 /// Messages that are sent again at once.
 const AGAIN_MAX: usize = 16;
 

@@ -2,7 +2,7 @@
 
 use super::link::LinkHeader;
 use super::membership::{Epoch, Member};
-use super::orders::LogEnd;
+use crate::digest::Digest;
 use crate::ids::{Seq, StepId};
 use crate::input::Input;
 use crate::journal::{Record, Snapshot};
@@ -40,12 +40,12 @@ pub struct Tag {
 pub enum Payload {
     /// To the leader: where my log ends, and up to where I know it to be committed.
     Join {
-        /// The durable end of the log.
-        end: LogEnd,
-        /// No later record was known to be committed.
+        /// The last record that is known to be committed: it is in every member's log.
         committed: Seq,
+        /// Digests before each record after that one, and at the end of the log.
+        digests: Vec<Digest>,
     },
-    /// From the leader: cut your log after this record, and join again.
+    /// From the leader: cut your log after this record, the last that we have in common, and join again.
     Rewind {
         /// The last record that stays.
         keep: Seq,

@@ -1,12 +1,11 @@
 //! A new epoch: every member forgets what was volatile, then brings its log to the leader's.
 
-use super::{Held, Peer, PeerOutput, Standing, end_of};
+use super::{Held, Log, Peer, PeerOutput, Standing, end_of};
 use crate::cluster::gather::Gather;
 use crate::cluster::membership::Membership;
 use crate::cluster::message::Payload;
 use crate::cluster::orders::{LogEnd, Orders};
 use crate::digest::Digest;
-use crate::engine::Engine;
 use crate::ids::{Incarnation, Seq, len32};
 use crate::input::Input;
 use crate::journal::{Record, Snapshot};
@@ -58,6 +57,7 @@ impl Peer {
         self.followers.clear();
         self.reading.clear();
         self.gather = Gather::default();
+        self.early = None;
         self.held.clear();
         self.batch.clear();
         self.lease_until = None;
@@ -74,74 +74,88 @@ impl Peer {
         }
     }
 
-    /// Tells the leader where the log ends, once all of it is durable.
+    /// Tells the leader of its log, once all of it is durable.
     pub(super) fn join(&mut self, now: Time) {
         let membership = self.membership.as_ref().expect("an epoch is joined");
-        if self.standing == Standing::Joining && self.unsynced.is_empty() {
+        if self.standing == Standing::Joining && self.durable == end_of(&self.engine) {
             let leader = membership.leader;
-            let payload = Payload::Join { end: self.durable, committed: self.committed };
+            let digests = self.ends.iter().map(|end| end.digest).collect();
             self.standing = Standing::Joined;
-            self.send(now, leader, payload);
+            self.send(now, leader, Payload::Join { committed: self.committed(), digests });
         }
     }
 
     /// The journal was cut or replaced as the leader said.
-    pub(super) fn rewound(&mut self, now: Time, engine: Engine) {
-        self.durable = end_of(&engine);
-        self.engine = engine;
-        self.unsynced.clear();
-        self.committed = self.committed.min(self.durable.last);
+    pub(super) fn rewound(&mut self, now: Time, log: Log) {
+        self.durable = end_of(&log.engine);
+        self.engine = log.engine;
+        let committed = self.committed();
+        self.ends = log.ends.into();
+        self.committed_to(committed);
         if self.standing == Standing::Rewinding {
-            self.standing = Standing::Joining;
-            if !self.leading() {
-                self.join(now);
-            } else {
-                self.standing = Standing::Joined;
-            }
+            self.standing = if self.leading() { Standing::Joined } else { Standing::Joining };
+            self.join(now);
         }
     }
 
-    /// As the leader: a member tells where its log ends.
-    pub(super) fn joining(&mut self, now: Time, rank: u32, end: LogEnd, committed: Seq) {
+    /// As the leader: a member tells of its log.
+    pub(super) fn joining(&mut self, rank: u32, committed: Seq, digests: Vec<Digest>) {
         if !self.leading() || self.obeying {
             return;
         }
-        let mine = end_of(&self.engine);
-        if end == mine {
-            return self.joined(rank, end.last);
+        let last = Seq(committed.0 + digests.len() as u64 - 1);
+        if (LogEnd { last, digest: *digests.last().unwrap_or(&Digest::default()) }) == end_of(&self.engine) {
+            return self.joined(rank, last);
         }
-        if end.last >= mine.last {
-            // It has records that were never committed; what it knows to be committed is in every log.
-            let keep = committed.min(mine.last);
-            return self.send(now, rank, Payload::Rewind { keep });
+        if committed > end_of(&self.engine).last {
+            // It knows more to be committed than a member of the last active epoch holds: this leader is none.
+            return self.broken(committed, Digest::default());
         }
-        self.reading.push_back((rank, end, committed));
+        self.reading.push_back((rank, committed, digests));
         if self.reading.len() == 1 {
-            self.out.push_back(PeerOutput::ReadLog { from: Seq(end.last.0 + 1) });
+            self.out.push_back(PeerOutput::ReadLog { from: Seq(committed.0 + 1) });
         }
     }
 
-    /// As the leader: the records that a member lacks.
+    /// As the leader: its records after what a member knows to be committed.
+    ///
+    /// What is committed is in both logs, so cutting the member's where they part never takes any of it.
     pub(super) fn log_read(&mut self, now: Time, snapshot: Option<Snapshot>, records: Vec<Record>) {
-        let Some((rank, end, committed)) = self.reading.pop_front() else { return };
-        if let Some(snapshot) = snapshot {
-            self.send(now, rank, Payload::Install { snapshot });
-        } else if records.first().is_some_and(|record| Digest(record.digest) == end.digest) {
-            self.send_records(now, rank, records);
-            self.joined(rank, end.last);
-        } else {
-            self.send(now, rank, Payload::Rewind { keep: committed.min(Seq(end.last.0.saturating_sub(1))) });
+        let Some((rank, committed, digests)) = self.reading.pop_front() else { return };
+        let theirs =
+            |at: u64| at.checked_sub(committed.0).and_then(|n| digests.get(usize::try_from(n).ok()?));
+        let first = records.first().map_or(end_of(&self.engine).last.0, |record| record.seq - 1);
+        let mine = records.iter().map(|record| Digest(record.digest)).chain([self.engine.digest()]);
+        let common = (first..).zip(mine).take_while(|(at, digest)| theirs(*at) == Some(digest)).last();
+        match (common, snapshot) {
+            (Some((at, _)), _) if at + 1 == committed.0 + digests.len() as u64 => {
+                let lacks = records.into_iter().filter(|record| record.seq > at).collect();
+                self.send_records(now, rank, lacks);
+                self.joined(rank, Seq(at));
+            }
+            (Some((at, _)), _) => self.send(now, rank, Payload::Rewind { keep: Seq(at) }),
+            (None, Some(snapshot)) => self.send(now, rank, Payload::Install { snapshot }),
+            (None, None) => self.broken(committed, *digests.first().unwrap_or(&Digest::default())),
         }
-        if let Some(&(_, end, _)) = self.reading.front() {
-            self.out.push_back(PeerOutput::ReadLog { from: Seq(end.last.0 + 1) });
+        if let Some(&(_, committed, _)) = self.reading.front() {
+            self.out.push_back(PeerOutput::ReadLog { from: Seq(committed.0 + 1) });
         }
+    }
+
+    /// Logs that should be one are not.
+    fn broken(&mut self, after: Seq, expected: Digest) {
+        self.standing = Standing::Broken;
+        self.held.clear();
+        let seq = Seq(after.0 + 1);
+        self.out.push_back(PeerOutput::Diverged { seq, expected, found: self.engine.digest() });
     }
 
     fn send_records(&mut self, now: Time, rank: u32, records: Vec<Record>) {
+        let committed = self.committed();
         let mut records = records.into_iter().peekable();
         while records.peek().is_some() {
             let part: Vec<Record> = records.by_ref().take(RECORDS_TOGETHER).collect();
-            self.send(now, rank, Payload::Records { records: part, committed: self.committed });
+            self.send(now, rank, Payload::Records { records: part, committed });
         }
     }
 
@@ -160,7 +174,7 @@ impl Peer {
 
     /// The first input of the epoch: what was volatile is gone on every rank. All that is in the log is committed.
     fn begin(&mut self, now: Time) {
-        self.committed = end_of(&self.engine).last;
+        self.committed_to(end_of(&self.engine).last);
         let incarnation = Incarnation(self.epoch().expect("an epoch is active").0);
         let (config, entropy) = (self.settings.config.clone(), self.settings.entropy);
         self.order(
@@ -181,10 +195,7 @@ impl Peer {
             let found = self.engine.digest();
             let input = crate::replay::decode_input(&record.payload);
             let (true, Ok(input)) = (found == expected, input) else {
-                self.standing = Standing::Broken;
-                self.held.clear();
-                self.out.push_back(PeerOutput::Diverged { seq, expected, found });
-                return;
+                return self.broken(Seq(seq.0 - 1), expected);
             };
             let time = Time(record.time_ns);
             self.fold(time, input, record);

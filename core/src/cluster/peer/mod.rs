@@ -45,6 +45,26 @@ pub struct PeerConfig {
     pub drift_per_mille: u32,
 }
 
+/// A node's journal, all of it durable, as a rank begins with it.
+#[derive(Clone, Debug)]
+pub struct Log {
+    /// The journal folded.
+    pub engine: Engine,
+    /// Where it ended after its snapshot (or before the first record), and after each record since.
+    pub ends: Vec<LogEnd>,
+}
+
+impl Log {
+    /// The log of an engine that was folded from a snapshot and these records, all that there are after it.
+    #[must_use]
+    pub fn new(engine: Engine, records: &[Record]) -> Self {
+        let before = |record: &Record| LogEnd { last: Seq(record.seq - 1), digest: Digest(record.digest) };
+        let mut ends: Vec<LogEnd> = records.iter().map(before).collect();
+        ends.push(end_of(&engine));
+        Self { engine, ends }
+    }
+}
+
 /// What happens to a rank.
 #[derive(Debug)]
 pub enum PeerInput {
@@ -68,8 +88,8 @@ pub enum PeerInput {
         /// Without gaps.
         records: Vec<Record>,
     },
-    /// Answers `Rewind` and `Install`: the log as it is now, folded.
-    Rewound(Box<Engine>),
+    /// Answers `Rewind` and `Install`: the log as it is now.
+    Rewound(Box<Log>),
     /// The local compute backend has something for another rank.
     Data {
         /// For which rank.
@@ -170,16 +190,17 @@ pub struct Peer {
     /// The first input of the epoch is in the log: outputs are obeyed.
     obeying: bool,
     links: BTreeMap<u32, Link<Payload>>,
-    /// The durable end of the local journal, and the ends that it has yet to reach.
+    /// Ends of the log: the one up to which every member's journal is known to be durable, and after each record since.
+    ends: VecDeque<LogEnd>,
+    /// The durable end of the local journal.
     durable: LogEnd,
-    unsynced: VecDeque<LogEnd>,
-    /// Up to here every member's journal is durable.
-    committed: Seq,
     /// As the leader: up to where each rank's journal is durable; `None` before its log is the leader's.
     followers: BTreeMap<u32, Option<Seq>>,
-    /// As the leader: where the log of a rank ends for which the journal is being read.
-    reading: VecDeque<(u32, LogEnd, Seq)>,
+    /// As the leader: ranks for which the journal is being read, and what they said of their logs.
+    reading: VecDeque<(u32, Seq, Vec<Digest>)>,
     gather: Gather,
+    /// As the leader: what the next layer needs, before the one before it is released.
+    early: Option<Input>,
     /// Outputs that wait until their record is committed, in order.
     held: VecDeque<(Seq, Held)>,
     /// When the engine wants a tick.
@@ -203,24 +224,24 @@ enum Held {
 }
 
 impl Peer {
-    /// A rank whose journal, all of it durable, was folded to this engine.
+    /// A rank that begins with this log.
     #[must_use]
-    pub fn new(settings: PeerConfig, engine: Engine) -> Self {
+    pub fn new(settings: PeerConfig, log: Log) -> Self {
         Self {
-            durable: end_of(&engine),
+            durable: end_of(&log.engine),
             settings,
-            engine,
+            engine: log.engine,
+            ends: log.ends.into(),
             standing: Standing::Outside,
             membership: None,
             rank: 0,
             active: false,
             obeying: false,
             links: BTreeMap::new(),
-            unsynced: VecDeque::new(),
-            committed: Seq(0),
             followers: BTreeMap::new(),
             reading: VecDeque::new(),
             gather: Gather::default(),
+            early: None,
             held: VecDeque::new(),
             engine_until: None,
             lease_until: None,
@@ -249,7 +270,7 @@ impl Peer {
             }
             PeerInput::Command(input) => self.command(now, input),
             PeerInput::Log { snapshot, records } => self.log_read(now, snapshot, records),
-            PeerInput::Rewound(engine) => self.rewound(now, *engine),
+            PeerInput::Rewound(log) => self.rewound(now, *log),
             PeerInput::Data { to, tag, bytes } => {
                 self.progress += 1;
                 self.send(now, to, Payload::Data { tag, bytes });
@@ -293,8 +314,15 @@ impl Peer {
 
     /// The last record that every member of the epoch has durable, as far as this rank knows.
     #[must_use]
-    pub const fn committed(&self) -> Seq {
-        self.committed
+    pub fn committed(&self) -> Seq {
+        self.ends[0].last
+    }
+
+    /// Every member's journal is durable up to here.
+    fn committed_to(&mut self, seq: Seq) {
+        while self.ends.len() > 1 && self.ends[0].last < seq {
+            self.ends.pop_front();
+        }
     }
 
     /// The membership that this rank acts in.
@@ -390,7 +418,7 @@ impl Peer {
         self.progress += 1;
         let from_leader = rank == membership.leader;
         match payload {
-            Some(Payload::Join { end, committed }) => self.joining(now, rank, end, committed),
+            Some(Payload::Join { committed, digests }) => self.joining(rank, committed, digests),
             Some(Payload::Rewind { keep }) if from_leader => {
                 self.standing = Standing::Rewinding;
                 self.out.push_back(PeerOutput::Rewind { keep });
@@ -401,9 +429,9 @@ impl Peer {
             }
             Some(Payload::Records { records, committed }) if from_leader => {
                 self.follow(records);
-                self.committed = self.committed.max(committed);
+                self.committed_to(committed);
             }
-            Some(Payload::Committed { seq }) if from_leader => self.committed = self.committed.max(seq),
+            Some(Payload::Committed { seq }) if from_leader => self.committed_to(seq),
             Some(Payload::Durable { seq }) => self.follower_durable(rank, seq),
             Some(Payload::Answer { input }) => self.answered(now, rank, input),
             Some(Payload::Abort { step, attempt }) if from_leader => {

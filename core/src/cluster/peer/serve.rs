@@ -36,7 +36,7 @@ impl Peer {
         self.progress += 1;
         self.out.push_back(PeerOutput::Append(record));
         self.engine.handle(time, input);
-        self.unsynced.push_back(end_of(&self.engine));
+        self.ends.push_back(end_of(&self.engine));
         let mut snapshot = false;
         loop {
             let output = self.engine.poll();
@@ -206,9 +206,26 @@ impl Peer {
         let topology = *self.topology();
         match self.gather.take(&topology, rank, input) {
             Gathered::More => {}
-            Gathered::Input(input) => self.order(now, *input),
+            // A stage may need before the leader has heard that the stage before it has released.
+            Gathered::Input(input) if matches!(*input, Input::Need { .. }) => {
+                self.early = Some(*input);
+                self.go_on(now);
+            }
+            Gathered::Input(input) => {
+                self.order(now, *input);
+                self.go_on(now);
+            }
             Gathered::GiveUp(step, attempt) => self.give_up(now, step, attempt),
             Gathered::Diverged(ranks) => self.diverged |= ranks,
+        }
+    }
+
+    /// Gives the engine a need that had to wait for the release of the layer before.
+    fn go_on(&mut self, now: Time) {
+        if self.engine.view().wave().is_none()
+            && let Some(need) = self.early.take()
+        {
+            self.order(now, need);
         }
     }
 
@@ -220,8 +237,9 @@ impl Peer {
 
     /// The local journal has got further.
     pub(super) fn journalled(&mut self, now: Time, seq: Seq) {
-        while self.unsynced.front().is_some_and(|end| end.last <= seq) {
-            self.durable = self.unsynced.pop_front().expect("it was there");
+        // A record that was cut off meanwhile is in no log.
+        if let Some(&end) = self.ends.iter().find(|end| end.last == seq && seq > self.durable.last) {
+            self.durable = end;
         }
         match &self.membership {
             Some(_) if self.standing == super::Standing::Joining => self.join(now),
@@ -243,7 +261,7 @@ impl Peer {
     pub(super) fn send_batch(&mut self, now: Time) {
         if !self.batch.is_empty() {
             let records = core::mem::take(&mut self.batch);
-            self.send_to_followers(now, &Payload::Records { records, committed: self.committed });
+            self.send_to_followers(now, &Payload::Records { records, committed: self.committed() });
         }
     }
 
@@ -254,15 +272,15 @@ impl Peer {
         }
         let followers = self.followers.values().map(|durable| durable.unwrap_or_default());
         let committed = followers.chain([self.durable.last]).min().expect("the leader itself");
-        if committed > self.committed {
-            self.committed = committed;
+        if committed > self.committed() {
+            self.committed_to(committed);
             self.send_to_followers(now, &Payload::Committed { seq: committed });
         }
     }
 
     /// Lets go what is committed; clients hear it only under a lease.
     pub(super) fn release(&mut self, now: Time) {
-        while self.held.front().is_some_and(|&(after, _)| after <= self.committed) {
+        while self.held.front().is_some_and(|&(after, _)| after <= self.committed()) {
             let told =
                 matches!(&self.held[0].1, Held::Output(output) if self.leading() && is_for_clients(output));
             if told && self.lease_until.is_none_or(|until| now >= until) {
