@@ -7,8 +7,9 @@ use lite_llm_model::tokenizer::{Message, Tokenizer};
 use std::fs::File;
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
-/// Bytes of the longest prompt from a file or standard input.
+/// Bytes of the longest text from a file or standard input.
 const TEXT_BYTES_MAX: u64 = 64 << 20;
 
 /// What to go on from; standard input if none is given.
@@ -69,24 +70,22 @@ impl PromptArgs {
     /// The prompt, read from standard input if no argument gives one.
     pub(crate) fn read(&self) -> anyhow::Result<Prompt> {
         if self.takes_stdin() {
-            return read_stdin().map(Prompt::Text);
+            return stdin_prompt().map(Prompt::Text);
         }
         if let Some(path) = &self.prompt_file {
-            let file =
-                File::open(path).with_context(|| format!("cannot read the prompt {}", path.display()))?;
-            return read_text(file, &path.display().to_string()).map(Prompt::Text);
+            return read_text_file(path).map(without_last_newline).map(Prompt::Text);
         }
         Ok(match (&self.prompt, &self.chat, &self.prompt_tokens) {
-            (_, Some(text), _) => Prompt::Chat(user(text)),
+            (_, Some(text), _) => Prompt::Chat(vec![Message::user(text)]),
             (_, _, Some(list)) => Prompt::Tokens(list.0.clone()),
             (text, None, None) => Prompt::Text(text.clone().unwrap_or_default()),
         })
     }
 }
 
-/// One message of a user.
-pub(crate) fn user(text: &str) -> Vec<Message> {
-    vec![Message { role: "user".into(), content: text.into() }]
+/// The prompt from standard input.
+pub(crate) fn stdin_prompt() -> anyhow::Result<String> {
+    read_stdin().map(without_last_newline)
 }
 
 /// All of standard input, if it is no terminal.
@@ -98,15 +97,25 @@ pub(crate) fn read_stdin() -> anyhow::Result<String> {
     read_text(stdin.lock(), "standard input")
 }
 
-fn read_text(from: impl Read, name: &str) -> anyhow::Result<String> {
-    let mut text = String::new();
-    let read = from.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text);
-    read.with_context(|| format!("cannot read the prompt from {name}"))?;
-    anyhow::ensure!(text.len() as u64 <= TEXT_BYTES_MAX, "the prompt from {name} is longer than 64 MiB");
-    // The newline that ends a text file is no part of the prompt.
+/// All of a file.
+pub(crate) fn read_text_file(path: &Path) -> anyhow::Result<String> {
+    let file = File::open(path).with_context(|| format!("cannot read the text {}", path.display()))?;
+    read_text(file, &path.display().to_string())
+}
+
+/// The newline that ends a text file is no part of a prompt.
+fn without_last_newline(mut text: String) -> String {
     if text.ends_with('\n') {
         text.pop();
     }
+    text
+}
+
+fn read_text(from: impl Read, name: &str) -> anyhow::Result<String> {
+    let mut text = String::new();
+    let read = from.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text);
+    read.with_context(|| format!("cannot read the text from {name}"))?;
+    anyhow::ensure!(text.len() as u64 <= TEXT_BYTES_MAX, "the text from {name} is longer than 64 MiB");
     Ok(text)
 }
 
@@ -121,7 +130,7 @@ impl Prompt {
         Ok(match self {
             Self::Tokens(tokens) => tokens.clone(),
             Self::Text(text) => needed()?.encode(text)?,
-            Self::Chat(messages) => needed()?.chat(messages)?,
+            Self::Chat(messages) => needed()?.chat(messages, SystemTime::now())?,
         })
     }
 }

@@ -59,7 +59,7 @@ impl Recompute {
         threads: usize,
     ) -> anyhow::Result<Self> {
         let checkpoint = Arc::new(Checkpoint::open(dir)?);
-        let tokenizer = Tokenizer::open(dir)?.map(|tokenizer| tokenizer.digest()).unwrap_or_default();
+        let tokenizer = Tokenizer::of(&checkpoint)?.map(|tokenizer| tokenizer.digest()).unwrap_or_default();
         // The KV type is part of the architecture's digest and of nothing else that the journal says.
         let kv_dtype = [DType::F32, DType::Bf16, DType::F16]
             .into_iter()

@@ -5,7 +5,6 @@ use crate::exit::Exit;
 use crate::quantity::Size;
 use crate::settings::Settings;
 use crate::state::StateDir;
-use crate::tensors::Recorder;
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use lite_llm_core::event::{Event, Phase};
@@ -32,7 +31,7 @@ impl Service {
         model: &Path,
         state: &StateDir,
         settings: &Settings,
-        capture: Option<Recorder>,
+        capture: Option<Box<dyn Capture + Send>>,
     ) -> anyhow::Result<Self> {
         let begun = Instant::now();
         let progress = progress();
@@ -42,7 +41,7 @@ impl Service {
         options.isa = settings.isa;
         options.kv_dtype = Some(settings.kv_dtype);
         options.journal_bytes = settings.journal_bytes;
-        options.capture = capture.map(|recorder| Box::new(recorder) as Box<dyn Capture + Send>);
+        options.capture = capture;
         options.on_event = Some(Box::new(move |_, event| {
             if let Event::PhaseDone { phase, bytes } = event {
                 shown.set_message(phase_done(*phase, *bytes));

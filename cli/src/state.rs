@@ -43,9 +43,18 @@ impl StateDir {
         if !self.private {
             return;
         }
-        if !clean {
+        if clean {
+            self.discard();
+        } else {
             eprintln!("the state is kept in {}: give it with --state to go on", self.path.display());
-        } else if let Err(error) = std::fs::remove_dir_all(&self.path) {
+        }
+    }
+
+    /// Removes a private directory, with whatever is in it.
+    pub(crate) fn discard(self) {
+        if self.private
+            && let Err(error) = std::fs::remove_dir_all(&self.path)
+        {
             eprintln!("warning: cannot remove the private state directory {}: {error}", self.path.display());
         }
     }

@@ -1,53 +1,9 @@
-//! Tokens to text as they come, and what `run` prints of them.
+//! What `run` prints of a stream.
 
 use lite_llm_core::output::FinishReason;
-use lite_llm_model::tokenizer::Tokenizer;
+use lite_llm_model::tokenizer::{Detokenizer, Tokenizer};
 use serde_json::{Value, json};
 use std::io::{self, Write};
-
-/// Turns a stream of tokens into pieces of text. A character whose bytes are not all there yet is held back.
-#[derive(Debug)]
-pub(crate) struct Detokenizer<'a> {
-    tokenizer: Option<&'a Tokenizer>,
-    tokens: Vec<u32>,
-    /// The text of `tokens[context..said]` was given out; it is context for what follows.
-    context: usize,
-    said: usize,
-}
-
-impl<'a> Detokenizer<'a> {
-    pub(crate) fn new(tokenizer: Option<&'a Tokenizer>) -> Self {
-        Self { tokenizer, tokens: Vec::new(), context: 0, said: 0 }
-    }
-
-    /// Takes a token; gives the text that is now certain.
-    pub(crate) fn push(&mut self, token: u32) -> String {
-        self.tokens.push(token);
-        self.piece(false)
-    }
-
-    /// What was held back.
-    pub(crate) fn end(&mut self) -> String {
-        self.piece(true)
-    }
-
-    fn piece(&mut self, all: bool) -> String {
-        let Some(tokenizer) = self.tokenizer else { return String::new() };
-        let decode = |tokens: &[u32]| tokenizer.decode(tokens).unwrap_or_default();
-        let before = decode(&self.tokens[self.context..self.said]);
-        let now = decode(&self.tokens[self.context..]);
-        if !all && now.ends_with('\u{fffd}') {
-            return String::new();
-        }
-        let piece = now.strip_prefix(before.as_str()).unwrap_or_default().to_owned();
-        if piece.is_empty() {
-            return piece;
-        }
-        self.context = self.said;
-        self.said = self.tokens.len();
-        piece
-    }
-}
 
 /// How a stream is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

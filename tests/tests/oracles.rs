@@ -9,6 +9,7 @@ use lite_llm_tests::harness::{GOLDEN, How, PLAIN, Seen, folder, open, run};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::path::Path;
+use std::time::UNIX_EPOCH;
 
 fn json(dir: &Path, file: &str) -> Value {
     serde_json::from_slice(&std::fs::read(dir.join(file)).unwrap()).unwrap()
@@ -135,10 +136,10 @@ fn tokenizers_and_templates_give_what_transformers_gives() {
         for chat in oracle["chats"].as_array().unwrap() {
             let messages: Vec<Message> = serde_json::from_value(chat["messages"].clone()).unwrap();
             let open = chat["add_generation_prompt"].as_bool().unwrap();
-            let text = tokenizer.chat_text(&messages, open).unwrap();
+            let text = tokenizer.chat_text(&messages, open, UNIX_EPOCH).unwrap();
             assert_eq!(text, chat["text"].as_str().unwrap(), "{name}");
             if open {
-                assert_eq!(tokenizer.chat(&messages).unwrap(), numbers(&chat["ids"]), "{name}");
+                assert_eq!(tokenizer.chat(&messages, UNIX_EPOCH).unwrap(), numbers(&chat["ids"]), "{name}");
             }
         }
     }

@@ -248,8 +248,7 @@ fn text_survives_the_tokenizer() {
                 assert!(ids.len() < text.len() - 3, "pairs are used: {ids:?}");
             }
         }
-        let message = Message { role: "user".into(), content: "Hi".into() };
-        let ids = tokenizer.chat(&[message]).unwrap();
+        let ids = tokenizer.chat(&[Message::user("Hi")], std::time::UNIX_EPOCH).unwrap();
         assert_eq!((ids[0], ids[1..].contains(&2)), (1, true), "special tokens are one id each");
         let plain: Vec<u32> = ids.into_iter().filter(|&id| id > 2).collect();
         assert_eq!(tokenizer.decode(&plain).unwrap(), "user\nHi\nassistant\n");

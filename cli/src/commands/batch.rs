@@ -2,16 +2,17 @@
 
 use crate::commands::run::{Opened, PriorityName, RunArgs};
 use crate::exit::{Exit, usage};
-use crate::prompt::{Prompt, user};
+use crate::prompt::Prompt;
 use crate::serve::Service;
 use crate::state::StateDir;
-use crate::stream::{Detokenizer, finish_name, is_complete};
+use crate::stream::{finish_name, is_complete};
 use anyhow::{Context, bail};
 use clap::Args;
 use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::Body;
 use lite_llm_core::output::FinishReason;
 use lite_llm_hw::node::{NodeHandle, StreamEvent};
+use lite_llm_model::tokenizer::{Detokenizer, Message};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -44,7 +45,7 @@ struct Line {
     id: Option<String>,
     prompt: Option<String>,
     prompt_tokens: Option<Vec<u32>>,
-    chat: Option<String>,
+    chat: Option<Chat>,
     max_tokens: Option<u32>,
     temperature: Option<f32>,
     top_k: Option<u32>,
@@ -56,6 +57,14 @@ struct Line {
     ignore_eos: Option<bool>,
     deadline_ms: Option<u64>,
     priority: Option<PriorityName>,
+}
+
+/// A user's message, or all messages so far.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Chat {
+    One(String),
+    Several(Vec<Message>),
 }
 
 /// How one request of a batch ended.
@@ -210,7 +219,8 @@ fn request(args: &RunArgs, opened: &Opened, line: Line, number: u64) -> anyhow::
     let prompt = match (line.prompt, line.prompt_tokens, line.chat) {
         (Some(text), None, None) => Prompt::Text(text),
         (None, Some(tokens), None) => Prompt::Tokens(tokens),
-        (None, None, Some(text)) => Prompt::Chat(user(&text)),
+        (None, None, Some(Chat::One(text))) => Prompt::Chat(vec![Message::user(&text)]),
+        (None, None, Some(Chat::Several(messages))) => Prompt::Chat(messages),
         _ => bail!("give one of prompt, prompt_tokens and chat"),
     };
     let mut body = args.request.body(prompt.tokens(opened.tokenizer.as_ref(), &args.model)?);

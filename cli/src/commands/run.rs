@@ -8,7 +8,7 @@ use crate::quantity::duration;
 use crate::serve::Service;
 use crate::settings::{RuntimeArgs, Settings};
 use crate::state::{StateDir, unique};
-use crate::stream::{Detokenizer, Format, Printer, finish_name, is_complete};
+use crate::stream::{Format, Printer, finish_name, is_complete};
 use crate::tensors::Recorder;
 use anyhow::bail;
 use clap::{Args, ValueEnum};
@@ -17,8 +17,8 @@ use lite_llm_core::input::{Body, Priority, Sampling, SwitchTarget};
 use lite_llm_core::output::FinishReason;
 use lite_llm_core::plan::Identity;
 use lite_llm_hw::node::{ExitReport, StreamEvent};
-use lite_llm_model::Checkpoint;
-use lite_llm_model::tokenizer::Tokenizer;
+use lite_llm_model::tokenizer::{Detokenizer, Tokenizer};
+use lite_llm_model::{Capture, Checkpoint};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -188,7 +188,7 @@ impl RunArgs {
         if let Some(map) = &self.generations {
             settings.config.tier_set = map.first().to_vec();
         }
-        let tokenizer = Tokenizer::open(&self.model)?;
+        let tokenizer = Tokenizer::of(&checkpoint)?;
         if tokenizer.is_none() && !self.request.stop.is_empty() {
             bail!("--stop needs a tokenizer, and {} has no tokenizer.json", self.model.display());
         }
@@ -222,7 +222,8 @@ impl RunArgs {
         body: Body,
         recorder: Option<Recorder>,
     ) -> anyhow::Result<Exit> {
-        let service = Service::start(&self.model, state, &opened.settings, recorder.clone())?;
+        let capture = recorder.clone().map(|recorder| Box::new(recorder) as Box<dyn Capture + Send>);
+        let service = Service::start(&self.model, state, &opened.settings, capture)?;
         if self.beats {
             crate::beats::progress(service.node().handle())?;
         }

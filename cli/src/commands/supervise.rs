@@ -110,7 +110,7 @@ fn stdin_prompt(run: &RunArgs) -> anyhow::Result<Option<tempfile::NamedTempFile>
     if run.batch.batch.is_some() || !run.prompt.takes_stdin() {
         return Ok(None);
     }
-    let text = crate::prompt::read_stdin()?;
+    let text = crate::prompt::stdin_prompt()?;
     let mut file = tempfile::NamedTempFile::new().context("cannot keep the prompt in a temporary file")?;
     file.write_all(text.as_bytes()).context("cannot keep the prompt in a temporary file")?;
     Ok(Some(file))
