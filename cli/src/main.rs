@@ -9,6 +9,7 @@ mod divergence;
 mod exit;
 mod generations;
 mod history;
+mod passes;
 mod prompt;
 mod quantity;
 mod recompute;
@@ -17,6 +18,7 @@ mod settings;
 mod state;
 mod stream;
 mod tensors;
+mod whole_file;
 
 use clap::Parser;
 use exit::Exit;

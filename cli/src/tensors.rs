@@ -1,5 +1,6 @@
 //! Captured logits and routes of one request, written as safetensors.
 
+use crate::whole_file::write_whole;
 use anyhow::Context;
 use lite_llm_model::Capture;
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -127,20 +128,11 @@ impl Capture for Recorder {
     }
 }
 
-/// Writes aside and renames, so that the file is whole or not there.
 fn write(path: &Path, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) -> anyhow::Result<()> {
     let mut views = Vec::new();
     for (name, dtype, shape, bytes) in tensors {
         views.push((*name, TensorView::new(*dtype, shape.clone(), bytes)?));
     }
     let bytes = serialize(views, None)?;
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let cannot = || format!("cannot write {}", path.display());
-    let mut file = tempfile::NamedTempFile::new_in(directory).with_context(cannot)?;
-    std::io::Write::write_all(&mut file, &bytes).with_context(cannot)?;
-    file.persist(path).with_context(cannot)?;
-    Ok(())
+    write_whole(path, &bytes)
 }

@@ -19,7 +19,8 @@ use lite_llm_hw::disk::FileDisk;
 use lite_llm_hw::node::{Node, NodeError, NodeOptions, StreamEvent};
 use lite_llm_hw::telemetry;
 use lite_llm_model::Capture;
-use lite_llm_model::checkpoint::import::{import, parse_tiers};
+use lite_llm_model::checkpoint::import::import;
+use lite_llm_model::checkpoint::tiers::parse_tiers;
 use lite_llm_model::tokenizer::Tokenizer;
 
 /// A budget in which everything of a fixture fits.
@@ -417,7 +418,7 @@ fn a_state_directory_is_of_one_model_and_one_process() {
 fn tiered(oracle: &Oracle, tiers: &str) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let native = dir.path().join("native");
-    import(&oracle.dir, &native, Some(parse_tiers(tiers).unwrap()), 2, |_, _| {}).unwrap();
+    import(&oracle.dir, &native, Some(&parse_tiers(tiers).unwrap()), 2, |_, _| {}).unwrap();
     (dir, native)
 }
 

@@ -10,9 +10,11 @@ pub mod disk;
 pub mod families;
 pub mod forward;
 pub mod kernels;
+pub mod likelihood;
 pub mod model;
 pub mod synth;
 pub mod tokenizer;
+pub mod trace;
 mod weights;
 
 pub use checkpoint::{Checkpoint, CheckpointError};

@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use lite_llm_core::ids::ExpertKey;
-use lite_llm_model::checkpoint::import::{Imported, import, parse_tiers};
+use lite_llm_model::checkpoint::import::{Imported, import};
+use lite_llm_model::checkpoint::tiers::parse_tiers;
 use lite_llm_model::kernels::Isa;
 use lite_llm_model::{Checkpoint, Model, ModelOptions};
 use lite_llm_tests::harness::{GOLDEN, PLAIN, folder, open, run};
@@ -15,7 +16,7 @@ const PROMPT: [u32; 9] = [265, 338, 449, 471, 56, 294, 193, 318, 99];
 
 fn imported(name: &str, into: &Path, tiers: Option<&str>) -> Imported {
     let tiers = tiers.map(|spec| parse_tiers(spec).unwrap());
-    import(&folder(name), into, tiers, 2, |_, _| {}).unwrap()
+    import(&folder(name), into, tiers.as_ref(), 2, |_, _| {}).unwrap()
 }
 
 #[test]
@@ -86,7 +87,7 @@ fn what_cannot_be_imported_is_said() {
     let native = dir.path().join("native");
     let refused = |source: &Path, tiers: Option<&str>| {
         let tiers = tiers.map(|spec| parse_tiers(spec).unwrap());
-        import(source, &dir.path().join("other"), tiers, 1, |_, _| {}).unwrap_err().to_string()
+        import(source, &dir.path().join("other"), tiers.as_ref(), 1, |_, _| {}).unwrap_err().to_string()
     };
     assert!(
         refused(&folder("olmoe"), Some("a:4,b:5")).contains("the tiers have 9 experts, the checkpoint 8")

@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use lite_llm_core::disk::Disk;
-use lite_llm_model::checkpoint::import::{Imported, import_onto, parse_tiers};
+use lite_llm_model::checkpoint::import::{Imported, import_onto};
+use lite_llm_model::checkpoint::tiers::parse_tiers;
 use lite_llm_model::synth::{SynthFamily, SynthSpec, synth};
 use lite_llm_model::{ModelError, kernels::DType};
 use lite_llm_sim::disk::{Ending, Fault, SimDisk};
@@ -34,7 +35,7 @@ fn source() -> (tempfile::TempDir, PathBuf) {
 
 fn import(source: &Path, disk: &mut SimDisk) -> Result<Imported, ModelError> {
     let tiers = parse_tiers("small:1,large:2:cold").unwrap();
-    import_onto(source, disk, Path::new("partial"), Some(tiers))
+    import_onto(source, disk, Path::new("partial"), Some(&tiers))
 }
 
 /// Every file; the notes of the way there apart.

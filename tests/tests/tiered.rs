@@ -6,7 +6,8 @@ use lite_llm_core::ids::ExpertKey;
 use lite_llm_model::Checkpoint;
 use lite_llm_model::checkpoint::Tier;
 use lite_llm_model::checkpoint::config::Config;
-use lite_llm_model::checkpoint::import::{import, parse_tiers};
+use lite_llm_model::checkpoint::import::import;
+use lite_llm_model::checkpoint::tiers::parse_tiers;
 use lite_llm_model::families;
 use lite_llm_model::kernels::Isa;
 use lite_llm_model::synth::{SynthFamily, SynthSpec, synth};
@@ -102,7 +103,7 @@ fn tiers_that_are_not_the_routers_are_refused() {
     synth(&source, &spec(SynthFamily::TieredMoe)).unwrap();
     let refused = |source: &Path, tiers: &str| {
         let tiers = parse_tiers(tiers).unwrap();
-        import(source, &dir.path().join("native"), Some(tiers), 1, |_, _| {}).unwrap_err().to_string()
+        import(source, &dir.path().join("native"), Some(&tiers), 1, |_, _| {}).unwrap_err().to_string()
     };
     let error = refused(&source, "small:8,large:8");
     assert!(error.contains("small:2x2,large:2x6"), "{error}");
@@ -111,7 +112,7 @@ fn tiers_that_are_not_the_routers_are_refused() {
     assert!(parse_tiers("a:0x4").is_err() && parse_tiers("a:2x").is_err());
     // Other placements are the user's to choose.
     let tiers = parse_tiers("small:2x2:warm,large:2x6:cold").unwrap();
-    import(&source, &dir.path().join("native"), Some(tiers), 1, |_, _| {}).unwrap();
+    import(&source, &dir.path().join("native"), Some(&tiers), 1, |_, _| {}).unwrap();
     let native = Checkpoint::open(&dir.path().join("native")).unwrap();
     assert_eq!(native.tiers()[1].placement, Placement::Cold);
 }

@@ -14,7 +14,8 @@ use lite_llm_core::digest::Digest;
 use lite_llm_core::event::{Event, Phase};
 use lite_llm_core::input::Input;
 use lite_llm_core::output::{Forward, Output};
-use lite_llm_model::checkpoint::import::{import, parse_tiers};
+use lite_llm_model::checkpoint::import::import;
+use lite_llm_model::checkpoint::tiers::parse_tiers;
 use lite_llm_model::kernels::DType;
 use lite_llm_model::synth::{SynthFamily, SynthSpec, synth};
 use serde_json::Value;
@@ -122,7 +123,7 @@ impl Stage {
         let source = self.root.join("source");
         let report = synth(&source, &spec)?;
         let tiers = parse_tiers(TIERS).map_err(anyhow::Error::msg)?;
-        import(&source, &self.model, Some(tiers), 1, |_, _| {})?;
+        import(&source, &self.model, Some(&tiers), 1, |_, _| {})?;
         say(format_args!(
             "model     olmoe, {} layers of {} experts, {} at a time, {} of random weights",
             spec.layers,

@@ -4,7 +4,9 @@ use crate::exit::{Exit, usage};
 use crate::quantity::Size;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use lite_llm_model::checkpoint::import::{import, parse_tiers};
+use lite_llm_model::checkpoint::import::import;
+use lite_llm_model::checkpoint::tiers::{Division, parse_tiers, read_tiers};
+use lite_llm_model::trace::Trace;
 use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
@@ -15,9 +17,22 @@ pub(crate) struct ImportArgs {
     source: PathBuf,
     /// The checkpoint to make; begun again after a crash, it goes on
     target: PathBuf,
-    /// Tiers of experts: NAME:COUNT[:hot|warm|cold],...; one tier of all if left out
+    /// Tiers of experts: NAME:EXPERTS[:hot|warm|cold],...; one tier of all if left out
+    ///
+    /// EXPERTS is a count (the first of each layer that no other tier has, or with --by-use the most used), a list like
+    /// @0-3+9 (experts 0, 1, 2, 3 and 9 of each layer), or `rest` (all that are left). For a model whose router selects
+    /// tiers: GROUPSxEXPERTS, as the router has them.
     #[arg(long, value_name = "SPEC")]
     tiers: Option<String>,
+    /// Tiers from a JSON file, which may list other experts in each layer
+    ///
+    /// [{"name": "core", "placement": "hot", "layers": {"0": [1, 5], "1": [0, 2]}}, {"name": "rest", "placement":
+    /// "cold"}]. A tier has "layers", or "experts": the same list in each layer, or neither: the rest.
+    #[arg(long, value_name = "FILE", conflicts_with = "tiers")]
+    tiers_file: Option<PathBuf>,
+    /// Let counts of --tiers take the most used experts of each layer, by a trace of this model
+    #[arg(long, value_name = "TRACE", requires = "tiers")]
+    by_use: Option<PathBuf>,
     /// Threads that hash; one per core if left out
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -28,17 +43,14 @@ pub(crate) struct ImportArgs {
 
 impl ImportArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
-        let tiers = match &self.tiers {
-            Some(spec) => Some(parse_tiers(spec).map_err(|error| usage(format!("--tiers: {error}")))?),
-            None => None,
-        };
+        let division = self.division()?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = self.threads.map_or(cores, usize::from);
         let bar = ProgressBar::new(0);
         if let Ok(style) = ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes}, {eta} left") {
             bar.set_style(style);
         }
-        let imported = import(&self.source, &self.target, tiers, threads, |done, total| {
+        let imported = import(&self.source, &self.target, division.as_ref(), threads, |done, total| {
             bar.set_length(total);
             bar.set_position(done);
         });
@@ -64,5 +76,18 @@ impl ImportArgs {
             )?;
         }
         Ok(Exit::Ok)
+    }
+
+    /// What the tiers are to be.
+    fn division(&self) -> anyhow::Result<Option<Division>> {
+        let division = match (&self.tiers, &self.tiers_file) {
+            (Some(spec), _) => parse_tiers(spec).map_err(|error| usage(format!("--tiers: {error}")))?,
+            (None, Some(path)) => read_tiers(path).map_err(anyhow::Error::msg)?,
+            (None, None) => return Ok(None),
+        };
+        Ok(Some(match &self.by_use {
+            None => division,
+            Some(path) => division.by_use(Trace::read(path).map_err(anyhow::Error::msg)?),
+        }))
     }
 }

@@ -6,10 +6,12 @@ mod ctl;
 mod demo;
 mod import;
 mod inspect;
+mod perplexity;
 mod replay;
 mod run;
 mod supervise;
 mod synth;
+mod trace;
 
 use crate::exit::Exit;
 use clap::{Parser, Subcommand};
@@ -41,6 +43,10 @@ pub(crate) enum Command {
     Inspect(inspect::InspectArgs),
     /// Turn a Hugging Face directory into a native checkpoint, whole or in tiers
     Import(import::ImportArgs),
+    /// Say which experts a text uses, layer by layer
+    Trace(Box<trace::TraceArgs>),
+    /// Say how well a model predicts a text, under one or all of its TierSets
+    Perplexity(Box<perplexity::PerplexityArgs>),
     /// Write a random checkpoint of any size
     Synth(synth::SynthArgs),
     /// Show it all: generate, get killed in mid-token, recover, prove that the bits are the same
@@ -58,6 +64,8 @@ impl Command {
             Self::Replay(args) => args.run(),
             Self::Inspect(args) => args.run(),
             Self::Import(args) => args.run(),
+            Self::Trace(args) => args.run(),
+            Self::Perplexity(args) => args.run(),
             Self::Synth(args) => args.run(),
             Self::Demo(args) => args.run(),
             Self::Completions(args) => args.run(),

@@ -4,7 +4,8 @@ use crate::exit::{Exit, usage};
 use crate::quantity::Size;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use lite_llm_model::checkpoint::import::{import, parse_tiers};
+use lite_llm_model::checkpoint::import::import;
+use lite_llm_model::checkpoint::tiers::parse_tiers;
 use lite_llm_model::kernels::DType;
 use lite_llm_model::synth::{SynthError, SynthFamily, SynthReport, SynthSpec, synth};
 use serde_json::json;
@@ -51,8 +52,8 @@ pub(crate) struct SynthArgs {
     /// Longest sequence
     #[arg(long, value_name = "N")]
     context: Option<u32>,
-    /// Write a native checkpoint with these tiers of experts: NAME:COUNT[:hot|warm|cold],...; tiered_moe has them in its
-    /// router, with NAME:GROUPSxEXPERTS
+    /// Write a native checkpoint with these tiers of experts: NAME:EXPERTS[:hot|warm|cold],... as of import; tiered_moe
+    /// has them in its router, with NAME:GROUPSxEXPERTS
     #[arg(long, value_name = "SPEC")]
     tiers: Option<String>,
     /// Storage type of the weights
@@ -131,7 +132,7 @@ impl SynthArgs {
         clear(&source)?;
         let report = write(&source, &self.spec()?)?;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let imported = import(&source, &self.dir, Some(tiers), threads, |_, _| {});
+        let imported = import(&source, &self.dir, Some(&tiers), threads, |_, _| {});
         clear(&source)?;
         let imported = imported?;
         Ok(SynthReport {
@@ -153,7 +154,8 @@ impl SynthArgs {
         };
         let mut spec = SynthSpec::of(family);
         if let Some(tiers) = self.tiers.as_ref().filter(|_| family == SynthFamily::TieredMoe) {
-            spec.tiers = parse_tiers(tiers).map_err(|error| usage(format!("--tiers: {error}")))?;
+            let tiers = parse_tiers(tiers).and_then(|division| division.counts());
+            spec.tiers = tiers.map_err(|error| usage(format!("--tiers: {error}")))?;
             spec.experts = spec.tiers.iter().fold(0, |sum: u32, tier| sum.saturating_add(tier.experts));
         }
         let mixed = spec.kv_heads == spec.heads;

@@ -7,12 +7,12 @@
 use super::native::{
     ALIGN, BaseShard, BaseTensor, Blob, ExpertShard, FORMAT, MANIFEST, Manifest, dtype_name,
 };
+use super::tiers::{Divided, Division};
 use super::{Checkpoint, CheckpointError, Item, Tier, expert_parts};
 use crate::disk::{FileDisk, LOCK_NAME};
 use crate::kernels::CONTRACT_VERSION;
 use crate::model::ModelError;
 use crate::weights::{expert_layout, pack_expert};
-use lite_llm_core::config::Placement;
 use lite_llm_core::disk::{Disk, DiskError, DiskErrorKind};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -49,49 +49,16 @@ pub struct Imported {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 enum Note {
     /// The source: another one begins anew.
-    Source { weights: String, tiers: Vec<Tier> },
+    Source {
+        weights: String,
+        tiers: Vec<Tier>,
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        layers: BTreeMap<u32, Vec<Vec<u32>>>,
+    },
     /// The base shard is there.
     Base(BaseShard),
     /// A layer's experts are there.
     Experts(ExpertShard),
-}
-
-/// Parses `NAME:COUNT[:hot|warm|cold],...`, where COUNT may be `GROUPSxEXPERTS`.
-///
-/// # Errors
-/// What is wrong, for people.
-pub fn parse_tiers(spec: &str) -> Result<Vec<Tier>, String> {
-    let mut tiers: Vec<Tier> = Vec::new();
-    for part in spec.split(',') {
-        let mut fields = part.split(':');
-        let (name, count, placement) = (fields.next().unwrap_or(""), fields.next(), fields.next());
-        let (groups, count) = match count.and_then(|count| count.split_once('x')) {
-            Some((groups, experts)) => (groups.parse().ok(), Some(experts)),
-            None => (Some(1), count),
-        };
-        let groups = groups.filter(|&groups: &u32| groups > 0);
-        let experts = count.and_then(|count| count.parse().ok()).filter(|&count: &u32| count > 0);
-        let experts = experts.and_then(|experts| experts.checked_mul(groups?));
-        let placement = match placement {
-            None | Some("hot") => Some(Placement::Hot),
-            Some("warm") => Some(Placement::Warm),
-            Some("cold") => Some(Placement::Cold),
-            Some(_) => None,
-        };
-        let (Some(experts), Some(groups), Some(placement), None, false) =
-            (experts, groups, placement, fields.next(), name.is_empty())
-        else {
-            return Err(format!(
-                "{part:?} is no tier; write NAME:EXPERTS or NAME:EXPERTS:hot|warm|cold, with GROUPSxEXPERTS for a tiered \
-                 router"
-            ));
-        };
-        if tiers.iter().any(|tier| tier.name == name) {
-            return Err(format!("tier {name:?} is there twice"));
-        }
-        tiers.push(Tier { name: name.into(), experts, groups, placement });
-    }
-    Ok(tiers)
 }
 
 /// Imports `source` into `target`, telling `progress` the bytes written so far and in all.
@@ -101,7 +68,7 @@ pub fn parse_tiers(spec: &str) -> Result<Vec<Tier>, String> {
 pub fn import(
     source: &Path,
     target: &Path,
-    tiers: Option<Vec<Tier>>,
+    division: Option<&Division>,
     threads: usize,
     progress: impl FnMut(u64, u64),
 ) -> Result<Imported, ModelError> {
@@ -109,7 +76,7 @@ pub fn import(
         let what = "it exists already; give a path that does not, or remove it first";
         return Err(CheckpointError::invalid(target, what).into());
     }
-    let job = Job::prepare(source, tiers, threads)?;
+    let job = Job::prepare(source, division, threads)?;
     let mut name = target.file_name().unwrap_or_default().to_owned();
     name.push(".partial");
     let dir = target.with_file_name(name);
@@ -136,41 +103,36 @@ pub fn import_onto<D: Disk>(
     source: &Path,
     disk: &mut D,
     at: &Path,
-    tiers: Option<Vec<Tier>>,
+    division: Option<&Division>,
 ) -> Result<Imported, ModelError> {
-    Job::prepare(source, tiers, 1)?.write(disk, at, |_, _| {})
+    Job::prepare(source, division, 1)?.write(disk, at, |_, _| {})
 }
 
 /// A source that can be imported, and how.
 struct Job {
     checkpoint: Checkpoint,
-    tiers: Vec<Tier>,
+    divided: Divided,
     hashed: BTreeMap<String, (Item, [u8; 32])>,
     weights: String,
 }
 
 impl Job {
-    fn prepare(source: &Path, tiers: Option<Vec<Tier>>, threads: usize) -> Result<Self, ModelError> {
+    fn prepare(source: &Path, division: Option<&Division>, threads: usize) -> Result<Self, ModelError> {
         let checkpoint = Checkpoint::open(source)?;
         if checkpoint.native().is_some() {
             let what = "it is a native checkpoint already; give the Hugging Face directory";
             return Err(CheckpointError::invalid(source, what).into());
         }
-        let tiers = tiers.unwrap_or_else(|| checkpoint.tiers().to_vec());
-        let moe = checkpoint.arch().moe.as_ref();
-        let experts = moe.map_or(0, |moe| moe.experts as u64);
-        let of_tiers: u64 = tiers.iter().map(|tier| u64::from(tier.experts)).sum();
-        if of_tiers != experts {
-            let what = format!("the tiers have {of_tiers} experts, the checkpoint {experts} a layer");
-            return Err(CheckpointError::invalid(source, &what).into());
-        }
-        if let Some(what) = moe.and_then(|moe| super::contradiction(&tiers, moe)) {
-            return Err(CheckpointError::invalid(source, &what).into());
-        }
         let hashed = checkpoint.hashed(threads)?;
         let weights = checkpoint.weights_digest(threads)?.to_string();
+        let divided = match division {
+            None => Divided { tiers: checkpoint.tiers().to_vec(), layers: BTreeMap::new() },
+            Some(division) => division
+                .of(checkpoint.arch(), &weights)
+                .map_err(|what| CheckpointError::invalid(source, &what))?,
+        };
         let hashed = hashed.into_iter().map(|(item, hash)| (item.name.clone(), (item, hash))).collect();
-        Ok(Self { checkpoint, tiers, hashed, weights })
+        Ok(Self { checkpoint, divided, hashed, weights })
     }
 
     fn write<D: Disk>(
@@ -190,7 +152,7 @@ impl Job {
         }
         let companions = import.companions()?;
         let (format, contract) = (FORMAT, CONTRACT_VERSION);
-        let tiers = self.tiers.clone();
+        let tiers = self.divided.tiers.clone();
         let manifest = Manifest { format, contract, companions, tiers, base, experts: shards };
         import.file(MANIFEST, manifest.to_json().as_bytes())?;
         Ok(Imported { written: import.written, kept: import.kept, bytes: import.bytes })
@@ -210,7 +172,8 @@ struct Import<'a, D> {
 impl<'a, D: Disk> Import<'a, D> {
     fn begin(job: &'a Job, disk: &'a mut D, at: &'a Path) -> Result<Self, CheckpointError> {
         let mut this = Self { job, disk, at, notes: Vec::new(), written: 0, kept: 0, bytes: 0 };
-        let source = Note::Source { weights: job.weights.clone(), tiers: job.tiers.clone() };
+        let Divided { tiers, layers } = job.divided.clone();
+        let source = Note::Source { weights: job.weights.clone(), tiers, layers };
         let notes = this.read_notes();
         let same = notes
             .first()
@@ -328,6 +291,7 @@ impl<'a, D: Disk> Import<'a, D> {
             layer,
             version: 0,
             dtypes: layout.dtypes.iter().map(|&dtype| dtype_name(dtype).into()).collect(),
+            tiers: job.divided.layers.get(&layer).cloned().unwrap_or_default(),
             blobs: Vec::new(),
         };
         let mut blob = vec![0; blob_bytes];

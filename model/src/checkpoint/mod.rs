@@ -11,6 +11,7 @@ pub mod import;
 mod inventory;
 pub mod native;
 mod tensors;
+pub mod tiers;
 
 use crate::arch::Arch;
 use crate::families;
@@ -102,7 +103,7 @@ pub struct Checkpoint {
     eos: Vec<u32>,
 }
 
-/// A tier: a run of the experts of every mixture layer, by original number.
+/// A tier: some experts of every mixture layer, as many in each.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Tier {
     /// Its name, as TierSets use it.
@@ -133,7 +134,7 @@ impl Tier {
 }
 
 /// What tiers say that the router does not.
-pub(crate) fn contradiction(tiers: &[Tier], moe: &crate::arch::Moe) -> Option<String> {
+fn contradiction(tiers: &[Tier], moe: &crate::arch::Moe) -> Option<String> {
     let shape = |tier: &Tier| (tier.name.clone(), tier.groups, tier.experts);
     match &moe.tiered {
         None => tiers.iter().find(|tier| tier.groups != 1).map(|tier| {
@@ -199,14 +200,14 @@ impl Checkpoint {
         Ok(this)
     }
 
-    /// The tiers, in order of the experts' original numbers; none for a dense model.
+    /// The tiers, in the order of the experts' keys; none for a dense model.
     pub fn tiers(&self) -> &[Tier] {
         &self.tiers
     }
 
     /// The key of an expert by its original number.
     pub fn key(&self, layer: u32, ordinal: u32) -> ExpertKey {
-        let mut expert = ordinal;
+        let mut expert = self.order(layer).map_or(ordinal, |order| order.rank(ordinal));
         for (tier, plan) in (0..).zip(&self.tiers) {
             if expert < plan.experts {
                 let size = plan.group_experts();
@@ -225,7 +226,19 @@ impl Checkpoint {
             .filter(|t| key.group < t.groups && key.expert < t.group_experts())?;
         let layer = self.arch.layers.get(key.layer as usize).filter(|layer| layer.dense.is_none());
         let before: u32 = self.tiers[..key.tier as usize].iter().map(|tier| tier.experts).sum();
-        layer.map(|_| before + key.group * tier.group_experts() + key.expert)
+        let rank = layer.map(|_| before + key.group * tier.group_experts() + key.expert)?;
+        Some(self.order(key.layer).map_or(rank, |order| order.ordinal(rank)))
+    }
+
+    /// Whether each expert of a layer, by original number, is in one of some tiers.
+    pub(crate) fn eligible(&self, layer: u32, tiers: &[u32]) -> Vec<bool> {
+        let experts: u32 = self.tiers.iter().map(|tier| tier.experts).sum();
+        (0..experts).map(|ordinal| tiers.contains(&self.key(layer, ordinal).tier)).collect()
+    }
+
+    /// Where the experts of a layer stand, if not in their original order.
+    fn order(&self, layer: u32) -> Option<&tiers::Order> {
+        self.native.as_ref()?.orders().get(&layer)
     }
 
     /// The native form, if it is one.
@@ -294,9 +307,12 @@ impl Checkpoint {
     pub fn architecture_digest(&self, kv: DType) -> Digest {
         let tiers: Vec<(&str, u32)> =
             self.tiers.iter().map(|tier| (tier.name.as_str(), tier.experts)).collect();
-        Digest::of(
-            format!("contract {CONTRACT_VERSION} kv {kv:?} tiers {tiers:?} {:?}", self.arch).as_bytes(),
-        )
+        let mut text = format!("contract {CONTRACT_VERSION} kv {kv:?} tiers {tiers:?} {:?}", self.arch);
+        // Which experts a tier has decides what a TierSet computes.
+        for (layer, order) in self.native.iter().flat_map(|native| native.orders()) {
+            text += &format!(" layer {layer} {:?}", order.ordinals());
+        }
+        Digest::of(text.as_bytes())
     }
 }
 

@@ -7,6 +7,7 @@
 //! checked against the architecture and the files before anything is allocated.
 
 use super::tensors::TensorFiles;
+use super::tiers::Order;
 use super::{CheckpointError, ExpertPart, Item, Tier, expert_parts};
 use crate::arch::Arch;
 use crate::kernels::{CONTRACT_VERSION, DType};
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 /// The file that makes a directory a native checkpoint.
 pub const MANIFEST: &str = "manifest.json";
 /// The version of the manifest that is written and read.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// Everything in a shard begins at a multiple of this.
 pub const ALIGN: u64 = 4096;
 /// The manifest's own checksum.
@@ -38,7 +39,7 @@ pub struct Manifest {
     pub contract: u32,
     /// The files that lie beside the shards as published, with the BLAKE3 of each.
     pub companions: BTreeMap<String, String>,
-    /// The tiers, in order of the experts' original numbers.
+    /// The tiers: how many experts of each layer they have. Which, the shards say.
     pub tiers: Vec<Tier>,
     /// The shard of base parameters.
     pub base: BaseShard,
@@ -105,6 +106,9 @@ pub struct ExpertShard {
     pub version: u32,
     /// Storage types of gate, up and down, then of their biases if they have any.
     pub dtypes: Vec<String>,
+    /// The experts of each tier by original number, ascending; if empty, the tiers have them one after another.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tiers: Vec<Vec<u32>>,
     /// The blobs, by original number.
     pub blobs: Vec<Blob>,
 }
@@ -129,6 +133,7 @@ pub(crate) struct Native {
     blob_bytes: usize,
     parts: Vec<ExpertPart>,
     files: BTreeMap<u32, (PathBuf, File)>,
+    orders: BTreeMap<u32, Order>,
     hashes: BTreeMap<String, [u8; 32]>,
 }
 
@@ -186,6 +191,7 @@ pub(super) fn open(dir: &Path, arch: &Arch) -> Result<(TensorFiles, Native), Che
         blob_bytes: 0,
         parts: arch.moe.as_ref().map_or_else(Vec::new, |moe| expert_parts(moe, arch.hidden)),
         files: BTreeMap::new(),
+        orders: orders(&path, &manifest)?,
         hashes,
         manifest: manifest.clone(),
     };
@@ -254,13 +260,27 @@ fn check(path: &Path, manifest: &Manifest, arch: &Arch) -> Result<(), Checkpoint
     if layers != arch.moe_layers() {
         return Err(CheckpointError::invalid(path, &format!("experts are listed for layers {layers:?}")));
     }
-    match manifest.experts.iter().find(|shard| shard.blobs.len() as u64 != experts) {
-        Some(shard) => {
-            let what = format!("layer {} has {} experts of {experts}", shard.layer, shard.blobs.len());
-            Err(CheckpointError::invalid(path, &what))
-        }
-        None => Ok(()),
+    if let Some(shard) = manifest.experts.iter().find(|shard| shard.blobs.len() as u64 != experts) {
+        let what = format!("layer {} has {} experts of {experts}", shard.layer, shard.blobs.len());
+        return Err(CheckpointError::invalid(path, &what));
     }
+    let tiered = arch.moe.as_ref().is_some_and(|moe| moe.tiered.is_some());
+    if tiered && manifest.experts.iter().any(|shard| !shard.tiers.is_empty()) {
+        let what =
+            "the router of this model says which experts its tiers have, and the manifest lists others";
+        return Err(CheckpointError::invalid(path, what));
+    }
+    Ok(())
+}
+
+/// Where the experts of each layer stand that are not in their original order.
+fn orders(path: &Path, manifest: &Manifest) -> Result<BTreeMap<u32, Order>, CheckpointError> {
+    let listed = manifest.experts.iter().filter(|shard| !shard.tiers.is_empty());
+    let order = |shard: &ExpertShard| match Order::new(&manifest.tiers, &shard.tiers) {
+        Ok(order) => Ok((shard.layer, order)),
+        Err(what) => Err(CheckpointError::invalid(path, &format!("tiers of layer {}: {what}", shard.layer))),
+    };
+    listed.map(order).collect()
 }
 
 /// A shard's path, beside the manifest.
@@ -303,6 +323,10 @@ impl Native {
 
     pub(super) fn tiers(&self) -> &[Tier] {
         &self.manifest.tiers
+    }
+
+    pub(super) fn orders(&self) -> &BTreeMap<u32, Order> {
+        &self.orders
     }
 
     pub(super) fn hash(&self, canonical: &str) -> Option<[u8; 32]> {

@@ -48,10 +48,7 @@ impl Model {
         let (rows, bias) = (batch.at.len(), router.bias.as_deref());
         linear(&self.pool, self.isa, &batch.normed, rows, &router.matrix.view(), bias, &mut logits);
         // Experts of tiers outside the TierSet are masked out: they have no share of a softmax and are never selected.
-        let tiers = self.checkpoint.tiers().iter().zip(0u32..);
-        let eligible: Vec<bool> = tiers
-            .flat_map(|(tier, index)| std::iter::repeat_n(step.tiers.contains(&index), tier.experts as usize))
-            .collect();
+        let eligible = self.checkpoint.eligible(layer as u32, &step.tiers);
         let mut routes = Vec::with_capacity(batch.at.len());
         for (at, logits) in batch.at.iter().zip(logits.chunks_exact_mut(moe.router_rows())) {
             if !logits.iter().all(|logit| logit.is_finite()) {
