@@ -13,7 +13,7 @@ use lite_llm_core::output::{Forward, Row, SampleSpec};
 use lite_llm_model::checkpoint::import::import;
 use lite_llm_model::kernels::{DType, Isa};
 use lite_llm_model::synth::{SynthFamily, SynthSpec, synth};
-use lite_llm_model::{Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped};
+use lite_llm_model::{Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped, Workspace};
 use memmap2::{Advice, MmapMut};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -60,6 +60,7 @@ pub fn olmoe_native() -> PathBuf {
 pub struct Resident {
     model: Model,
     cache: KvCache,
+    workspace: Workspace,
     slots: Slots,
     table: Vec<(ExpertKey, Slot)>,
 }
@@ -107,7 +108,7 @@ impl Resident {
         }
         let slots = Slots { map, slot_bytes };
         let cache = KvCache::new(&model, 16).expect("a cache");
-        Self { model, cache, slots, table }
+        Self { model, cache, workspace: Workspace::default(), slots, table }
     }
 
     /// Computes positions `start..start + tokens` of one sequence and returns the next token.
@@ -128,8 +129,10 @@ impl Resident {
             rows: vec![row],
             resident: Some(self.table.clone()),
         };
-        let results =
-            self.model.forward(&forward, &mut self.cache, &mut self.slots, None).expect("finite values");
+        let results = self
+            .model
+            .forward(&forward, &mut self.cache, &mut self.workspace, &mut self.slots, None)
+            .expect("finite values");
         results[0].token.expect("the row samples")
     }
 }

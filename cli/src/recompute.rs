@@ -19,6 +19,7 @@ use lite_llm_model::kernels::{DType, Isa};
 use lite_llm_model::tokenizer::Tokenizer;
 use lite_llm_model::{
     Checkpoint, ExpertLoader, ExpertSource, KvCache, Model, ModelOptions, Provided, StepError, Stopped,
+    Workspace,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
@@ -32,6 +33,7 @@ pub(crate) struct Recompute {
     model: Model,
     experts: Experts,
     cache: Option<KvCache>,
+    workspace: Workspace,
     /// The step that the engine asked for last.
     pending: Option<Forward>,
     /// Positions of each request that were in the cache of a snapshot, and are in this one.
@@ -91,6 +93,7 @@ impl Recompute {
             model,
             experts,
             cache: None,
+            workspace: Workspace::default(),
             pending: None,
             prefix: BTreeMap::new(),
             steps: 0,
@@ -208,7 +211,7 @@ impl Recompute {
         let cache = self.cache.as_mut().context("a step before the memory was carved")?;
         let mut forward = forward.clone();
         forward.resident = None;
-        match self.model.forward(&forward, cache, &mut self.experts, None) {
+        match self.model.forward(&forward, cache, &mut self.workspace, &mut self.experts, None) {
             Ok(rows) => Ok(rows),
             Err(StepError::Stopped(_)) => match self.experts.failed.take() {
                 Some(error) => Err(error),

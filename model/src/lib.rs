@@ -18,5 +18,5 @@ pub mod trace;
 mod weights;
 
 pub use checkpoint::{Checkpoint, CheckpointError};
-pub use forward::{Capture, ExpertSource, KvCache, Provided, StepError, Stopped};
+pub use forward::{Capture, ExpertSource, KvCache, Provided, StepError, Stopped, Workspace};
 pub use model::{ExpertLoader, Model, ModelError, ModelOptions};

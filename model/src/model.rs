@@ -2,7 +2,7 @@
 
 use crate::arch::Arch;
 use crate::checkpoint::{Checkpoint, CheckpointError, Tier};
-use crate::forward::ROWS_TOGETHER;
+use crate::forward::planned_bytes;
 use crate::kernels::{CONTRACT_VERSION, DType, Isa, KvShape, PAGE_POSITIONS, Pool, RopeTable, SelfTestError};
 use crate::weights::{Base, ExpertLayout, Router, expert_layout, load_base, pack_expert};
 use lite_llm_core::digest::Digest;
@@ -176,32 +176,13 @@ impl Model {
     /// Buffers of the largest step, the rotation tables, and the process itself.
     fn overhead_bytes(&self, positions: u64, rows: u64) -> u64 {
         let arch = self.arch();
-        let width = arch.layers.iter().filter_map(|layer| layer.dense).max().unwrap_or(0);
-        let (k, expert) = arch.moe.as_ref().map_or((0, 0), |moe| {
-            let shared = moe.shared.as_ref().map_or(0, |shared| shared.intermediate);
-            (moe.top_k, moe.router_rows() + 3 * (moe.intermediate + shared))
-        });
-        let attention = &arch.attention;
-        // A latent is mixed by every head; its queries are made in up to two steps.
-        let latent = attention.latent.map_or(0, |latent| {
-            attention.heads * (4 * latent.rank + 2 * attention.head_dim) + 2 * latent.query_rank.unwrap_or(0)
-        });
-        let heads = attention.q_dim() + attention.k_dim() + attention.v_dim() + attention.mixed_dim();
-        let position = 6 * arch.hidden + 2 * heads + latent + 3 * width + k * arch.hidden + expert;
         let rope = u64::from(arch.context) * arch.rope.dims as u64 * 4;
-        // Each product copies its input once in the order of the packed weights.
-        let copies = 2;
-        let together = arch.moe.as_ref().map_or(0, |moe| {
-            positions.saturating_mul(k as u64).min(ROWS_TOGETHER as u64)
-                * (2 * arch.hidden + 3 * moe.intermediate) as u64
-        });
         // A loader has an expert's published bytes mapped while it packs them; large pages round maps up.
         let loading = self.threads as u64 * self.slot_bytes() as u64 + LARGE_PAGE_BYTES;
-        PROCESS_BYTES
-            + loading
-            + rope
-            + 4 * together * copies
-            + 4 * (positions * position as u64 * copies + rows * arch.vocab as u64 * 2)
+        // Sampling has the candidates beside the logits, which may be shown too.
+        let sampling = rows * arch.vocab as u64 * 5 * 4;
+        let steps = planned_bytes(arch, self.kv, self.threads as u64, positions, rows);
+        PROCESS_BYTES + loading + rope + steps + sampling
     }
 
     /// Loads and verifies base parameters, routers included. All are one shard on one machine.

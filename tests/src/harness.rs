@@ -10,7 +10,9 @@ use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
 use lite_llm_core::input::{RowResult, Sampling};
 use lite_llm_core::output::{Forward, Row, SampleSpec};
 use lite_llm_model::kernels::{DType, Isa};
-use lite_llm_model::{Capture, Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped};
+use lite_llm_model::{
+    Capture, Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped, Workspace,
+};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -90,6 +92,11 @@ impl Experts {
             this.slots.push(slot);
         }
         this
+    }
+
+    /// Where every expert is, for a step that has all of them.
+    pub fn resident(&self) -> Vec<(ExpertKey, Slot)> {
+        self.table.clone()
     }
 }
 
@@ -173,6 +180,7 @@ pub fn run_modified(
     mut modified: Option<(usize, &[Change])>,
 ) -> Seen {
     let mut cache = KvCache::new(model, 8 * u32::try_from(how.batch).unwrap()).unwrap();
+    let mut workspace = Workspace::default();
     let mut experts = Experts::load(model);
     let table: Vec<_> = experts.table.iter().copied().filter(|(key, _)| tiers.contains(&key.tier)).collect();
     let mut sequences: Vec<Vec<u32>> = (0..how.batch)
@@ -216,7 +224,7 @@ pub fn run_modified(
             resident: how.resident.then(|| table.clone()),
         };
         let results: Vec<RowResult> =
-            model.forward(&step, &mut cache, &mut experts, Some(&mut seen)).unwrap();
+            model.forward(&step, &mut cache, &mut workspace, &mut experts, Some(&mut seen)).unwrap();
         computed = end;
         for (sequence, result) in sequences.iter_mut().zip(&results) {
             sequence.extend(result.token);

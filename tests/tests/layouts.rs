@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use lite_llm_model::kernels::convert::{f16_bits, f16_value};
-use lite_llm_model::{Checkpoint, KvCache, StepError};
+use lite_llm_model::{Checkpoint, KvCache, StepError, Workspace};
 use lite_llm_tests::harness::{Experts, PLAIN, first_step, folder, open, run};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
@@ -93,7 +93,7 @@ fn failure(poisoned: &str) -> StepError {
     let mut experts = Experts::load(&model);
     let mut cache = KvCache::new(&model, 1).unwrap();
     let step = first_step(PROMPT.to_vec(), None);
-    model.forward(&step, &mut cache, &mut experts, None).unwrap_err()
+    model.forward(&step, &mut cache, &mut Workspace::default(), &mut experts, None).unwrap_err()
 }
 
 #[test]

@@ -6,7 +6,9 @@ use lite_llm_model::checkpoint::Tier;
 use lite_llm_model::kernels::{DType, Isa};
 use lite_llm_model::synth::{SynthError, SynthFamily, SynthSpec, synth};
 use lite_llm_model::tokenizer::{Message, Tokenizer};
-use lite_llm_model::{Capture, Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped};
+use lite_llm_model::{
+    Capture, Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped, Workspace,
+};
 use lite_llm_tests::harness::first_step;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -333,7 +335,7 @@ fn logits_are_finite_and_spread_and_experts_are_all_used() {
         let mut cache = KvCache::new(&model, 1).unwrap();
         let step = first_step((3..63).map(|n| n * 4).collect(), Some(table));
         let mut seen = Seen::default();
-        model.forward(&step, &mut cache, &mut slots, Some(&mut seen)).unwrap();
+        model.forward(&step, &mut cache, &mut Workspace::default(), &mut slots, Some(&mut seen)).unwrap();
         let all: Vec<f64> = seen.logits.iter().flatten().map(|&l| f64::from(l)).collect();
         assert_eq!(all.len(), 60 * 300);
         let deviation = (all.iter().map(|l| l * l).sum::<f64>() / all.len() as f64).sqrt();

@@ -14,6 +14,7 @@ use lite_llm_core::input::{Fault, Input};
 use lite_llm_core::output::Forward;
 use lite_llm_model::{
     Capture, CheckpointError, ExpertSource, KvCache, Model, ModelError, Provided, StepError, Stopped,
+    Workspace,
 };
 
 use super::NodeError;
@@ -94,7 +95,7 @@ struct Machine {
     model: Model,
     capture: Option<Box<dyn Capture + Send>>,
     messages: SyncSender<Message>,
-    memory: Option<(Arc<Arena>, KvCache)>,
+    memory: Option<(Arc<Arena>, KvCache, Workspace)>,
     /// A step of the boot sequence failed: the engine has heard it once and wants no more.
     failed: bool,
 }
@@ -104,7 +105,7 @@ impl Machine {
         while let Ok(next) = work.recv() {
             match next {
                 Work::Carve { arena, pages } => match KvCache::new(&self.model, pages) {
-                    Ok(cache) => self.memory = Some((arena, cache)),
+                    Ok(cache) => self.memory = Some((arena, cache, Workspace::default())),
                     Err(error) => self.boot_failed(&error),
                 },
                 Work::LoadBase { shard } => {
@@ -152,7 +153,7 @@ impl Machine {
 
     fn forward(&mut self, forward: &Forward, work: &Receiver<Work>) -> Input {
         let (step, attempt) = (forward.step, forward.attempt);
-        let (arena, cache) = self.memory.as_mut().expect("memory is carved before the first step");
+        let (arena, cache, workspace) = self.memory.as_mut().expect("memory is carved before the first step");
         let mut source = Source {
             step,
             attempt,
@@ -171,7 +172,7 @@ impl Machine {
             Some(capture) => Some(&mut **capture),
             None => None,
         };
-        let result = self.model.forward(forward, cache, &mut source, capture);
+        let result = self.model.forward(forward, cache, workspace, &mut source, capture);
         // Every slot is let go before the engine hears that the step is over.
         drop(source);
         let duration_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);

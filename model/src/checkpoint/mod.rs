@@ -231,9 +231,9 @@ impl Checkpoint {
     }
 
     /// Whether each expert of a layer, by original number, is in one of some tiers.
-    pub(crate) fn eligible(&self, layer: u32, tiers: &[u32]) -> Vec<bool> {
+    pub(crate) fn eligible<'a>(&'a self, layer: u32, tiers: &'a [u32]) -> impl Iterator<Item = bool> + 'a {
         let experts: u32 = self.tiers.iter().map(|tier| tier.experts).sum();
-        (0..experts).map(|ordinal| tiers.contains(&self.key(layer, ordinal).tier)).collect()
+        (0..experts).map(move |ordinal| tiers.contains(&self.key(layer, ordinal).tier))
     }
 
     /// Where the experts of a layer stand, if not in their original order.

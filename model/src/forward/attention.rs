@@ -1,120 +1,150 @@
 //! Self-attention: projections over the whole batch, then each row over its pages.
 
-use super::{Batch, KvCache};
+use super::{Batch, KvCache, Layer, Rooms};
 use crate::arch::Pairs;
-use crate::kernels::{AttentionParams, KvPage, PagedKv, Product, attention, linear_all, rms_norm};
+use crate::kernels::buffer::emptied;
+use crate::kernels::{
+    AttentionParams, Buffer, KvPage, PAGE_POSITIONS, PagedKv, Product, Products, attention, rms_norm_in_place,
+};
 use crate::model::Model;
-use crate::weights::{Inputs, LayerWeights, Projection};
-use lite_llm_core::output::Forward;
+use crate::weights::{Inputs, Projection};
+
+/// What attention works in.
+#[derive(Debug, Default)]
+pub(super) struct Room {
+    q: Buffer,
+    k: Buffer,
+    v: Buffer,
+    mixed: Buffer,
+    pages: Vec<KvPage<'static>>,
+}
+
+impl Room {
+    pub(super) fn bytes(&self) -> usize {
+        let buffers = [&self.q, &self.k, &self.v, &self.mixed];
+        buffers.map(Buffer::bytes).iter().sum::<usize>() + self.pages.capacity() * size_of::<KvPage<'_>>()
+    }
+}
 
 impl Model {
     pub(super) fn attend(
         &self,
-        layer: usize,
-        weights: &LayerWeights,
-        step: &Forward,
+        layer: Layer<'_>,
         cache: &mut KvCache,
-        batch: &mut Batch,
+        batch: &mut Batch<'_>,
+        rooms: &mut Rooms,
     ) {
         let attention = &self.arch().attention;
-        let mixed = match (&weights.inputs, attention.latent) {
-            (Inputs::Latent(of_latent), Some(latent)) => {
-                self.attend_latents(layer, weights, (of_latent, latent), step, cache, batch)
-            }
-            (Inputs::Plain { projections, qk_norm }, _) => {
+        let Rooms { products, attention: room, latent: room_of_latents, added, .. } = rooms;
+        let mixed = match &layer.weights.inputs {
+            Inputs::Latent(weights) => self.attend_latents(
+                layer,
+                weights,
+                cache,
+                batch,
+                (room_of_latents, &mut room.pages),
+                products,
+            ),
+            Inputs::Plain { projections, qk_norm } => {
+                let rows = batch.at.len();
+                let q = room.q.values(rows * attention.q_dim());
+                let k = room.k.values(rows * attention.k_dim());
+                let v = room.v.values(rows * attention.v_dim());
                 let norms = qk_norm.as_ref().map(|(q, k)| [&q[..], &k[..]]);
-                let [q, k, v] = self.keys_and_values(projections, norms, batch);
-                self.attend_over_pages(layer, weights, step, cache, (&q, &k, &v))
+                self.keys_and_values(projections, norms, batch, [&mut *q, &mut *k, &mut *v], products);
+                let mixed = room.mixed.values(rows * attention.mixed_dim());
+                self.attend_over_pages(layer, cache, batch, [q, k, v], mixed, &mut room.pages);
+                mixed
             }
-            (Inputs::Latent(_), None) => unreachable!("latent weights are loaded for latent attention only"),
         };
-        let [y] = self.project([&weights.output], &mixed, batch.at.len());
-        self.add(&mut batch.x, &y);
+        let y = added.values(batch.x.len());
+        self.project([&layer.weights.output], mixed, [&mut *y], products);
+        self.add(batch.x, y);
     }
 
     /// Queries, keys and values of every position, rotated.
     fn keys_and_values(
         &self,
-        [q, k, v]: &[Projection; 3],
+        [of_q, of_k, of_v]: &[Projection; 3],
         norms: Option<[&[f32]; 2]>,
-        batch: &Batch,
-    ) -> [Vec<f32>; 3] {
-        let arch = self.arch();
-        let attention = &arch.attention;
-        let [mut q, mut k, mut v] = self.project([q, k, v], &batch.normed, batch.at.len());
-        if let Some(limit) = attention.clip_qkv {
-            for value in q.iter_mut().chain(&mut k).chain(&mut v) {
-                *value = value.clamp(-limit, limit);
+        batch: &Batch<'_>,
+        [q, k, v]: [&mut [f32]; 3],
+        products: &mut Products,
+    ) {
+        let attention = &self.arch().attention;
+        self.project([of_q, of_k, of_v], batch.normed, [&mut *q, &mut *k, &mut *v], products);
+        let clip = |values: &mut [f32]| {
+            if let Some(limit) = attention.clip_qkv {
+                values.iter_mut().for_each(|value| *value = value.clamp(-limit, limit));
             }
-        }
-        if let Some([of_q, of_k]) = norms {
-            self.norm_parts(&mut q, of_q, arch.norm_eps);
-            self.norm_parts(&mut k, of_k, arch.norm_eps);
-        }
-        for (i, at) in batch.at.iter().enumerate() {
-            let q = &mut q[i * attention.q_dim()..][..attention.q_dim()];
-            let k = &mut k[i * attention.k_dim()..][..attention.k_dim()];
-            let heads = q.chunks_exact_mut(attention.head_dim).chain(k.chunks_exact_mut(attention.head_dim));
-            heads.for_each(|head| self.rotate(head, at.position));
-        }
-        [q, k, v]
+        };
+        let finish = |row: &mut [f32], norm: Option<&[f32]>, position: u32| {
+            clip(row);
+            if let Some(weight) = norm {
+                self.norm_parts(row, weight, self.arch().norm_eps);
+            }
+            row.chunks_exact_mut(attention.head_dim).for_each(|head| self.rotate(head, position));
+        };
+        self.pool.each_row(q, attention.q_dim(), 2, &|i, row| {
+            finish(row, norms.map(|[of_q, _]| of_q), batch.positions[i]);
+        });
+        self.pool.each_row(k, attention.k_dim(), 2, &|i, row| {
+            finish(row, norms.map(|[_, of_k]| of_k), batch.positions[i]);
+        });
+        clip(v);
     }
 
     /// Writes keys and values of every position into the cache, and mixes the values that each position sees.
     pub(super) fn attend_over_pages(
         &self,
-        layer: usize,
-        weights: &LayerWeights,
-        step: &Forward,
+        Layer { index, weights, step }: Layer<'_>,
         cache: &mut KvCache,
-        (q, k, v): (&[f32], &[f32], &[f32]),
-    ) -> Vec<f32> {
+        batch: &Batch<'_>,
+        [q, k, v]: [&[f32]; 3],
+        mixed: &mut [f32],
+        room: &mut Vec<KvPage<'static>>,
+    ) {
         let heads = self.arch().attention.heads;
         let (of_query, of_output) = (heads * self.kv.key_dim, heads * self.kv.value_dim);
         let of_key = self.kv.kv_heads * self.kv.key_dim;
         let of_value = if self.kv.values_in_keys { 0 } else { self.kv.kv_heads * self.kv.value_dim };
         // Rounded to storage before any use, so that every later reader sees what this step sees.
-        let mut i = 0;
-        for row in &step.rows {
-            for (position, _) in (row.start..).zip(&row.tokens) {
-                let page = row.pages[position as usize / crate::kernels::PAGE_POSITIONS];
-                let (keys, values) = (&k[i * of_key..][..of_key], &v[i * of_value..][..of_value]);
-                cache.write(layer, page, position, keys, values);
-                i += 1;
-            }
+        for (i, at) in batch.at.iter().enumerate() {
+            let page = step.rows[at.row as usize].pages[at.position as usize / PAGE_POSITIONS];
+            let (keys, values) = (&k[i * of_key..][..of_key], &v[i * of_value..][..of_value]);
+            cache.write(index, page, at.position, keys, values);
         }
-        let mut mixed = vec![0.0; i * of_output];
         let params = AttentionParams {
             heads,
             scale: self.arch().attention.scale,
-            window: self.arch().layers[layer].window,
+            window: self.arch().layers[index].window,
             sinks: weights.sinks.as_deref(),
         };
-        let (mut q, mut rest) = (q, &mut mixed[..]);
+        let (mut q, mut rest, mut positions) = (q, mixed, batch.positions);
         for row in &step.rows {
-            let pages: Vec<KvPage<'_>> = row.pages.iter().map(|&page| cache.page(layer, page)).collect();
+            let mut pages: Vec<KvPage<'_>> = emptied(std::mem::take(room));
+            pages.extend(row.pages.iter().map(|&page| cache.page(index, page)));
             let kv = PagedKv::new(self.kv, &pages).expect("pages of this shape");
-            let positions: Vec<u32> = (row.start..).take(row.tokens.len()).collect();
+            let positions = positions.split_off(..row.tokens.len()).expect("positions of every row");
             let q = q.split_off(..row.tokens.len() * of_query).expect("queries of every row");
             let out = rest.split_off_mut(..row.tokens.len() * of_output).expect("room for every row");
-            attention(&self.pool, self.isa, q, &positions, &kv, &params, out);
+            attention(&self.pool, self.isa, q, positions, &kv, &params, out);
+            *room = emptied(pages);
         }
-        mixed
     }
 
     pub(super) fn project<const N: usize>(
         &self,
         projections: [&Projection; N],
         x: &[f32],
-        rows: usize,
-    ) -> [Vec<f32>; N] {
-        let projections =
-            projections.map(|projection| (projection.matrix.view(), projection.bias.as_deref()));
-        let mut outs = projections.map(|(w, _)| vec![0.0; rows * w.outputs()]);
-        let products = projections.into_iter().zip(&mut outs);
-        let products = products.map(|((w, bias), out)| Product { x, rows, w, bias, out });
-        linear_all(&self.pool, self.isa, products.collect());
-        outs
+        outs: [&mut [f32]; N],
+        products: &mut Products,
+    ) {
+        let list = projections.into_iter().zip(outs);
+        let list = list.map(|(projection, out)| {
+            Product::new(x, projection.matrix.view(), projection.bias.as_deref(), out)
+        });
+        products.compute(&self.pool, self.isa, list);
     }
 
     pub(super) fn rotate(&self, head: &mut [f32], position: u32) {
@@ -126,10 +156,8 @@ impl Model {
 
     /// Normalises parts as wide as the weight: a head, or a whole projection.
     pub(super) fn norm_parts(&self, values: &mut [f32], weight: &[f32], eps: f32) {
-        let mut out = vec![0.0; weight.len()];
         for part in values.chunks_exact_mut(weight.len()) {
-            rms_norm(self.isa, part, weight, eps, &mut out);
-            part.copy_from_slice(&out);
+            rms_norm_in_place(self.isa, part, weight, eps);
         }
     }
 }

@@ -3,157 +3,245 @@
 //! Experts are computed in the order in which they come; their results wait in a buffer and are combined in ascending
 //! order of the experts' original numbers, so that the order of arrival never changes a bit.
 
-use super::router::Route;
-use super::{Batch, Capture, ExpertSource, StepError};
-use crate::arch::Moe;
+use super::gated::{self, Block};
+use super::router::{self, Routed};
+use super::{Batch, Capture, ExpertSource, Layer, Rooms, StepError};
+use crate::arch::{Activation, Moe};
 use crate::kernels::math::sigmoid;
-use crate::kernels::{axpy, linear};
+use crate::kernels::{Buffer, Product, Products, axpy};
 use crate::model::Model;
-use crate::weights::LayerWeights;
 use lite_llm_core::ids::{ExpertKey, Slot};
-use lite_llm_core::output::Forward;
-use std::collections::BTreeMap;
-
-/// For each expert, the (position, place in its route) pairs that chose it.
-type Users = BTreeMap<ExpertKey, Vec<(usize, usize)>>;
+use std::ops::Range;
 
 /// The most rows of experts that are computed together. A larger expert is computed by itself.
-pub(crate) const ROWS_TOGETHER: usize = 64;
+pub(crate) const ROWS_TOGETHER: usize = 256;
+/// Columns that are combined at a time, on the stack.
+const COLUMNS: usize = 256;
 
-/// Neighbours that have no more than [`ROWS_TOGETHER`] users: the fewer products wait for each other, the less do threads.
-fn together<'a>(experts: &'a [(ExpertKey, Slot)], users: &Users) -> Vec<&'a [(ExpertKey, Slot)]> {
-    let mut rows = 0;
-    let chunks = experts.chunk_by(|(key, _), (next, _)| {
-        rows += users[key].len();
-        let fits = rows + users[next].len() <= ROWS_TOGETHER;
-        if !fits {
-            rows = 0;
+/// What a mixture works in.
+#[derive(Debug, Default)]
+pub(super) struct Room {
+    router: router::Room,
+    users: Users,
+    /// A result of each user, expert by expert.
+    results: Buffer,
+    /// What the shared expert gives, and its gates.
+    shared: Buffer,
+    gates: Buffer,
+}
+
+impl Room {
+    pub(super) fn bytes(&self) -> usize {
+        let Users { keys, firsts, next, positions, results } = &self.users;
+        let lists = [firsts, next, positions, results].map(Vec::capacity).iter().sum::<usize>();
+        let buffers = [&self.results, &self.shared, &self.gates].map(Buffer::bytes).iter().sum::<usize>();
+        self.router.bytes() + buffers + 4 * lists + keys.capacity() * size_of::<ExpertKey>()
+    }
+}
+
+/// Who uses which expert, expert by expert.
+#[derive(Debug, Default)]
+struct Users {
+    /// The experts that are used, ascending.
+    keys: Vec<ExpertKey>,
+    /// Where the users of each begin, and where those of the last end.
+    firsts: Vec<u32>,
+    /// By original number: how many users an expert has, then where its next one goes.
+    next: Vec<u32>,
+    /// The position of each user.
+    positions: Vec<u32>,
+    /// For each position, place by place in its route: which user it is.
+    results: Vec<u32>,
+}
+
+impl Users {
+    fn find(&mut self, model: &Model, layer: u32, routed: &[Routed], moe: &Moe) {
+        let Self { keys, firsts, next, positions, results } = self;
+        next.clear();
+        next.resize(moe.experts, 0);
+        for &expert in routed.iter().flat_map(|routed| &routed.route.experts) {
+            next[expert as usize] += 1;
         }
-        fits
-    });
-    chunks.collect()
+        keys.clear();
+        let used = (0u32..).zip(&*next).filter(|&(_, &users)| users > 0);
+        keys.extend(used.map(|(expert, _)| model.checkpoint.key(layer, expert)));
+        keys.sort_unstable();
+        firsts.clear();
+        firsts.push(0);
+        let mut end = 0;
+        for &key in &*keys {
+            let expert = model.checkpoint.ordinal(key).expect("a key of this checkpoint");
+            let users = std::mem::replace(&mut next[expert as usize], end);
+            end += users;
+            firsts.push(end);
+        }
+        positions.clear();
+        positions.resize(end as usize, 0);
+        results.clear();
+        results.resize(routed.len() * moe.top_k, 0);
+        for (i, routed) in routed.iter().enumerate() {
+            for (place, &expert) in routed.route.experts.iter().enumerate() {
+                let user = &mut next[expert as usize];
+                positions[*user as usize] = i as u32;
+                results[i * moe.top_k + place] = *user;
+                *user += 1;
+            }
+        }
+    }
+
+    /// The users of some experts.
+    fn of(&self, experts: Range<usize>) -> Range<usize> {
+        self.firsts[experts.start] as usize..self.firsts[experts.end] as usize
+    }
+
+    /// Neighbours from an expert on that have no more than [`ROWS_TOGETHER`] users: the fewer products wait for each
+    /// other, the less do threads.
+    fn together(&self, first: usize) -> Range<usize> {
+        let fits = |end: &usize| self.of(first..*end).len() <= ROWS_TOGETHER;
+        let end = (first + 2..=self.keys.len()).take_while(fits).last();
+        first..end.unwrap_or(first + 1)
+    }
 }
 
 impl Model {
     pub(super) fn mixture(
         &self,
-        layer: usize,
-        weights: &LayerWeights,
-        step: &Forward,
+        layer: Layer<'_>,
         source: &mut dyn ExpertSource,
         capture: &mut Option<&mut dyn Capture>,
-        batch: &mut Batch,
+        batch: &mut Batch<'_>,
+        rooms: &mut Rooms,
     ) -> Result<(), StepError> {
         let moe = self.arch().moe.as_ref().expect("a mixture layer");
-        let hidden = self.arch().hidden;
-        let routes = self.route(layer, moe, step, batch)?;
-        let mut users = Users::new();
-        for (i, route) in routes.iter().enumerate() {
-            let at = batch.at[i];
+        let (hidden, number) = (self.arch().hidden, layer.index as u32);
+        let Rooms { products, experts: room, gated, .. } = rooms;
+        let Room { router, users, results, shared, gates } = room;
+        let routed = self.route(layer, moe, batch, router, products)?;
+        for (at, Routed { route, .. }) in batch.at.iter().zip(routed) {
             let digest = &mut batch.digests[at.row as usize];
-            for (place, (&expert, weight)) in route.experts.iter().zip(&route.weights).enumerate() {
+            for (expert, weight) in route.experts.iter().zip(&route.weights) {
                 digest.update(&expert.to_le_bytes()).update(&weight.to_bits().to_le_bytes());
-                let key = self.checkpoint.key(layer as u32, expert);
-                users.entry(key).or_default().push((i, place));
             }
             if let Some(capture) = capture {
-                capture.routes(at.request, layer as u32, at.position, &route.experts, &route.weights);
+                capture.routes(at.request, number, at.position, &route.experts, &route.weights);
             }
         }
-        let mut results = vec![0.0; batch.at.len() * moe.top_k * hidden];
-        let mut compute = |source: &dyn ExpertSource, experts: &[(ExpertKey, Slot)]| {
-            self.experts(source, experts, &users, moe.top_k, batch, &mut results);
-        };
-        if let Some(resident) = &step.resident {
-            let slot = |key: &ExpertKey| {
-                let at = resident.binary_search_by_key(key, |&(key, _)| key);
+        users.find(self, number, routed, moe);
+        let results = results.values(users.positions.len() * hidden);
+        let normed = &*batch.normed;
+        let mut compute =
+            |source: &dyn ExpertSource, experts: Range<usize>, slot: &dyn Fn(ExpertKey) -> Slot| {
+                let y = &mut results[users.of(experts.start..experts.start + 1).start * hidden..];
+                self.experts(source, users, experts, slot, (normed, y), (gated, products));
+            };
+        if let Some(resident) = &layer.step.resident {
+            let slot = |key: ExpertKey| {
+                let at = resident.binary_search_by_key(&key, |&(key, _)| key);
                 resident[at.expect("every expert of the tiers is resident")].1
             };
-            let experts: Vec<(ExpertKey, Slot)> = users.keys().map(|key| (*key, slot(key))).collect();
-            for together in together(&experts, &users) {
-                compute(source, together);
+            let mut first = 0;
+            while first < users.keys.len() {
+                let together = users.together(first);
+                first = together.end;
+                compute(source, together, &slot);
             }
         } else {
-            let experts: Vec<ExpertKey> = users.keys().copied().collect();
-            source.need(layer as u32, &experts)?;
-            let mut left = experts.len();
+            source.need(number, &users.keys)?;
+            let mut left = users.keys.len();
             while left > 0 {
                 let mut got = 0;
                 loop {
                     let provided = source.provided()?;
-                    compute(source, &[(provided.expert, provided.slot)]);
+                    let at = users.keys.binary_search(&provided.expert).expect("an expert that is needed");
+                    compute(source, at..at + 1, &|_| provided.slot);
                     got += 1;
                     left -= 1;
                     if got == provided.wave_len {
-                        source.released(layer as u32, provided.wave)?;
+                        source.released(number, provided.wave)?;
                         break;
                     }
                 }
             }
         }
-        self.combine(moe, weights, &routes, &results, batch);
+        let shared = self.shared(layer, batch, shared, gates, (gated, products));
+        let results = (&*results, &users.results[..]);
+        self.combine(moe.top_k, routed, results, shared, batch.x);
         Ok(())
     }
 
-    /// Computes some experts, each for all its users, and puts each result in its place.
+    /// Computes some experts, each for all its users.
     fn experts(
         &self,
         source: &dyn ExpertSource,
-        experts: &[(ExpertKey, Slot)],
         users: &Users,
-        top_k: usize,
-        batch: &Batch,
-        results: &mut [f32],
+        experts: Range<usize>,
+        slot: &dyn Fn(ExpertKey) -> Slot,
+        (x, y): (&[f32], &mut [f32]),
+        (room, products): (&mut gated::Room, &mut Products),
     ) {
-        let hidden = self.arch().hidden;
         let layout = self.expert.as_ref().expect("a mixture has experts");
-        let positions = || experts.iter().flat_map(|(key, _)| &users[key]);
-        let rows = positions().count();
-        let mut x = Vec::with_capacity(rows * hidden);
-        for &(position, _) in positions() {
-            x.extend_from_slice(&batch.normed[position * hidden..][..hidden]);
-        }
-        let blocks = experts.iter().map(|(key, slot)| (layout.views(source.slot(*slot)), users[key].len()));
         let activation = self.arch().moe.as_ref().expect("a mixture").activation;
-        let y = self.gated_all(&blocks.collect::<Vec<_>>(), activation, &x);
-        for (&(position, place), y) in positions().zip(y.chunks_exact(hidden)) {
-            results[(position * top_k + place) * hidden..][..hidden].copy_from_slice(y);
+        let y = &mut y[..users.of(experts.clone()).len() * self.arch().hidden];
+        let blocks = experts.map(|expert| Block {
+            views: layout.views(source.slot(slot(users.keys[expert]))),
+            picked: Some(&users.positions[users.of(expert..expert + 1)]),
+        });
+        self.gated(blocks, activation, x, y, room, products);
+    }
+
+    /// What the shared expert gives every position, and its weight there.
+    fn shared<'a>(
+        &self,
+        layer: Layer<'_>,
+        batch: &Batch<'_>,
+        y: &'a mut Buffer,
+        gates: &'a mut Buffer,
+        (room, products): (&mut gated::Room, &mut Products),
+    ) -> Option<[&'a [f32]; 2]> {
+        let (block, gate) = layer.weights.shared.as_ref()?;
+        let y = y.values(batch.x.len());
+        let block = Block { views: block.views(), picked: None };
+        self.gated([block], Activation::SwiGlu, batch.normed, y, room, products);
+        let gates = gates.values(batch.at.len());
+        match gate {
+            None => gates.fill(1.0),
+            Some(gate) => {
+                let product = Product::new(batch.normed, gate.view(), None, &mut *gates);
+                products.compute(&self.pool, self.isa, [product]);
+                gates.iter_mut().for_each(|gate| *gate = sigmoid(*gate));
+            }
         }
+        Some([y, gates])
     }
 
     /// Adds the weighted results in ascending order of expert, then the shared expert, to the residual stream.
     fn combine(
         &self,
-        moe: &Moe,
-        weights: &LayerWeights,
-        routes: &[Route],
-        results: &[f32],
-        batch: &mut Batch,
+        top_k: usize,
+        routed: &[Routed],
+        (results, users): (&[f32], &[u32]),
+        shared: Option<[&[f32]; 2]>,
+        x: &mut [f32],
     ) {
         let hidden = self.arch().hidden;
-        let rows = batch.at.len();
-        let shared = weights.shared.as_ref().map(|(block, gate)| {
-            let y = self.gated(block, &batch.normed, rows);
-            let mut gates = vec![1.0; rows];
-            if let Some(gate) = gate {
-                linear(&self.pool, self.isa, &batch.normed, rows, &gate.view(), None, &mut gates);
-                for gate in &mut gates {
-                    *gate = sigmoid(*gate);
+        let multiplier = self.arch().multipliers.residual;
+        self.pool.each_row(x, hidden, top_k, &|i, x| {
+            let users = &users[i * top_k..];
+            for (block, x) in x.chunks_mut(COLUMNS).enumerate() {
+                let mut sum = [0.0f32; COLUMNS];
+                let sum = &mut sum[..x.len()];
+                let columns =
+                    |row: usize| row * hidden + block * COLUMNS..row * hidden + block * COLUMNS + x.len();
+                for (weight, &user) in routed[i].route.weights.iter().zip(users) {
+                    axpy(self.isa, *weight, &results[columns(user as usize)], sum);
+                }
+                if let Some([y, gates]) = shared {
+                    axpy(self.isa, gates[i], &y[columns(i)], sum);
+                }
+                for (x, sum) in x.iter_mut().zip(&*sum) {
+                    *x += sum * multiplier;
                 }
             }
-            (y, gates)
         });
-        let mut sum = vec![0.0; hidden];
-        for (i, route) in routes.iter().enumerate() {
-            sum.fill(0.0);
-            for (place, weight) in route.weights.iter().enumerate() {
-                let y = &results[(i * moe.top_k + place) * hidden..][..hidden];
-                axpy(self.isa, *weight, y, &mut sum);
-            }
-            if let Some((y, gates)) = &shared {
-                axpy(self.isa, gates[i], &y[i * hidden..][..hidden], &mut sum);
-            }
-            self.add(&mut batch.x[i * hidden..][..hidden], &sum);
-        }
     }
 }

@@ -1,29 +1,35 @@
 //! The forward pass of one batch step: every row through every layer, experts as they come.
 //!
 //! All rows share each matrix product; the bits of a row depend on that row alone. Attention is per row, over pages.
-//! `experts` is the mixture with the protocol of need, provision and release, `router` what it selects; `output` chooses
+//! `gated` is a dense block, `experts` the mixture with the protocol of need, provision and release, `router` what it selects; `output` chooses
 //! tokens and digests.
 
 mod attention;
 mod cache;
 mod experts;
+mod gated;
 mod latent;
 mod output;
 mod router;
 mod tiered;
+mod workspace;
 
-pub(crate) use experts::ROWS_TOGETHER;
+use experts::ROWS_TOGETHER;
+pub(crate) use workspace::planned_bytes;
 
 pub use cache::KvCache;
+pub use workspace::Workspace;
 
 use crate::arch::Activation;
-use crate::kernels::{Isa, Product, clamped_swiglu, convert, layer_norm, linear_all, rms_norm, swiglu};
+use crate::kernels::{convert, layer_norm, rms_norm};
 use crate::model::Model;
-use crate::weights::{Base, GatedBlock, GatedViews, NormWeights};
+use crate::weights::{Base, LayerWeights, NormWeights};
+use gated::Block;
 use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_core::input::RowResult;
 use lite_llm_core::output::Forward;
 use thiserror::Error;
+use workspace::{Rooms, Stream};
 
 /// The step was given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -103,21 +109,32 @@ pub(crate) struct At {
     pub(crate) row: u32,
     pub(crate) request: u64,
     pub(crate) position: u32,
+    pub(crate) token: u32,
+}
+
+/// A decoder layer of a step.
+#[derive(Clone, Copy)]
+pub(crate) struct Layer<'a> {
+    pub(crate) index: usize,
+    pub(crate) weights: &'a LayerWeights,
+    pub(crate) step: &'a Forward,
 }
 
 /// The running values of a step.
-pub(crate) struct Batch {
-    pub(crate) at: Vec<At>,
+pub(crate) struct Batch<'a> {
+    pub(crate) at: &'a [At],
+    /// The position of each.
+    pub(crate) positions: &'a [u32],
     /// The residual stream: positions x hidden.
-    pub(crate) x: Vec<f32>,
+    pub(crate) x: &'a mut [f32],
     /// The normalised input of a block: positions x hidden.
-    pub(crate) normed: Vec<f32>,
+    pub(crate) normed: &'a mut [f32],
     /// What is digested of each row.
-    pub(crate) digests: Vec<blake3::Hasher>,
+    pub(crate) digests: &'a mut [blake3::Hasher],
 }
 
 impl Model {
-    /// Computes a step.
+    /// Computes a step. The workspace is any, and the faster for having computed a step of this model before.
     ///
     /// # Errors
     /// If it is given up, or a value is not finite.
@@ -128,55 +145,67 @@ impl Model {
         &self,
         step: &Forward,
         cache: &mut KvCache,
+        workspace: &mut Workspace,
         source: &mut dyn ExpertSource,
         mut capture: Option<&mut dyn Capture>,
     ) -> Result<Vec<RowResult>, StepError> {
         let base = self.base.as_ref().expect("base parameters are loaded before the first step");
-        let mut batch = self.embed(base, step);
-        for (layer, weights) in base.layers.iter().enumerate() {
+        let Workspace { stream, rooms } = workspace;
+        let mut batch = self.embed(base, step, stream);
+        for (index, weights) in base.layers.iter().enumerate() {
+            let layer = Layer { index, weights, step };
             self.normalise(&mut batch, &weights.attention_norm);
-            self.attend(layer, weights, step, cache, &mut batch);
+            self.attend(layer, cache, &mut batch, rooms);
             self.normalise(&mut batch, &weights.block_norm);
             if let Some(dense) = &weights.dense {
-                let y = self.gated(dense, &batch.normed, batch.at.len());
-                self.add(&mut batch.x, &y);
+                let Rooms { gated, products, added, .. } = rooms;
+                let y = added.values(batch.x.len());
+                let block = Block { views: dense.views(), picked: None };
+                self.gated([block], Activation::SwiGlu, batch.normed, y, gated, products);
+                self.add(batch.x, y);
             } else {
-                self.mixture(layer, weights, step, source, &mut capture, &mut batch)?;
+                self.mixture(layer, source, &mut capture, &mut batch, rooms)?;
             }
         }
-        self.choose(base, step, &mut batch, &mut capture)
+        self.choose(base, step, &mut batch, &mut capture, rooms)
     }
 
-    fn embed(&self, base: &Base, step: &Forward) -> Batch {
+    fn embed<'a>(&self, base: &Base, step: &Forward, stream: &'a mut Stream) -> Batch<'a> {
         let hidden = self.arch().hidden;
-        let table = self.checkpoint.bytes(&base.embedding);
-        let size = hidden * base.embedding.dtype.bytes();
-        let positions = step.rows.iter().map(|row| row.tokens.len()).sum::<usize>();
-        let mut batch = Batch {
-            at: Vec::with_capacity(positions),
-            x: vec![0.0; positions * hidden],
-            normed: vec![0.0; positions * hidden],
-            digests: vec![blake3::Hasher::new(); step.rows.len()],
-        };
+        stream.at.clear();
         for (index, row) in (0..).zip(&step.rows) {
-            for (position, &token) in (row.start..).zip(&row.tokens) {
-                let out = &mut batch.x[batch.at.len() * hidden..][..hidden];
-                let bytes = &table[token as usize * size..][..size];
-                convert::widen(Isa::Scalar, base.embedding.dtype, bytes, out);
-                for value in out {
-                    *value *= self.arch().multipliers.embedding;
-                }
-                batch.at.push(At { row: index, request: row.request, position });
-            }
+            let positions = (row.start..).zip(&row.tokens);
+            stream.at.extend(positions.map(|(position, &token)| At {
+                row: index,
+                request: row.request,
+                position,
+                token,
+            }));
         }
-        batch
+        stream.positions.clear();
+        stream.positions.extend(stream.at.iter().map(|at| at.position));
+        stream.digests.clear();
+        stream.digests.resize_with(step.rows.len(), blake3::Hasher::new);
+        let at = &stream.at[..];
+        let x = stream.x.values(at.len() * hidden);
+        let table = self.checkpoint.bytes(&base.embedding);
+        let (dtype, multiplier) = (base.embedding.dtype, self.arch().multipliers.embedding);
+        let size = hidden * dtype.bytes();
+        self.pool.each_row(x, hidden, 1, &|i, out| {
+            convert::widen(self.isa, dtype, &table[at[i].token as usize * size..][..size], out);
+            for value in out {
+                *value *= multiplier;
+            }
+        });
+        let normed = stream.normed.values(at.len() * hidden);
+        Batch { at, positions: &stream.positions, x, normed, digests: &mut stream.digests }
     }
 
-    fn normalise(&self, batch: &mut Batch, weights: &NormWeights) {
+    fn normalise(&self, batch: &mut Batch<'_>, weights: &NormWeights) {
         let hidden = self.arch().hidden;
-        for (x, out) in batch.x.chunks_exact(hidden).zip(batch.normed.chunks_exact_mut(hidden)) {
-            self.norm(x, weights, out);
-        }
+        let x = &*batch.x;
+        self.pool
+            .each_row(batch.normed, hidden, 1, &|i, out| self.norm(&x[i * hidden..][..hidden], weights, out));
     }
 
     fn norm(&self, x: &[f32], weights: &NormWeights, out: &mut [f32]) {
@@ -189,52 +218,12 @@ impl Model {
 
     /// Adds what a block gives to the residual stream.
     fn add(&self, x: &mut [f32], y: &[f32]) {
+        let hidden = self.arch().hidden;
         let multiplier = self.arch().multipliers.residual;
-        for (x, y) in x.iter_mut().zip(y) {
-            *x += y * multiplier;
-        }
-    }
-
-    /// `down(silu(gate x) * up x)` of some rows.
-    fn gated(&self, block: &GatedBlock, x: &[f32], rows: usize) -> Vec<f32> {
-        self.gated_all(&[(block.views(), rows)], Activation::SwiGlu, x)
-    }
-
-    /// The same of several blocks of one shape, each with its rows of `x`.
-    fn gated_all(&self, blocks: &[(GatedViews<'_>, usize)], activation: Activation, x: &[f32]) -> Vec<f32> {
-        let Some((GatedViews { matrices: [gate, _, down], .. }, _)) = blocks.first() else {
-            return Vec::new();
-        };
-        let (inputs, width, outputs) = (gate.inputs(), gate.outputs(), down.outputs());
-        let rows: usize = blocks.iter().map(|(_, rows)| rows).sum();
-        let [mut gates, mut ups, mut h] = [0, 1, 2].map(|_| vec![0.0; rows * width]);
-        let mut products = Vec::with_capacity(2 * blocks.len());
-        let (mut x, mut gate_rest, mut up_rest) = (x, &mut gates[..], &mut ups[..]);
-        for (block, rows) in blocks {
-            let ([gate, up, _], [gate_bias, up_bias, _], rows) = (block.matrices, block.biases(), *rows);
-            let mine = x.split_off(..rows * inputs).expect("rows for every block");
-            let gates = gate_rest.split_off_mut(..rows * width).expect("rows for every block");
-            let ups = up_rest.split_off_mut(..rows * width).expect("rows for every block");
-            products.push(Product { x: mine, rows, w: gate, bias: gate_bias, out: gates });
-            products.push(Product { x: mine, rows, w: up, bias: up_bias, out: ups });
-        }
-        linear_all(&self.pool, self.isa, products);
-        match activation {
-            Activation::SwiGlu => swiglu(self.isa, &gates, &ups, &mut h),
-            Activation::Clamped { alpha, limit } => {
-                clamped_swiglu(self.isa, &gates, &ups, alpha, limit, &mut h);
+        self.pool.each_row(x, hidden, 1, &|i, x| {
+            for (x, y) in x.iter_mut().zip(&y[i * hidden..]) {
+                *x += y * multiplier;
             }
-        }
-        let mut y = vec![0.0; rows * outputs];
-        let mut products = Vec::with_capacity(blocks.len());
-        let (mut h, mut y_rest) = (&h[..], &mut y[..]);
-        for (block, rows) in blocks {
-            let ([_, _, w], [_, _, bias], rows) = (block.matrices, block.biases(), *rows);
-            let x = h.split_off(..rows * width).expect("rows for every block");
-            let out = y_rest.split_off_mut(..rows * outputs).expect("rows for every block");
-            products.push(Product { x, rows, w, bias, out });
-        }
-        linear_all(&self.pool, self.isa, products);
-        y
+        });
     }
 }

@@ -1,36 +1,59 @@
 //! The end of a step: logits where they are asked for, the choice of tokens, the digest of each row.
 
-use super::{Batch, Capture, StepError};
-use crate::kernels::linear;
+use super::{At, Batch, Capture, Rooms, StepError};
 use crate::kernels::sample::{Params, penalise, sample};
+use crate::kernels::{Buffer, Product};
 use crate::model::Model;
 use crate::weights::Base;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::input::RowResult;
 use lite_llm_core::output::{Forward, Row, SampleSpec};
 
+/// What the end of a step works in.
+#[derive(Debug, Default)]
+pub(super) struct Room {
+    /// The positions whose logits are computed.
+    wanted: Vec<usize>,
+    normed: Buffer,
+    logits: Buffer,
+    /// The token of each row.
+    tokens: Vec<Option<u32>>,
+}
+
+impl Room {
+    pub(super) fn bytes(&self) -> usize {
+        self.normed.bytes() + self.logits.bytes() + 8 * (self.wanted.capacity() + self.tokens.capacity())
+    }
+}
+
 impl Model {
     pub(super) fn choose(
         &self,
         base: &Base,
         step: &Forward,
-        batch: &mut Batch,
+        batch: &mut Batch<'_>,
         capture: &mut Option<&mut dyn Capture>,
+        rooms: &mut Rooms,
     ) -> Result<Vec<RowResult>, StepError> {
         let arch = self.arch();
-        let wanted = self.wanted(step, batch, capture.as_deref());
-        let mut normed = vec![0.0; wanted.len() * arch.hidden];
-        for (&i, out) in wanted.iter().zip(normed.chunks_exact_mut(arch.hidden)) {
-            self.norm(&batch.x[i * arch.hidden..][..arch.hidden], &base.norm, out);
-        }
-        let mut logits = vec![0.0; wanted.len() * arch.vocab];
-        let (head, bias) = (base.head.matrix.view(), base.head.bias.as_deref());
-        linear(&self.pool, self.isa, &normed, wanted.len(), &head, bias, &mut logits);
-        for logit in &mut logits {
-            *logit /= arch.multipliers.logits;
-        }
+        let Rooms { products, output: Room { wanted, normed, logits, tokens }, .. } = rooms;
+        wanted.clear();
+        let all = batch.at.iter().enumerate();
+        wanted.extend(all.filter(|(_, at)| is_wanted(at, step, capture.as_deref())).map(|(i, _)| i));
+        let normed = normed.values(wanted.len() * arch.hidden);
+        let x = &*batch.x;
+        self.pool.each_row(normed, arch.hidden, 1, &|i, out| {
+            self.norm(&x[wanted[i] * arch.hidden..][..arch.hidden], &base.norm, out);
+        });
+        let logits = logits.values(wanted.len() * arch.vocab);
+        let product = Product::new(normed, base.head.matrix.view(), base.head.bias.as_deref(), &mut *logits);
+        products.compute(&self.pool, self.isa, [product]);
+        self.pool.each_row(logits, arch.vocab, 1, &|_, logits| {
+            logits.iter_mut().for_each(|logit| *logit /= arch.multipliers.logits);
+        });
 
-        let mut tokens = vec![None; step.rows.len()];
+        tokens.clear();
+        tokens.resize(step.rows.len(), None);
         for (&i, logits) in wanted.iter().zip(logits.chunks_exact_mut(arch.vocab)) {
             let at = batch.at[i];
             let row = &step.rows[at.row as usize];
@@ -55,22 +78,16 @@ impl Model {
             digest_values(&mut batch.digests[at.row as usize], x);
         }
         let digests = batch.digests.iter().map(|digest| Digest(*digest.finalize().as_bytes()));
-        Ok(tokens
-            .into_iter()
-            .zip(digests)
-            .map(|(token, digest)| RowResult { token, stop: false, digest })
-            .collect())
+        let results = tokens.iter().zip(digests);
+        Ok(results.map(|(&token, digest)| RowResult { token, stop: false, digest }).collect())
     }
+}
 
-    /// The positions whose logits are computed: those that sample, and those that somebody wants to see.
-    fn wanted(&self, step: &Forward, batch: &Batch, capture: Option<&dyn Capture>) -> Vec<usize> {
-        let all = batch.at.iter().enumerate().filter(|(_, at)| {
-            let row = &step.rows[at.row as usize];
-            let last = at.position as usize + 1 == row.start as usize + row.tokens.len();
-            (last && row.sample.is_some()) || capture.is_some_and(|capture| capture.wants_logits(at.request))
-        });
-        all.map(|(i, _)| i).collect()
-    }
+/// Whether the logits after a position are computed: where one is sampled, and where somebody wants to see them.
+fn is_wanted(at: &At, step: &Forward, capture: Option<&dyn Capture>) -> bool {
+    let row = &step.rows[at.row as usize];
+    let last = at.position as usize + 1 == row.start as usize + row.tokens.len();
+    (last && row.sample.is_some()) || capture.is_some_and(|capture| capture.wants_logits(at.request))
 }
 
 fn token(row: &Row, spec: &SampleSpec, logits: &mut [f32]) -> Option<u32> {

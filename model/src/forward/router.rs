@@ -1,17 +1,20 @@
 //! The router of a layer: which experts each position selects, and with what weights.
 
-use super::{Batch, StepError};
+use super::{Batch, Layer, StepError};
 use crate::arch::{Moe, Score};
-use crate::kernels::linear;
-use crate::kernels::math::{exp, sigmoid};
+use crate::kernels::math::{sigmoid_in_place, softmax_in_place};
+use crate::kernels::{Buffer, Isa, Product, Products};
 use crate::model::Model;
-use lite_llm_core::output::Forward;
 use lite_llm_core::routing::{Ties, select, top_k};
 
 /// Keeps the sum of sigmoids from being 0 where all of them underflow.
 const SIGMOID_SUM: f32 = 1e-20;
 
+/// What selecting costs for each output of a router, in values that are merely touched.
+const SELECTION_COST: usize = 16;
+
 /// The experts of one position by original number, ascending, and their weights.
+#[derive(Debug, Default)]
 pub(super) struct Route {
     pub(super) experts: Vec<u32>,
     pub(super) weights: Vec<f32>,
@@ -34,68 +37,113 @@ impl Route {
     }
 }
 
+/// What a position is routed in.
+#[derive(Debug, Default)]
+pub(super) struct Routed {
+    pub(super) route: Route,
+    /// The outputs of the router, then what is made of them.
+    scores: Vec<f32>,
+    finite: bool,
+}
+
+/// What routers work in.
+#[derive(Debug, Default)]
+pub(super) struct Room {
+    pub(super) routed: Vec<Routed>,
+    logits: Buffer,
+    eligible: Vec<bool>,
+}
+
+impl Room {
+    pub(super) fn bytes(&self) -> usize {
+        let of_one = |one: &Routed| 4 * (one.scores.capacity() + 2 * one.route.experts.capacity());
+        self.routed.iter().map(|one| size_of::<Routed>() + of_one(one)).sum::<usize>() + self.logits.bytes()
+    }
+}
+
 impl Model {
     /// Chooses the experts of every position.
-    pub(super) fn route(
+    pub(super) fn route<'a>(
         &self,
-        layer: usize,
+        layer: Layer<'_>,
         moe: &Moe,
-        step: &Forward,
-        batch: &Batch,
-    ) -> Result<Vec<Route>, StepError> {
-        let router = self.routers[layer].as_ref().expect("routers are loaded before the first step");
-        let mut logits = vec![0.0; batch.at.len() * moe.router_rows()];
-        let (rows, bias) = (batch.at.len(), router.bias.as_deref());
-        linear(&self.pool, self.isa, &batch.normed, rows, &router.matrix.view(), bias, &mut logits);
+        batch: &Batch<'_>,
+        room: &'a mut Room,
+        products: &mut Products,
+    ) -> Result<&'a [Routed], StepError> {
+        let Layer { index, step, .. } = layer;
+        let router = self.routers[index].as_ref().expect("routers are loaded before the first step");
+        let (rows, width) = (batch.at.len(), moe.router_rows());
+        let logits = room.logits.values(rows * width);
+        let product = Product::new(batch.normed, router.matrix.view(), router.bias.as_deref(), &mut *logits);
+        products.compute(&self.pool, self.isa, [product]);
         // Experts of tiers outside the TierSet are masked out: they have no share of a softmax and are never selected.
-        let eligible = self.checkpoint.eligible(layer as u32, &step.tiers);
-        let mut routes = Vec::with_capacity(batch.at.len());
-        for (at, logits) in batch.at.iter().zip(logits.chunks_exact_mut(moe.router_rows())) {
-            if !logits.iter().all(|logit| logit.is_finite()) {
-                return Err(StepError::NonFinite { row: at.row, layer: layer as u32, position: at.position });
+        room.eligible.clear();
+        room.eligible.extend(self.checkpoint.eligible(index as u32, &step.tiers));
+        if room.routed.len() < rows {
+            room.routed.resize_with(rows, Routed::default);
+        }
+        let (logits, eligible) = (&*logits, &room.eligible[..]);
+        self.pool.each_row(&mut room.routed[..rows], 1, SELECTION_COST * width, &|i, routed| {
+            let Routed { route, scores, finite } = &mut routed[0];
+            scores.clear();
+            scores.extend_from_slice(&logits[i * width..][..width]);
+            *finite = scores.iter().all(|score| score.is_finite());
+            if !*finite {
+                return;
             }
-            let ties = Ties { seed: self.routing_seed, layer: layer as u32, position: at.position };
-            let mut route = if let Some(router) = &moe.tiered {
-                super::tiered::route(router, ties, &step.tiers, moe.normalise, logits)
+            let ties = Ties { seed: self.routing_seed, layer: index as u32, position: batch.positions[i] };
+            *route = if let Some(router) = &moe.tiered {
+                super::tiered::route(self.isa, router, ties, &step.tiers, moe.normalise, scores)
             } else {
-                route(moe, ties, &eligible, router.correction.as_deref(), logits)
+                route_one(self.isa, moe, ties, eligible, router.correction.as_deref(), scores)
             };
             for weight in &mut route.weights {
                 *weight *= moe.scaling;
             }
-            routes.push(route);
+        });
+        let routed = &room.routed[..rows];
+        match batch.at.iter().zip(routed).find(|(_, routed)| !routed.finite) {
+            None => Ok(routed),
+            Some((at, _)) => {
+                Err(StepError::NonFinite { row: at.row, layer: index as u32, position: at.position })
+            }
         }
-        Ok(routes)
     }
 }
 
 /// Routes one position by the outputs of its layer's router.
-fn route(moe: &Moe, ties: Ties, eligible: &[bool], correction: Option<&[f32]>, logits: &mut [f32]) -> Route {
+fn route_one(
+    isa: Isa,
+    moe: &Moe,
+    ties: Ties,
+    eligible: &[bool],
+    correction: Option<&[f32]>,
+    logits: &mut [f32],
+) -> Route {
     let may = |expert: u32| eligible[expert as usize];
     let choose = |scores: &[f32]| select(ties, scores, may, moe.group_limit, moe.top_k);
     let mut more = 0.0;
     let mut route = match moe.score {
         Score::Softmax => {
             mask(logits, eligible);
-            let scores = softmax(logits);
-            Route::of(choose(scores), |expert| scores[expert as usize])
+            softmax_in_place(isa, logits);
+            Route::of(choose(logits), |expert| logits[expert as usize])
         }
         Score::SoftmaxOfSelected => {
             let mut route = Route::of(choose(logits), |expert| logits[expert as usize]);
-            softmax(&mut route.weights);
+            softmax_in_place(isa, &mut route.weights);
             route
         }
         Score::Sigmoid => {
-            for logit in &mut *logits {
-                *logit = sigmoid(*logit);
-            }
+            sigmoid_in_place(isa, logits);
             more = SIGMOID_SUM;
             let correction = correction.expect("a router of sigmoids has a correction");
             let corrected: Vec<f32> =
                 logits.iter().zip(correction).map(|(score, more)| score + more).collect();
             Route::of(choose(&corrected), |expert| logits[expert as usize])
         }
-        Score::Sparsemixer { jitter } => sparsemixer(ties, eligible, jitter, logits),
+        Score::Sparsemixer { jitter } => sparsemixer(isa, ties, eligible, jitter, logits),
     };
     if moe.normalise {
         route.normalise(more);
@@ -105,7 +153,7 @@ fn route(moe: &Moe, ties: Ties, eligible: &[bool], correction: Option<&[f32]>, l
 
 /// The best expert, weighed by a softmax over those whose relative distance from it is at most twice the jitter; then
 /// the best of the others, in the same way without the first.
-fn sparsemixer(ties: Ties, eligible: &[bool], jitter: f32, logits: &[f32]) -> Route {
+fn sparsemixer(isa: Isa, ties: Ties, eligible: &[bool], jitter: f32, logits: &[f32]) -> Route {
     let mut chosen: Vec<(u32, f32)> = Vec::new();
     while chosen.len() < 2 {
         let open =
@@ -122,7 +170,7 @@ fn sparsemixer(ties: Ties, eligible: &[bool], jitter: f32, logits: &[f32]) -> Ro
         let near: Vec<u32> =
             candidates.filter(|&(_, &logit)| !far(logit)).map(|(expert, _)| expert).collect();
         let mut shares: Vec<f32> = near.iter().map(|&expert| logits[expert as usize]).collect();
-        softmax(&mut shares);
+        softmax_in_place(isa, &mut shares);
         let at = near.binary_search(&best).expect("the best is near itself");
         chosen.push((best, shares[at]));
     }
@@ -136,20 +184,6 @@ fn mask(logits: &mut [f32], eligible: &[bool]) {
             *logit = f32::NEG_INFINITY;
         }
     }
-}
-
-/// Softmax in place; the sum is a dot product with ones.
-pub(super) fn softmax(logits: &mut [f32]) -> &[f32] {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |max, &logit| if logit > max { logit } else { max });
-    for logit in &mut *logits {
-        *logit = exp(*logit - max);
-    }
-    let ones = vec![1.0; logits.len()];
-    let sum = crate::kernels::dot(logits, &ones);
-    for logit in &mut *logits {
-        *logit /= sum;
-    }
-    logits
 }
 
 #[cfg(test)]
@@ -197,7 +231,7 @@ mod tests {
             ];
             let moe = moe(scores[kind], normalise);
             let eligible: Vec<bool> = (0..8).map(|expert| mask >> expert & 1 == 1).collect();
-            let of = |logits: &[f32]| route(&moe, TIES, &eligible, Some(&correction), &mut logits.to_vec());
+            let of = |logits: &[f32]| route_one(Isa::detect(), &moe, TIES, &eligible, Some(&correction), &mut logits.to_vec());
             let found = of(&logits);
             let count = usize::try_from(mask.count_ones()).unwrap();
             prop_assert_eq!(found.experts.len(), count.min(2));
@@ -215,13 +249,13 @@ mod tests {
     #[test]
     fn the_sparse_mixer_weighs_by_what_is_near() {
         let mut eligible = vec![true; 4];
-        let route = sparsemixer(TIES, &eligible, 0.1, &[1.0, 4.0, 3.9, -2.0]);
+        let route = sparsemixer(Isa::Scalar, TIES, &eligible, 0.1, &[1.0, 4.0, 3.9, -2.0]);
         assert_eq!(route.experts, [1, 2]);
         let near = 1.0 / (1.0 + f64::exp(-0.1));
         assert!((f64::from(route.weights[0]) - near).abs() < 1e-6, "{:?}", route.weights);
         assert_eq!(route.weights[1].to_bits(), 1.0f32.to_bits());
         eligible[1] = false;
-        let route = sparsemixer(TIES, &eligible, 0.1, &[1.0, 4.0, 3.9, -2.0]);
+        let route = sparsemixer(Isa::Scalar, TIES, &eligible, 0.1, &[1.0, 4.0, 3.9, -2.0]);
         assert_eq!(route.experts, [0, 2]);
     }
 }

@@ -1,12 +1,15 @@
 //! The tiered router of one position: a softmax at each level, tier times group times expert.
 
-use super::router::{Route, softmax};
+use super::router::Route;
 use crate::arch::TieredRouter;
+use crate::kernels::Isa;
+use crate::kernels::math::softmax_in_place;
 use lite_llm_core::routing::{Ties, select_hierarchical};
 
 /// Routes a position by the scores of its layer's router, in the order of [`TieredRouter`]'s rows. Tiers that are not
 /// active have no share of the softmax over tiers, and are never selected.
 pub(super) fn route(
+    isa: Isa,
     router: &TieredRouter,
     ties: Ties,
     active: &[u32],
@@ -14,12 +17,12 @@ pub(super) fn route(
     scores: &mut [f32],
 ) -> Route {
     let mut of_tiers: Vec<f32> = active.iter().map(|&tier| scores[tier as usize]).collect();
-    softmax(&mut of_tiers);
+    softmax_in_place(isa, &mut of_tiers);
     for (&tier, &share) in active.iter().zip(&of_tiers) {
         scores[tier as usize] = share;
-        softmax(&mut scores[router.groups_of(tier as usize)]);
+        softmax_in_place(isa, &mut scores[router.groups_of(tier as usize)]);
         for group in router.groups_of(tier as usize) {
-            softmax(&mut scores[router.experts_of(group)]);
+            softmax_in_place(isa, &mut scores[router.experts_of(group)]);
         }
     }
     // Rows number the candidates, so that ties of different levels and groups are drawn apart.
@@ -110,7 +113,7 @@ mod tests {
                 expected.iter_mut().for_each(|(_, weight)| *weight /= sum);
             }
             let ties = Ties { seed: 1, layer: 2, position: 3 };
-            let found = route(&router, ties, &active, normalise, &mut scores.clone());
+            let found = route(Isa::detect(), &router, ties, &active, normalise, &mut scores.clone());
             let numbers: Vec<u32> = expected.iter().map(|&(expert, _)| expert).collect();
             prop_assert_eq!(&found.experts, &numbers);
             for (found, (_, expected)) in found.weights.iter().zip(expected) {
@@ -124,7 +127,7 @@ mod tests {
         let router = router(Hierarchy { tiers: 1, groups: 1, experts: 1 });
         let expert = |position| {
             let ties = Ties { seed: 5, layer: 0, position };
-            route(&router, ties, &[0, 1, 2], true, &mut [0.0; 38]).experts[0]
+            route(Isa::detect(), &router, ties, &[0, 1, 2], true, &mut [0.0; 38]).experts[0]
         };
         let drawn: std::collections::BTreeSet<u32> = (0..400).map(expert).collect();
         assert_eq!(drawn.len(), 28, "every expert of every group of every tier comes up");

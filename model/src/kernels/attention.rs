@@ -5,6 +5,7 @@
 //! denominator; blocks are added left to right, a sink joins the denominator last, and one division ends it. Keys that
 //! are masked, by causality or the window, are left out, as are blocks without a visible key.
 
+use super::buffer::{Buffer, Parts};
 use super::convert::{narrow, widen_body};
 use super::linear::dot_body;
 use super::math::{exp, exp_body};
@@ -12,7 +13,6 @@ use super::packed::CHUNK;
 use super::pool::Pool;
 use super::{DType, Isa, versioned};
 use std::ops::Range;
-use std::sync::Mutex;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -21,6 +21,9 @@ mod avx2;
 pub const PAGE_POSITIONS: usize = 64;
 /// Scores that the positions of one task may have together.
 const SCORES_OF_TASK: usize = 1 << 16;
+
+/// Positions of a task, at most.
+const ROWS_OF_TASK: usize = 16;
 
 /// Shape and storage type of cached keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,26 +164,25 @@ pub fn attention(
     }
     let group = params.heads / shape.kv_heads;
     let block = rows_of_task(pool, positions, group, shape.kv_heads);
-    let mut parts: Vec<Vec<&mut [f32]>> = Vec::new();
-    parts.resize_with(positions.len().div_ceil(block) * shape.kv_heads, || Vec::with_capacity(block));
-    for (index, out) in out.chunks_exact_mut(group * shape.value_dim).enumerate() {
-        let (row, kv_head) = (index / shape.kv_heads, index % shape.kv_heads);
-        parts[row / block * shape.kv_heads + kv_head].push(out);
-    }
-    let parts: Vec<Mutex<Vec<&mut [f32]>>> = parts.into_iter().map(Mutex::new).collect();
-    pool.run(parts.len(), &|task| {
-        let mut out = parts[task].lock().expect("a part is locked once");
+    let parts = Parts::new(out);
+    let tasks = positions.len().div_ceil(block) * shape.kv_heads;
+    pool.run_with_room(tasks, true, &|task, room| {
         let kv_head = task % shape.kv_heads;
         let first = task / shape.kv_heads * block;
-        let size = group * shape.key_dim;
-        let rows: Vec<Row<'_>> = (first..first + out.len())
-            .map(|row| Row {
-                seen: Seen::new(positions[row], params.window),
-                q: &q[(row * shape.kv_heads + kv_head) * size..][..size],
-            })
-            .collect();
-        let sinks = params.sinks.map(|sinks| &sinks[kv_head * group..][..group]);
-        attend(isa, isa, kv, Group { kv_head, rows: &rows, sinks, scale: params.scale }, &mut out);
+        let rows = Rows {
+            kv_head,
+            positions: &positions[first..positions.len().min(first + block)],
+            q: &q[first * params.heads * shape.key_dim..],
+            group,
+            params,
+        };
+        let mixed = attend(isa, kv, &rows, room);
+        let size = group * shape.value_dim;
+        for (row, mixed) in (first..).zip(mixed.chunks_exact(size)) {
+            let at = (row * shape.kv_heads + kv_head) * size;
+            // SAFETY: a row and a key/value head have places of their own, and one task has them.
+            unsafe { parts.part(at..at + size) }.copy_from_slice(mixed);
+        }
     });
 }
 
@@ -190,7 +192,7 @@ fn rows_of_task(pool: &Pool, positions: &[u32], group: usize, kv_heads: usize) -
     let span = positions.iter().max().map_or(1, |last| *last as usize + 1);
     let cached = SCORES_OF_TASK / (span * group);
     let shared = positions.len() * kv_heads / (pool.threads() * 2);
-    cached.min(shared).clamp(1, 16)
+    cached.min(shared).clamp(1, ROWS_OF_TASK)
 }
 
 /// The run of positions that one position sees.
@@ -203,6 +205,10 @@ impl Seen {
     fn new(position: u32, window: Option<u32>) -> Self {
         let end = position as usize + 1;
         Self { first: window.map_or(0, |window| end.saturating_sub(window as usize)), end }
+    }
+
+    fn len(&self) -> usize {
+        self.end - self.first
     }
 
     fn pages(&self) -> Range<usize> {
@@ -222,58 +228,91 @@ impl Seen {
     }
 }
 
-/// The query heads of one position that share a key/value head.
-struct Row<'a> {
-    seen: Seen,
+/// Some positions, and the query heads that share one key/value head.
+struct Rows<'a> {
+    kv_head: usize,
+    positions: &'a [u32],
+    /// From the first query of the first position on: positions x all heads x key_dim.
     q: &'a [f32],
+    /// Query heads of the key/value head.
+    group: usize,
+    params: &'a AttentionParams<'a>,
 }
 
-/// Some positions and one key/value head.
-struct Group<'a> {
-    kv_head: usize,
-    rows: &'a [Row<'a>],
-    sinks: Option<&'a [f32]>,
-    scale: f32,
+impl Rows<'_> {
+    fn seen(&self, row: usize) -> Seen {
+        Seen::new(self.positions[row], self.params.window)
+    }
+
+    /// The queries of a position.
+    fn q(&self, row: usize, key_dim: usize) -> &[f32] {
+        &self.q[(row * self.params.heads + self.kv_head * self.group) * key_dim..][..self.group * key_dim]
+    }
+
+    fn sink(&self, head: usize) -> Option<f32> {
+        self.params.sinks.map(|sinks| sinks[self.kv_head * self.group + head])
+    }
+}
+
+/// What one task works in.
+struct Room<'a> {
+    /// positions x heads x span.
+    scores: &'a mut [f32],
+    /// Scores of one position and head, at most.
+    span: usize,
+    /// For each position and head.
+    denominators: &'a mut [f32],
+    sinks: &'a mut [f32],
+    /// One value vector.
+    block: &'a mut [f32],
+    /// A head of a page.
+    widened: &'a mut [f32],
+    /// positions x heads x value_dim.
+    out: &'a mut [f32],
+}
+
+impl Room<'_> {
+    fn sizes(shape: KvShape, results: usize, span: usize) -> [usize; 6] {
+        let KvShape { key_dim, value_dim, .. } = shape;
+        let widened = PAGE_POSITIONS * key_dim.max(value_dim);
+        [results * span, results, results, value_dim, widened, results * value_dim]
+    }
+}
+
+/// Values that a thread works in, at most, where a sequence has so many positions.
+pub fn room_of_thread(shape: KvShape, heads: usize, context: usize) -> usize {
+    let group = heads / shape.kv_heads.max(1);
+    let [_, others @ ..] = Room::sizes(shape, ROWS_OF_TASK * group, 0);
+    SCORES_OF_TASK.max(group * context) + others.iter().sum::<usize>()
+}
+
+/// The mixed values of some positions: positions x heads of the group x value_dim.
+fn attend<'a>(isa: Isa, kv: &PagedKv<'_>, rows: &Rows<'_>, room: &'a mut Buffer) -> &'a [f32] {
+    let count = rows.positions.len();
+    let span = (0..count).map(|row| rows.seen(row).len()).max().unwrap_or(0);
+    let sizes = Room::sizes(kv.shape, count * rows.group, span);
+    let mut rest = room.values(sizes.iter().sum());
+    let [scores, denominators, sinks, block, widened, out] =
+        sizes.map(|size| rest.split_off_mut(..size).expect("room for all"));
+    let mut room = Room { scores, span, denominators, sinks, block, widened, out };
+    attend_in(isa, isa, kv, rows, &mut room);
+    room.out
 }
 
 versioned! {
-    fn attend(form: Isa, kv: &PagedKv<'_>, group: Group<'_>, out: &mut [&mut [f32]]) = attend_body
+    fn attend_in(form: Isa, kv: &PagedKv<'_>, rows: &Rows<'_>, room: &mut Room<'_>) = attend_body
 }
 
 #[inline(always)]
-fn attend_body(form: Isa, kv: &PagedKv<'_>, group: Group<'_>, out: &mut [&mut [f32]]) {
-    let KvShape { key_dim, value_dim, values_in_keys, dtype, .. } = kv.shape;
-    let heads = group.rows[0].q.len() / key_dim;
-    let all = Seen {
-        first: group.rows.iter().map(|row| row.seen.first).min().unwrap_or(0),
-        end: group.rows.iter().map(|row| row.seen.end).max().unwrap_or(0),
-    };
-    let span = group.rows.iter().map(|row| row.seen.end - row.seen.first).max().unwrap_or(0);
-    let mut scores = vec![0.0f32; group.rows.len() * heads * span];
-    // Keys that are read once, from memory, are faster one after the other.
-    let once = dtype == DType::F32 && group.rows.len() * heads == 1;
-    let form = if once { Isa::Scalar } else { form };
-    let mut widened = Vec::new();
-    for page in all.pages() {
-        let read = all.slots(page);
-        let keys = head_of_page(dtype, kv.pages[page].keys, group.kv_head, key_dim, &read, &mut widened);
-        for (row, scores) in group.rows.iter().zip(scores.chunks_exact_mut(heads * span)) {
-            let slots = row.seen.slots(page);
-            if slots.is_empty() {
-                continue;
-            }
-            let keys = &keys[(slots.start - read.start) * key_dim..(slots.end - read.start) * key_dim];
-            for (q, scores) in row.q.chunks_exact(key_dim).zip(scores.chunks_exact_mut(span)) {
-                dots(form, q, keys, group.scale, &mut scores[row.seen.scores(page, &slots)]);
-            }
-        }
-    }
-    let mut denominators = vec![0.0f32; group.rows.len() * heads];
-    let mut sinks = vec![0.0f32; group.rows.len() * heads];
-    for (index, scores) in scores.chunks_exact_mut(span).enumerate() {
-        let seen = &group.rows[index / heads].seen;
-        let scores = &mut scores[..seen.end - seen.first];
-        let mut max = group.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[index % heads]);
+fn attend_body(form: Isa, kv: &PagedKv<'_>, rows: &Rows<'_>, room: &mut Room<'_>) {
+    let seen = (0..rows.positions.len()).map(|row| rows.seen(row));
+    let all = seen.reduce(|a, b| Seen { first: a.first.min(b.first), end: a.end.max(b.end) });
+    let Some(all) = all else { return };
+    score(form, kv, rows, &all, room);
+    for (index, scores) in room.scores.chunks_exact_mut(room.span).enumerate() {
+        let scores = &mut scores[..rows.seen(index / rows.group).len()];
+        let sink = rows.sink(index % rows.group);
+        let mut max = sink.unwrap_or(f32::NEG_INFINITY);
         for score in scores.iter() {
             max = if *score > max { *score } else { max };
         }
@@ -281,44 +320,78 @@ fn attend_body(form: Isa, kv: &PagedKv<'_>, group: Group<'_>, out: &mut [&mut [f
             *score -= max;
         }
         exp_body(scores);
-        sinks[index] = group.sinks.map_or(0.0, |sinks| exp(sinks[index % heads] - max));
+        room.sinks[index] = sink.map_or(0.0, |sink| exp(sink - max));
     }
-    let mut block = vec![0.0f32; value_dim];
+    mix(kv, rows, &all, room);
+    let of_sinks = rows.params.sinks.map(|_| &*room.sinks);
+    for (index, out) in room.out.chunks_exact_mut(kv.shape.value_dim).enumerate() {
+        let denominator = room.denominators[index];
+        let denominator = of_sinks.map_or(denominator, |sinks| denominator + sinks[index]);
+        for out in out {
+            *out /= denominator;
+        }
+    }
+}
+
+/// The scores of every key that a position sees.
+#[inline(always)]
+fn score(form: Isa, kv: &PagedKv<'_>, rows: &Rows<'_>, all: &Seen, room: &mut Room<'_>) {
+    let KvShape { key_dim, dtype, .. } = kv.shape;
+    let span = room.span;
+    // Keys that are read once, from memory, are faster one after the other.
+    let once = dtype == DType::F32 && rows.positions.len() * rows.group == 1;
+    let form = if once { Isa::Scalar } else { form };
+    for page in all.pages() {
+        let read = all.slots(page);
+        let keys = head_of_page(dtype, kv.pages[page].keys, rows.kv_head, key_dim, &read, room.widened);
+        for (row, scores) in room.scores.chunks_exact_mut(rows.group * span).enumerate() {
+            let seen = rows.seen(row);
+            let slots = seen.slots(page);
+            if slots.is_empty() {
+                continue;
+            }
+            let keys = &keys[(slots.start - read.start) * key_dim..(slots.end - read.start) * key_dim];
+            let of_heads = rows.q(row, key_dim).chunks_exact(key_dim).zip(scores.chunks_exact_mut(span));
+            for (q, scores) in of_heads {
+                dots(form, q, keys, rows.params.scale, &mut scores[seen.scores(page, &slots)]);
+            }
+        }
+    }
+}
+
+/// Adds the values up, weighed by what the scores have become, block by block; so the denominators.
+#[inline(always)]
+fn mix(kv: &PagedKv<'_>, rows: &Rows<'_>, all: &Seen, room: &mut Room<'_>) {
+    let KvShape { key_dim, value_dim, values_in_keys, dtype, .. } = kv.shape;
     // From one value vector to the next.
     let stride = if values_in_keys { key_dim } else { value_dim };
     for page in all.pages() {
         let read = all.slots(page);
         let stored = if values_in_keys { kv.pages[page].keys } else { kv.pages[page].values };
-        let values = head_of_page(dtype, stored, group.kv_head, stride, &read, &mut widened);
-        for (index, scores) in scores.chunks_exact(span).enumerate() {
-            let seen = &group.rows[index / heads].seen;
+        let values = head_of_page(dtype, stored, rows.kv_head, stride, &read, room.widened);
+        let results = room.scores.chunks_exact(room.span).zip(room.out.chunks_exact_mut(value_dim));
+        for (index, (scores, out)) in results.enumerate() {
+            let seen = rows.seen(index / rows.group);
             let slots = seen.slots(page);
             if slots.is_empty() {
                 continue;
             }
             let values = &values[(slots.start - read.start) * stride..(slots.end - read.start) * stride];
             let weights = &scores[seen.scores(page, &slots)];
-            let out = &mut out[index / heads][index % heads * value_dim..][..value_dim];
             let mut denominator = 0.0f32;
             for weight in weights {
                 denominator += weight;
             }
-            weighted_sum(weights, values, stride, &mut block);
+            weighted_sum(weights, values, stride, room.block);
             if page == seen.pages().start {
-                denominators[index] = denominator;
-                out.copy_from_slice(&block);
+                room.denominators[index] = denominator;
+                out.copy_from_slice(room.block);
             } else {
-                denominators[index] += denominator;
-                for (out, block) in out.iter_mut().zip(&block) {
+                room.denominators[index] += denominator;
+                for (out, block) in out.iter_mut().zip(&*room.block) {
                     *out += block;
                 }
             }
-        }
-    }
-    for (index, denominator) in denominators.iter().enumerate() {
-        let denominator = if group.sinks.is_some() { denominator + sinks[index] } else { *denominator };
-        for out in &mut out[index / heads][index % heads * value_dim..][..value_dim] {
-            *out /= denominator;
         }
     }
 }
@@ -344,7 +417,7 @@ fn head_of_page<'a>(
     head: usize,
     dim: usize,
     slots: &Range<usize>,
-    widened: &'a mut Vec<f32>,
+    widened: &'a mut [f32],
 ) -> &'a [f32] {
     let size = dim * dtype.bytes();
     let bytes =
@@ -355,7 +428,7 @@ fn head_of_page<'a>(
     {
         return values;
     }
-    widened.resize(slots.len() * dim, 0.0);
+    let widened = &mut widened[..slots.len() * dim];
     widen_body(dtype, bytes, widened);
     widened
 }

@@ -5,12 +5,12 @@
 //! added left to right, starting from the first; so are the chunks; a bias is added last. Only outputs are divided
 //! among threads.
 
+use super::buffer::{Buffer, Parts, emptied};
 use super::convert::{bf16_value, f16_value};
 use super::packed::{CHUNK, LANES, PackedView, TILE_OUTPUTS, entry_bytes, padded_inputs};
 use super::pool::Pool;
 use super::{DType, Isa};
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -19,6 +19,8 @@ mod avx2;
 const BLOCK_ROWS: usize = 6;
 /// Tiles that a single row goes through together.
 const TILES_OF_ONE_ROW: usize = 4;
+/// Tasks of each thread: enough that none waits long for the last one of another.
+const TASKS_OF_THREAD: usize = 16;
 /// Below this many multiplications a matrix product stays on the calling thread.
 const PARALLEL_FROM: usize = 1 << 16;
 
@@ -36,6 +38,17 @@ pub(super) fn dot_body(x: &[f32], w: &[f32]) -> f32 {
     let mut total = 0.0;
     for (index, (x, w)) in x.chunks(CHUNK).zip(w.chunks(CHUNK)).enumerate() {
         let chunk = dot_chunk(x, w);
+        total = if index == 0 { chunk } else { total + chunk };
+    }
+    total
+}
+
+/// The dot product with ones.
+#[inline(always)]
+pub(super) fn sum_body(x: &[f32]) -> f32 {
+    let mut total = 0.0;
+    for (index, x) in x.chunks(CHUNK).enumerate() {
+        let chunk = dot_chunk(x, &[1.0; CHUNK][..x.len()]);
         total = if index == 0 { chunk } else { total + chunk };
     }
     total
@@ -71,21 +84,148 @@ fn dot_chunk(x: &[f32], w: &[f32]) -> f32 {
 /// A matrix product: `out = x * w^T + bias`.
 #[derive(Debug)]
 pub struct Product<'a> {
-    /// `rows` x inputs, row-major.
-    pub x: &'a [f32],
-    /// Rows of `x` and `out`.
-    pub rows: usize,
-    /// The weights.
-    pub w: PackedView<'a>,
-    /// One value for each output.
-    pub bias: Option<&'a [f32]>,
-    /// `rows` x outputs, row-major.
-    pub out: &'a mut [f32],
+    x: &'a [f32],
+    picked: Option<&'a [u32]>,
+    rows: usize,
+    w: PackedView<'a>,
+    bias: Option<&'a [f32]>,
+    out: Parts<'a, f32>,
+    plan: Plan,
 }
 
-/// `out = x * w^T + bias`: `x` is `rows` x inputs, `out` is `rows` x outputs, both row-major.
-///
-/// The bits of a row depend on that row, the weights and the bias alone.
+/// Where a product stands among those that are computed with it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Plan {
+    /// Where its input starts in the repacked ones. Neighbours with the same input have one copy.
+    at: usize,
+    /// Blocks of rows that are repacked before its own.
+    first_block: usize,
+    /// Tasks before its own.
+    first_task: usize,
+    tasks: usize,
+}
+
+impl<'a> Product<'a> {
+    /// `x` is rows x inputs, `out` is rows x outputs, both row-major; the bias has one value for each output.
+    ///
+    /// # Panics
+    /// If a slice does not fit the shape.
+    pub fn new(x: &'a [f32], w: PackedView<'a>, bias: Option<&'a [f32]>, out: &'a mut [f32]) -> Self {
+        let rows = out.len() / w.outputs().max(1);
+        assert_eq!(x.len(), rows * w.inputs(), "the input does not fit the shape");
+        Self::of_rows(x, None, rows, w, bias, out)
+    }
+
+    /// The same of those rows of `x` that are picked, in their order.
+    ///
+    /// # Panics
+    /// If a slice does not fit the shape, or a row is not there.
+    pub fn of_picked(
+        x: &'a [f32],
+        rows: &'a [u32],
+        w: PackedView<'a>,
+        bias: Option<&'a [f32]>,
+        out: &'a mut [f32],
+    ) -> Self {
+        let there = x.len().checked_div(w.inputs()).unwrap_or(usize::MAX);
+        assert!(rows.iter().all(|&row| (row as usize) < there), "a row that is not there");
+        Self::of_rows(x, Some(rows), rows.len(), w, bias, out)
+    }
+
+    fn of_rows(
+        x: &'a [f32],
+        picked: Option<&'a [u32]>,
+        rows: usize,
+        w: PackedView<'a>,
+        bias: Option<&'a [f32]>,
+        out: &'a mut [f32],
+    ) -> Self {
+        assert_eq!(out.len(), rows * w.outputs(), "the output does not fit the shape");
+        assert!(bias.is_none_or(|bias| bias.len() == w.outputs()), "the bias does not fit the shape");
+        Self { x, picked, rows, w, bias, out: Parts::new(out), plan: Plan::default() }
+    }
+
+    fn row(&self, row: usize) -> &'a [f32] {
+        let row = self.picked.map_or(row, |picked| picked[row] as usize);
+        &self.x[row * self.w.inputs()..][..self.w.inputs()]
+    }
+
+    /// Values of the repacked input.
+    fn repacked(&self) -> usize {
+        self.rows * padded_inputs(self.w.inputs())
+    }
+
+    fn tiles(&self) -> usize {
+        self.w.outputs().div_ceil(TILE_OUTPUTS)
+    }
+
+    /// Tiles that one pass goes through.
+    fn tiles_together(&self) -> usize {
+        if self.rows == 1 { TILES_OF_ONE_ROW } else { 1 }
+    }
+
+    fn work(&self) -> usize {
+        self.repacked() * self.tiles() * TILE_OUTPUTS
+    }
+
+    fn has_input_of(&self, other: &Self) -> bool {
+        let same_rows = match (self.picked, other.picked) {
+            (None, None) => true,
+            (Some(rows), Some(others)) => std::ptr::eq(rows, others),
+            _ => false,
+        };
+        same_rows && std::ptr::eq(self.x, other.x) && self.w.inputs() == other.w.inputs()
+    }
+
+    /// The tiles of one of its tasks.
+    fn tiles_of(&self, task: usize) -> Range<usize> {
+        let together = self.tiles_together();
+        let passes = self.tiles().div_ceil(together);
+        let bound = |task: usize| (passes * task / self.plan.tasks * together).min(self.tiles());
+        bound(task)..bound(task + 1)
+    }
+}
+
+/// Products that are computed together, and the memory that this takes: it is kept from one use to the next.
+#[derive(Debug, Default)]
+pub struct Products {
+    list: Vec<Product<'static>>,
+    repacked: Buffer,
+}
+
+impl Products {
+    /// Computes products that do not wait for each other, shared among the threads as one.
+    ///
+    /// The bits of a row depend on that row, the weights and the bias alone.
+    ///
+    /// # Panics
+    /// If this machine lacks `isa`.
+    pub fn compute<'a>(&mut self, pool: &Pool, isa: Isa, products: impl IntoIterator<Item = Product<'a>>) {
+        assert!(isa.available(), "this machine lacks the instruction set");
+        let mut list: Vec<Product<'a>> = emptied(std::mem::take(&mut self.list));
+        list.extend(products.into_iter().filter(|product| product.out.len() > 0));
+        let work = plan(pool, &mut list);
+        let inputs = Parts::new(self.repacked.values(work.inputs));
+        pool.rows(work.blocks, work.inputs, &|block| {
+            let product = &list[list.partition_point(|product| product.plan.first_block <= block) - 1];
+            repack(product, block - product.plan.first_block, &inputs);
+        });
+        let inputs = self.repacked.written(work.inputs);
+        pool.run_with_room(work.tasks, work.shared, &|task, room| {
+            let product = &list[list.partition_point(|product| product.plan.first_task <= task) - 1];
+            let x = &inputs[product.plan.at..][..product.repacked()];
+            linear_part(isa, x, product, task - product.plan.first_task, room);
+        });
+        self.list = emptied(list);
+    }
+
+    /// Bytes that it keeps.
+    pub fn bytes(&self) -> usize {
+        self.repacked.bytes() + self.list.capacity() * size_of::<Product<'_>>()
+    }
+}
+
+/// One product, in memory of its own: `x` is `rows` x inputs, `out` is `rows` x outputs, both row-major.
 ///
 /// # Panics
 /// If a slice does not fit the shape, or this machine lacks `isa`.
@@ -98,90 +238,45 @@ pub fn linear(
     bias: Option<&[f32]>,
     out: &mut [f32],
 ) {
-    linear_all(pool, isa, vec![Product { x, rows, w: *w, bias, out }]);
+    assert_eq!(out.len(), rows * w.outputs(), "the output does not fit the shape");
+    Products::default().compute(pool, isa, [Product::new(x, *w, bias, out)]);
 }
 
-/// Several products that do not wait for each other, shared among the threads as one.
-///
-/// # Panics
-/// As [`linear`].
-pub fn linear_all(pool: &Pool, isa: Isa, mut products: Vec<Product<'_>>) {
-    assert!(isa.available(), "this machine lacks the instruction set");
-    products.retain(|product| {
-        let Product { x, rows, w, bias, out } = product;
-        assert_eq!(x.len(), rows * w.inputs(), "the input does not fit the shape");
-        assert_eq!(out.len(), rows * w.outputs(), "the output does not fit the shape");
-        assert!(bias.is_none_or(|bias| bias.len() == w.outputs()), "the bias does not fit the shape");
-        !out.is_empty()
-    });
-    let work =
-        |p: &Product<'_>| p.rows * p.w.outputs().next_multiple_of(TILE_OUTPUTS) * padded_inputs(p.w.inputs());
-    let all: usize = products.iter().map(work).sum();
+/// What products take together.
+struct Work {
+    /// Values of the repacked inputs.
+    inputs: usize,
+    /// Blocks of rows to repack.
+    blocks: usize,
+    tasks: usize,
+    /// Whether it is enough for several threads.
+    shared: bool,
+}
+
+/// Places the products among each other.
+fn plan(pool: &Pool, products: &mut [Product<'_>]) -> Work {
+    let all: usize = products.iter().map(Product::work).sum();
     let alone = all < PARALLEL_FROM || pool.threads() == 1;
-    let mut parts = Vec::new();
-    for product in products {
-        let tiles = product.w.outputs().div_ceil(TILE_OUTPUTS);
-        // As many tasks as its share of the work, so that all are of about equal length.
-        let tasks =
-            if alone { 1 } else { (pool.threads() * 4 * work(&product)).div_ceil(all).clamp(1, tiles) };
-        let Product { x, rows, w, bias, out } = product;
-        let x: Arc<[f32]> = repack(x, rows, w.inputs()).into();
-        for part in divide(out, w.outputs(), tiles, tasks) {
-            parts.push(Mutex::new((Arc::clone(&x), w, bias, part)));
+    let (mut inputs, mut blocks, mut tasks) = (0, 0, 0);
+    for i in 0..products.len() {
+        let (before, rest) = products.split_at_mut(i);
+        let product = &mut rest[0];
+        product.plan = Plan { at: inputs, first_block: blocks, first_task: tasks, tasks: 1 };
+        match before.last().filter(|last| last.has_input_of(product)) {
+            Some(last) => product.plan.at = last.plan.at,
+            None => {
+                inputs += product.repacked();
+                blocks += product.rows.div_ceil(BLOCK_ROWS);
+            }
         }
-    }
-    let run = |task: usize| {
-        let mut part = parts[task].lock().expect("a part is locked once");
-        let (x, w, bias, part) = &mut *part;
-        linear_part(isa, x, w, *bias, part);
-    };
-    if alone { (0..parts.len()).for_each(run) } else { pool.run(parts.len(), &run) }
-}
-
-fn linear_part(isa: Isa, x: &[f32], w: &PackedView<'_>, bias: Option<&[f32]>, part: &mut Part<'_>) {
-    let mut tile = 0;
-    while tile < part.tiles {
-        if isa == Isa::Avx2 && part.rows.len() == 1 && part.tiles - tile >= TILES_OF_ONE_ROW {
-            tiles_of_one_row(x, w, bias, tile, part);
-            tile += TILES_OF_ONE_ROW;
-        } else {
-            linear_tile(isa, x, w, bias, tile, part);
-            tile += 1;
+        if !alone {
+            // As many tasks as its share of the work, so that all are of about equal length.
+            let share = (pool.threads() * TASKS_OF_THREAD * product.work()).div_ceil(all);
+            product.plan.tasks = share.clamp(1, product.tiles().div_ceil(product.tiles_together()));
         }
+        tasks += product.plan.tasks;
     }
-}
-
-/// The outputs of one task: a run of whole tiles, as one slice in every row.
-struct Part<'a> {
-    first_tile: usize,
-    tiles: usize,
-    rows: Vec<&'a mut [f32]>,
-    /// The results of one chunk for one tile, row by row.
-    sums: Vec<[f32; TILE_OUTPUTS]>,
-}
-
-/// Cuts every row of `out` at the same multiples of the tile width.
-fn divide(out: &mut [f32], outputs: usize, tiles: usize, tasks: usize) -> Vec<Part<'_>> {
-    let bounds: Vec<usize> = (0..=tasks).map(|task| tiles * task / tasks).collect();
-    let rows = out.len() / outputs;
-    let mut parts: Vec<Part<'_>> = bounds
-        .windows(2)
-        .map(|b| Part {
-            first_tile: b[0],
-            tiles: b[1] - b[0],
-            rows: Vec::with_capacity(rows),
-            sums: vec![[0.0; TILE_OUTPUTS]; rows],
-        })
-        .collect();
-    for mut row in out.chunks_exact_mut(outputs) {
-        for part in &mut parts {
-            let width = (part.tiles * TILE_OUTPUTS).min(row.len());
-            let (mine, rest) = row.split_at_mut(width);
-            part.rows.push(mine);
-            row = rest;
-        }
-    }
-    parts
+    Work { inputs, blocks, tasks, shared: !alone }
 }
 
 /// The rows in blocks of about equal size, at most six each.
@@ -190,57 +285,80 @@ fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..count).map(move |block| block * rows / count..(block + 1) * rows / count)
 }
 
-/// The input in the order in which the tiles read it: chunks, in a chunk lanes, in a lane the blocks of rows, in a
-/// block the steps, in a step the rows.
-fn repack(x: &[f32], rows: usize, inputs: usize) -> Vec<f32> {
-    let padded = padded_inputs(inputs);
-    let mut repacked = vec![0.0f32; rows * padded];
-    for (chunk, target) in repacked.chunks_mut(CHUNK * rows).enumerate() {
-        let steps = target.len() / (LANES * rows);
-        for block in blocks(rows) {
-            for lane in 0..LANES {
-                let first = chunk * CHUNK + lane;
-                let target = &mut target[lane * steps * rows + block.start * steps..][..block.len() * steps];
-                for (row, x) in x[block.start * inputs..block.end * inputs].chunks_exact(inputs).enumerate() {
-                    let x = x.iter().skip(first).step_by(LANES);
-                    for (target, x) in target.iter_mut().skip(row).step_by(block.len()).zip(x) {
-                        *target = *x;
-                    }
+/// Puts a block of rows into the order in which the tiles read it: chunks, in a chunk lanes, in a lane the blocks of
+/// rows, in a block the steps, in a step the rows.
+fn repack(product: &Product<'_>, block: usize, inputs: &Parts<'_, f32>) {
+    let rows = blocks(product.rows).nth(block).expect("a block of this product");
+    match rows.len() {
+        1 => repack_rows::<1>(product, rows.start, inputs),
+        2 => repack_rows::<2>(product, rows.start, inputs),
+        3 => repack_rows::<3>(product, rows.start, inputs),
+        4 => repack_rows::<4>(product, rows.start, inputs),
+        5 => repack_rows::<5>(product, rows.start, inputs),
+        6 => repack_rows::<6>(product, rows.start, inputs),
+        _ => unreachable!("a block has 1 to 6 rows"),
+    }
+}
+
+fn repack_rows<const ROWS: usize>(product: &Product<'_>, first: usize, inputs: &Parts<'_, f32>) {
+    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| product.row(first + row));
+    let padded = padded_inputs(product.w.inputs());
+    for start in (0..padded).step_by(CHUNK) {
+        let rows = rows.map(|row| &row[start..row.len().min(start + CHUNK)]);
+        let steps = CHUNK.min(padded - start) / LANES;
+        for lane in 0..LANES {
+            let at = product.plan.at + start * product.rows + (lane * product.rows + first) * steps;
+            // SAFETY: blocks, lanes and chunks have places of their own, and one task has the block.
+            let target = unsafe { inputs.part(at..at + steps * ROWS) };
+            for (step, target) in target.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+                for (target, row) in target.iter_mut().zip(rows) {
+                    *target = row.get(step * LANES + lane).copied().unwrap_or(0.0);
                 }
             }
         }
     }
-    repacked
 }
 
-/// One tile of outputs for all rows.
-fn linear_tile(
-    isa: Isa,
-    x: &[f32],
-    w: &PackedView<'_>,
-    bias: Option<&[f32]>,
-    tile: usize,
-    part: &mut Part<'_>,
-) {
-    let rows = part.rows.len();
-    let weights = w.tile(part.first_tile + tile);
-    let at = tile * TILE_OUTPUTS;
-    let width = TILE_OUTPUTS.min(part.rows[0].len() - at);
+fn linear_part(isa: Isa, x: &[f32], product: &Product<'_>, task: usize, room: &mut Buffer) {
+    let Range { start: mut tile, end } = product.tiles_of(task);
+    let sums = room.values(product.rows * TILE_OUTPUTS).as_chunks_mut().0;
+    while tile < end {
+        if isa == Isa::Avx2 && product.rows == 1 && end - tile >= TILES_OF_ONE_ROW {
+            tiles_of_one_row(x, product, tile);
+            tile += TILES_OF_ONE_ROW;
+        } else {
+            linear_tile(isa, x, product, tile, sums);
+            tile += 1;
+        }
+    }
+}
+
+/// One tile of outputs for all rows. `sums` has room for the results of one chunk, row by row.
+fn linear_tile(isa: Isa, x: &[f32], product: &Product<'_>, tile: usize, sums: &mut [[f32; TILE_OUTPUTS]]) {
+    let Product { rows, w, bias, .. } = *product;
+    let weights = w.tile(tile);
+    let first = tile * TILE_OUTPUTS;
+    let width = TILE_OUTPUTS.min(w.outputs() - first);
+    let out = |row: usize| {
+        let at = row * w.outputs() + first;
+        // SAFETY: every tile has places of its own in a row, and one task has the tile; it uses one row at a time.
+        unsafe { product.out.part(at..at + width) }
+    };
     if weights.is_empty() {
-        part.rows.iter_mut().for_each(|row| row[at..at + width].fill(0.0));
+        (0..rows).for_each(|row| out(row).fill(0.0));
     }
     for (chunk, weights) in weights.chunks(CHUNK * entry_bytes(w.dtype())).enumerate() {
         let entries = weights.len() / entry_bytes(w.dtype());
         let x = &x[chunk * CHUNK * rows..][..entries * rows];
-        chunk_sums(isa, w.dtype(), x, weights, &mut part.sums);
-        for (row, sums) in part.rows.iter_mut().zip(&part.sums) {
-            for (out, sum) in row[at..at + width].iter_mut().zip(sums) {
+        chunk_sums(isa, w.dtype(), x, weights, sums);
+        for (row, sums) in sums.iter().enumerate() {
+            for (out, sum) in out(row).iter_mut().zip(sums) {
                 *out = if chunk == 0 { *sum } else { *out + *sum };
             }
         }
     }
-    for row in &mut part.rows {
-        add_bias(bias, (part.first_tile + tile) * TILE_OUTPUTS, &mut row[at..at + width]);
+    if bias.is_some() {
+        (0..rows).for_each(|row| add_bias(bias, first, out(row)));
     }
 }
 
@@ -253,12 +371,13 @@ fn add_bias(bias: Option<&[f32]>, first: usize, out: &mut [f32]) {
 }
 
 /// Several whole tiles of outputs for the only row; the last may be cut short by the end of the row.
-fn tiles_of_one_row(x: &[f32], w: &PackedView<'_>, bias: Option<&[f32]>, tile: usize, part: &mut Part<'_>) {
-    let first = part.first_tile + tile;
-    let tiles: [&[u8]; TILES_OF_ONE_ROW] = std::array::from_fn(|i| w.tile(first + i));
-    let at = tile * TILE_OUTPUTS;
-    let end = part.rows[0].len().min(at + TILES_OF_ONE_ROW * TILE_OUTPUTS);
-    let out = &mut part.rows[0][at..end];
+fn tiles_of_one_row(x: &[f32], product: &Product<'_>, tile: usize) {
+    let Product { w, bias, .. } = *product;
+    let tiles: [&[u8]; TILES_OF_ONE_ROW] = std::array::from_fn(|i| w.tile(tile + i));
+    let first = tile * TILE_OUTPUTS;
+    let end = w.outputs().min(first + TILES_OF_ONE_ROW * TILE_OUTPUTS);
+    // SAFETY: every tile has places of its own, and one task has these tiles.
+    let out = unsafe { product.out.part(first..end) };
     out.fill(0.0);
     let entry = entry_bytes(w.dtype());
     let mut sums = [[0.0; TILE_OUTPUTS]; TILES_OF_ONE_ROW];
@@ -269,7 +388,7 @@ fn tiles_of_one_row(x: &[f32], w: &PackedView<'_>, bias: Option<&[f32]>, tile: u
             *out = if chunk == 0 { *sum } else { *out + *sum };
         }
     }
-    add_bias(bias, first * TILE_OUTPUTS, out);
+    add_bias(bias, first, out);
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -1,5 +1,6 @@
 //! Transcendentals: the project's own `f32` polynomials, in which every operation and its order is fixed.
 
+use super::linear::sum_body;
 use super::versioned;
 
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
@@ -67,6 +68,27 @@ versioned! {
 versioned! {
     /// Replaces every value by its silu.
     pub fn silu_in_place(values: &mut [f32]) = silu_body
+}
+
+versioned! {
+    /// Softmax in place; the sum is a dot product with ones.
+    pub fn softmax_in_place(values: &mut [f32]) = softmax_body
+}
+
+#[inline(always)]
+fn softmax_body(values: &mut [f32]) {
+    let mut max = f32::NEG_INFINITY;
+    for value in &*values {
+        max = if *value > max { *value } else { max };
+    }
+    for value in &mut *values {
+        *value -= max;
+    }
+    exp_body(values);
+    let sum = sum_body(values);
+    for value in values {
+        *value /= sum;
+    }
 }
 
 #[inline(always)]

@@ -5,6 +5,7 @@
 //! and the tests compare the two bit for bit.
 
 pub mod attention;
+pub mod buffer;
 pub mod convert;
 pub mod linear;
 pub mod math;
@@ -19,8 +20,9 @@ pub mod swiglu;
 mod tests;
 
 pub use attention::{AttentionParams, KvPage, KvShape, PAGE_POSITIONS, PagedKv, attention};
-pub use linear::{Product, dot, linear, linear_all};
-pub use norm::{layer_norm, rms_norm};
+pub use buffer::Buffer;
+pub use linear::{Product, Products, dot, linear};
+pub use norm::{layer_norm, rms_norm, rms_norm_in_place};
 pub use packed::{PackedError, PackedView, pack, packed_len, unpack};
 pub use pool::Pool;
 pub use rope::RopeTable;

@@ -5,13 +5,20 @@ use std::hint::{black_box, spin_loop};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 
+use super::buffer::{Buffer, Parts};
 use super::{Isa, SelfTestError, self_test};
 
 /// Turns of the bounded spin before a thread parks: some 10 to 40 microseconds.
 const SPINS: u32 = 1_000;
+/// The same for the caller, whose job is not done before its last task is.
+const SPINS_FOR_LAST: u32 = 8_000;
+/// Below this many values what is done to each stays on the calling thread: waking another takes as long.
+const SHARED_FROM: usize = 1 << 15;
+/// Tasks of each thread where rows are shared out.
+const TASKS_OF_THREAD: usize = 8;
 
 /// Threads that run the tasks of one call at a time. The calling thread is one of them.
 pub struct Pool {
@@ -19,10 +26,13 @@ pub struct Pool {
     workers: Vec<JoinHandle<()>>,
 }
 
+/// A task: its number, and memory that its thread keeps from one task to the next.
+type Task<'a> = dyn Fn(usize, &mut Buffer) + Sync + 'a;
+
 /// A borrowed task function with its lifetime erased; [`Pool::run`] outlives every use.
 #[derive(Clone, Copy)]
 struct Job {
-    run: &'static (dyn Fn(usize) + Sync),
+    run: &'static Task<'static>,
     tasks: usize,
 }
 
@@ -36,8 +46,8 @@ struct Shared {
     generation: AtomicUsize,
     /// The next task of the job.
     next: AtomicUsize,
-    /// Held by the caller whose job it is.
-    calling: Mutex<()>,
+    /// Held by the caller whose job it is: the memory of its tasks.
+    calling: Mutex<Buffer>,
 }
 
 #[derive(Default)]
@@ -61,7 +71,7 @@ impl Pool {
             left: Condvar::new(),
             generation: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
-            calling: Mutex::new(()),
+            calling: Mutex::default(),
         });
         let mut pool = Self { shared, workers: Vec::new() };
         let (started, reports) = channel();
@@ -92,7 +102,7 @@ impl Pool {
         // A thread that holds a task waits for the others, so that each takes one.
         let together = Barrier::new(self.threads());
         let found = Mutex::new(Ok(()));
-        let test = |_| {
+        let test = |_, _: &mut Buffer| {
             together.wait();
             let result = self_test(isa);
             let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
@@ -115,24 +125,65 @@ impl Pool {
     /// # Panics
     /// If a task panics, after all have stopped.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        let calling =
-            if tasks > 1 && !self.workers.is_empty() { self.shared.calling.try_lock().ok() } else { None };
+        self.run_with_room(tasks, true, &|index, _| task(index));
+    }
+
+    /// The same with memory that every thread keeps for its tasks; on the calling thread alone unless `shared`.
+    pub(super) fn run_with_room(&self, tasks: usize, shared: bool, task: &Task<'_>) {
+        let calling = match self.shared.calling.try_lock() {
+            Ok(calling) => Some(calling),
+            // What a task that panicked has left in its memory does not matter.
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
         match calling {
-            Some(calling) => self.share(calling, tasks, task),
-            None => (0..tasks).for_each(task),
+            Some(calling) if shared && tasks > 1 && !self.workers.is_empty() => {
+                self.share(calling, tasks, task);
+            }
+            Some(mut room) => (0..tasks).for_each(|index| task(index, &mut room)),
+            None => {
+                let mut room = Buffer::default();
+                (0..tasks).for_each(|index| task(index, &mut room));
+            }
         }
     }
 
+    /// Calls `row(0)` to `row(rows - 1)`, each once, in any order: on all threads where they touch enough values.
+    pub fn rows(&self, rows: usize, values: usize, row: &(dyn Fn(usize) + Sync)) {
+        if values < SHARED_FROM || self.workers.is_empty() {
+            return (0..rows).for_each(row);
+        }
+        let tasks = rows.min(self.threads() * TASKS_OF_THREAD);
+        self.run(tasks, &|task| (rows * task / tasks..rows * (task + 1) / tasks).for_each(row));
+    }
+
+    /// Calls `row(i, values i * width..)` for every row of `width` values, in any order, where `cost` times as many
+    /// values are touched as there are.
+    pub fn each_row<T: Send>(
+        &self,
+        values: &mut [T],
+        width: usize,
+        cost: usize,
+        row: &(dyn Fn(usize, &mut [T]) + Sync),
+    ) {
+        let touched = values.len() * cost;
+        let rows = values.len().checked_div(width).unwrap_or(0);
+        let parts = Parts::new(values);
+        self.rows(rows, touched, &|index| {
+            // SAFETY: rows do not overlap, and each is given to one call.
+            row(index, unsafe { parts.part(index * width..(index + 1) * width) });
+        });
+    }
+
     /// Shares the tasks among all threads. The caller holds the lock, which says that no other job runs.
-    fn share(&self, calling: MutexGuard<'_, ()>, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+    fn share(&self, mut calling: MutexGuard<'_, Buffer>, tasks: usize, task: &Task<'_>) {
         // SAFETY: only the lifetime changes. Workers reach the reference through `state.job` alone, count themselves in
         // `joined` under the lock while they use it, and `finish` below clears the job and waits until `joined` is 0
         // before this function returns; nothing between here and there can unwind.
-        let run =
-            unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(task) };
+        let run = unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
         let job = Job { run, tasks };
         self.shared.start(job);
-        let own = catch_unwind(AssertUnwindSafe(|| self.shared.take_tasks(job)));
+        let own = catch_unwind(AssertUnwindSafe(|| self.shared.take_tasks(job, &mut calling)));
         let theirs = self.shared.finish();
         drop(calling);
         if let Err(panic) = own {
@@ -174,8 +225,8 @@ impl Shared {
     fn finish(&self) -> Option<Box<dyn Any + Send>> {
         let mut state = self.lock();
         state.job = None;
-        // Tasks are of about equal length: the last one ends soon, and a sleep would cost more than it.
-        for _ in 0..SPINS / 16 {
+        // Tasks are short: the last one ends soon, and a sleep would cost more than it.
+        for _ in 0..SPINS_FOR_LAST / 16 {
             if state.joined == 0 {
                 break;
             }
@@ -189,13 +240,13 @@ impl Shared {
         state.panic.take()
     }
 
-    fn take_tasks(&self, job: Job) {
+    fn take_tasks(&self, job: Job, room: &mut Buffer) {
         loop {
             let task = self.next.fetch_add(1, Ordering::Relaxed);
             if task >= job.tasks {
                 return;
             }
-            (job.run)(task);
+            (job.run)(task, room);
         }
     }
 
@@ -204,7 +255,7 @@ impl Shared {
         if started.send(ieee).is_err() || !ieee {
             return;
         }
-        let mut seen = 0;
+        let (mut seen, mut room) = (0, Buffer::default());
         loop {
             for _ in 0..SPINS {
                 if self.generation.load(Ordering::Acquire) != seen {
@@ -223,7 +274,7 @@ impl Shared {
             let Some(job) = state.job else { continue };
             state.joined += 1;
             drop(state);
-            let result = catch_unwind(AssertUnwindSafe(|| self.take_tasks(job)));
+            let result = catch_unwind(AssertUnwindSafe(|| self.take_tasks(job, &mut room)));
             let mut state = self.lock();
             state.joined -= 1;
             if let Err(panic) = result {
