@@ -57,6 +57,7 @@ fn plan() -> ModelPlan {
         overhead_bytes: 0,
         page_positions: 64,
         page_bytes: PAGE_BYTES,
+        kv_groups: vec![None],
         context: 4096,
         vocab: 50304,
         eos: vec![],

@@ -10,6 +10,7 @@ use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
 use lite_llm_core::input::Sampling;
 use lite_llm_core::output::{Forward, Row, SampleSpec};
+use lite_llm_core::pages::PageRun;
 use lite_llm_model::checkpoint::import::import;
 use lite_llm_model::kernels::{DType, Isa};
 use lite_llm_model::synth::{SynthFamily, SynthSpec, synth};
@@ -107,18 +108,21 @@ impl Resident {
             table.push((key, Slot(u32::try_from(table.len()).expect("few experts"))));
         }
         let slots = Slots { map, slot_bytes };
-        let cache = KvCache::new(&model, 16).expect("a cache");
+        let groups = u32::try_from(model.kv_groups().len()).expect("few groups");
+        let cache = KvCache::new(&model, 16 * groups).expect("a cache");
         Self { model, cache, workspace: Workspace::default(), slots, table }
     }
 
     /// Computes positions `start..start + tokens` of one sequence and returns the next token.
     pub fn step(&mut self, start: u32, tokens: &[u32]) -> u32 {
         let sampling = Sampling::default();
+        let run = |group: u32| PageRun { first: 0, pages: (16 * group..16 * (group + 1)).collect() };
+        let pages = (0..).zip(self.model.kv_groups()).map(|(group, _)| run(group)).collect();
         let row = Row {
             request: 0,
             start,
             tokens: tokens.to_vec(),
-            pages: (0..16).collect(),
+            pages,
             sample: Some(SampleSpec { sampling, draw: 0, history: vec![] }),
         };
         let forward = Forward {

@@ -10,12 +10,13 @@ use lite_llm_core::engine::Engine;
 use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
 use lite_llm_core::input::{Input, RowResult};
 use lite_llm_core::output::{Forward, Output, Row};
+use lite_llm_core::pages::PageRun;
 use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::replay::decode_input;
 use lite_llm_core::time::Time;
 use lite_llm_core::view::RequestView;
 use lite_llm_hw::blobs::Blobs;
-use lite_llm_model::kernels::{DType, Isa};
+use lite_llm_model::kernels::{DType, Isa, PAGE_POSITIONS};
 use lite_llm_model::tokenizer::Tokenizer;
 use lite_llm_model::{
     Checkpoint, ExpertLoader, ExpertSource, KvCache, Model, ModelOptions, Provided, StepError, Stopped,
@@ -105,7 +106,7 @@ impl Recompute {
     /// Computes the prefixes that were in the cache when a snapshot was taken.
     pub(crate) fn begin(&mut self, engine: &Engine) -> anyhow::Result<()> {
         let view = engine.view();
-        self.cache = Some(KvCache::new(&self.model, view.carving().pages)?);
+        self.cache = Some(self.cache(view.carving().pages)?);
         for request in view.requests() {
             self.fill(engine, &request)?;
         }
@@ -136,7 +137,7 @@ impl Recompute {
         }
         for output in moment.outputs {
             match output {
-                Output::Carve(carving) => self.cache = Some(KvCache::new(&self.model, carving.pages)?),
+                Output::Carve(carving) => self.cache = Some(self.cache(carving.pages)?),
                 Output::Forward(forward) => {
                     self.experts.modified = moment.engine.view().modified(forward.generation);
                     self.pending = Some(forward.clone());
@@ -183,7 +184,10 @@ impl Recompute {
         let view = engine.view();
         let plan = view.plan().context("a request without a plan")?;
         let all: Vec<u32> = request.body.prompt.iter().chain(request.tokens).copied().collect();
-        let mut start = self.prefix.get(&request.number).copied().unwrap_or(0).min(request.computed);
+        // Where layers see a window only, pages were given back: all is computed again.
+        let again = plan.kv_groups.iter().any(Option::is_some);
+        let before = self.prefix.get(&request.number).copied().filter(|_| !again);
+        let mut start = before.unwrap_or(0).min(request.computed);
         for segment in request.segments {
             self.experts.modified = view.modified(segment.generation);
             let names = view.generations().into_iter().find(|(g, _)| *g == segment.generation);
@@ -191,12 +195,11 @@ impl Recompute {
             let tiers = plan.tier_set(&names).map_err(anyhow::Error::msg)?;
             while start < segment.until.min(request.computed) {
                 let until = segment.until.min(request.computed).min(start + PREFIX_CHUNK as u32);
-                let pages = until.div_ceil(plan.page_positions) as usize;
                 let row = Row {
                     request: request.number,
                     start,
                     tokens: all[start as usize..until as usize].to_vec(),
-                    pages: request.pages[..pages].to_vec(),
+                    pages: runs(plan, view.carving().pages, request.pages, start, until),
                     sample: None,
                 };
                 self.compute(&step(segment.generation, tiers.clone(), row))?;
@@ -205,6 +208,13 @@ impl Recompute {
         }
         self.prefix.insert(request.number, request.computed);
         Ok(())
+    }
+
+    /// A cache with the pages that the engine knows, and those that [`runs`] puts beside them.
+    fn cache(&self, pages: u32) -> anyhow::Result<KvCache> {
+        let beside = self.model.kv_groups().iter().flatten();
+        let beside = beside.map(|&window| beside_pages(window)).fold(pages, u32::saturating_add);
+        Ok(KvCache::new(&self.model, beside)?)
     }
 
     fn compute(&mut self, forward: &Forward) -> anyhow::Result<Vec<RowResult>> {
@@ -269,6 +279,26 @@ impl std::error::Error for OtherBits {}
 fn say(row: &RowResult) -> String {
     let token = row.token.map_or_else(|| "none".into(), |token| token.to_string());
     format!("token {token}, digest {}", row.digest)
+}
+
+/// Pages for the stretch of a prefix: those that the request holds, and for positions whose pages it gave back, as no later
+/// one sees them, others beside those that the engine knows.
+fn runs(plan: &ModelPlan, pages: u32, held: &[PageRun], start: u32, until: u32) -> Vec<PageRun> {
+    let mut beside = pages;
+    let run = |(held, window): (&PageRun, &Option<u32>)| {
+        let count = window.map_or(0, beside_pages);
+        let first = plan.first_place(*window, start);
+        let page = |place: u32| held.page(place).unwrap_or_else(|| beside + place % count);
+        let run = PageRun { first, pages: (first..until.div_ceil(plan.page_positions)).map(page).collect() };
+        beside += count;
+        run
+    };
+    held.iter().zip(&plan.kv_groups).map(run).collect()
+}
+
+/// Pages that a window and the stretch after it touch at most.
+const fn beside_pages(window: u32) -> u32 {
+    (window + PREFIX_CHUNK as u32) / PAGE_POSITIONS as u32 + 2
 }
 
 fn step(generation: Generation, tiers: Vec<u32>, row: Row) -> Forward {

@@ -160,7 +160,8 @@ impl State {
     /// Pages without which some accepted request could not be finished.
     fn pages_needed(&self) -> u32 {
         let plan = self.plan();
-        self.requests.live().map(|request| request.pages_alone(plan)).max().unwrap_or(1).max(1)
+        let alone = self.requests.live().map(|request| request.pages_alone(plan));
+        alone.chain([plan.pages_for(1, 1)]).max().unwrap_or(1)
     }
 
     fn load_base(&mut self, cx: &mut Context<'_>, shard: u32) {
@@ -274,7 +275,8 @@ fn carve(config: &Config, plan: &ModelPlan, pages_min: u32) -> Result<Carving, S
         ));
     }
     let free = config.memory_bytes - fixed;
-    let context_pages = plan.context.div_ceil(plan.page_positions);
+    let chunk = config.prefill_chunk.min(config.limits.step_positions_max).max(1);
+    let context_pages = plan.pages_for(plan.context, chunk);
     let pages_max = context_pages.saturating_mul(config.limits.rows_max).max(pages_min);
     let fit = |bytes: u64, each: u64| u32::try_from(bytes / each.max(1)).unwrap_or(u32::MAX);
 

@@ -23,7 +23,7 @@ pub mod journal;
 pub mod lifecycle;
 mod modification;
 pub mod output;
-mod pages;
+pub mod pages;
 pub mod plan;
 pub mod random;
 pub mod replay;
@@ -40,4 +40,4 @@ pub mod topology;
 pub mod view;
 
 /// Version of the fold: a core that would fold a journal differently has another.
-pub const LOGIC_VERSION: u32 = 1;
+pub const LOGIC_VERSION: u32 = 2;

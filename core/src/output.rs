@@ -4,6 +4,7 @@ use crate::digest::Digest;
 use crate::event::Event;
 use crate::ids::{ExpertKey, Generation, LoadId, RequestId, Seq, Slot, StepId};
 use crate::input::Sampling;
+use crate::pages::PageRun;
 use crate::time::Time;
 use alloc::{string::String, vec::Vec};
 use serde::{Deserialize, Serialize};
@@ -28,8 +29,9 @@ pub struct Row {
     pub start: u32,
     /// Token ids at positions `start..`.
     pub tokens: Vec<u32>,
-    /// Pages of KV cache, enough for every position up to the last.
-    pub pages: Vec<u32>,
+    /// Pages of KV cache, a run for each group of layers: enough for every position up to the last, from the first that
+    /// one of these positions sees.
+    pub pages: Vec<PageRun>,
     /// How the next token is chosen; `None` if it is known or not yet due.
     pub sample: Option<SampleSpec>,
 }

@@ -57,8 +57,11 @@ pub struct ModelPlan {
     pub overhead_bytes: u64,
     /// Positions in one page of KV cache.
     pub page_positions: u32,
-    /// Bytes of one page of KV cache, all layers.
+    /// Bytes of one page of KV cache: the layers of one group.
     pub page_bytes: u64,
+    /// The groups of layers that have pages of their own, all of one size: how many last positions, its own included, a
+    /// position sees in their layers; all if `None`.
+    pub kv_groups: Vec<Option<u32>>,
     /// Longest sequence, in positions.
     pub context: u32,
     /// Token ids are below this.
@@ -87,6 +90,9 @@ impl ModelPlan {
         if self.page_positions == 0 || self.page_bytes == 0 || self.context == 0 || self.vocab == 0 {
             return Err("page size, context and vocabulary must not be 0".into());
         }
+        if self.kv_groups.is_empty() || self.kv_groups.contains(&Some(0)) {
+            return Err("the KV cache needs a group of layers, and a window at least one position".into());
+        }
         let moe = !self.moe_layers.is_empty();
         if moe && (self.tiers.is_empty() || self.top_k == 0 || self.slot_bytes == 0) {
             return Err("a model with mixture layers needs tiers, top_k and a slot size".into());
@@ -105,10 +111,32 @@ impl ModelPlan {
                 .filter(|&n| n <= Self::COUNT_MAX)
                 .ok_or_else(|| format!("tier {} has no or too many experts", tier.name))?;
         }
-        if self.moe_layers.len() > crate::ids::index(Self::COUNT_MAX) {
+        let groups_max = crate::ids::index(Self::COUNT_MAX);
+        if self.moe_layers.len() > groups_max || self.kv_groups.len() > groups_max {
             return Err("too many layers".into());
         }
         Ok(())
+    }
+
+    /// The first page of a sequence, by its place, that the computation of a position reads in layers of this window.
+    #[must_use]
+    pub fn first_place(&self, window: Option<u32>, position: u32) -> u32 {
+        window.map_or(0, |window| position.saturating_add(1).saturating_sub(window) / self.page_positions)
+    }
+
+    /// The most pages that a sequence of some positions needs at once, if up to `chunk` of them are computed together.
+    #[must_use]
+    pub fn pages_for(&self, positions: u32, chunk: u32) -> u32 {
+        let all = positions.div_ceil(self.page_positions);
+        let of_group = |window: &Option<u32>| match window {
+            None => all,
+            // The positions before the chunk that its first one sees, and the chunk, wherever pages begin.
+            Some(window) => {
+                let seen = (window - 1).saturating_add(chunk - 1);
+                all.min(seen.div_ceil(self.page_positions).saturating_add(1))
+            }
+        };
+        self.kv_groups.iter().map(of_group).fold(0, u32::saturating_add)
     }
 
     /// Resolves tier names to indices, ascending; no names mean every tier.
@@ -164,5 +192,49 @@ impl ModelPlan {
         let tier = self.tiers.get(crate::ids::index(key.tier));
         self.moe_layers.binary_search(&key.layer).is_ok()
             && tier.is_some_and(|t| key.group < t.groups && key.expert < t.experts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec;
+
+    /// What a sequence needs is what it touches, wherever chunks begin.
+    #[test]
+    fn pages_are_bounded_by_the_window_and_a_chunk() {
+        for window in 1..20 {
+            for chunk in 1..10 {
+                let plan = ModelPlan { page_positions: 4, kv_groups: vec![Some(window)], ..blank() };
+                let touched =
+                    |start: u32| (start + chunk).div_ceil(4) - plan.first_place(Some(window), start);
+                let most = (0..60).map(touched).max();
+                assert_eq!(most, Some(plan.pages_for(70, chunk)), "window {window}, chunk {chunk}");
+                let both = ModelPlan { kv_groups: vec![None, Some(window)], ..plan.clone() };
+                assert_eq!(both.pages_for(70, chunk), 18 + plan.pages_for(70, chunk));
+                assert_eq!(both.pages_for(3, chunk), 2, "no more than the sequence itself");
+            }
+        }
+    }
+
+    fn blank() -> ModelPlan {
+        ModelPlan {
+            format: ModelPlan::FORMAT,
+            identity: Identity::default(),
+            tiers: vec![],
+            moe_layers: vec![],
+            layers: 1,
+            top_k: 0,
+            slot_bytes: 0,
+            base_shards: vec![],
+            router_bytes: 0,
+            overhead_bytes: 0,
+            page_positions: 4,
+            page_bytes: 40,
+            kv_groups: vec![None],
+            context: 100,
+            vocab: 10,
+            eos: vec![],
+        }
     }
 }

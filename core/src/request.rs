@@ -6,6 +6,7 @@ use crate::ids::{Generation, RequestId, index, len32};
 use crate::input::{Body, Priority, RowResult, Sampling};
 use crate::lifecycle::Lifecycle;
 use crate::output::{FinishReason, Output};
+use crate::pages::PageRun;
 use crate::plan::ModelPlan;
 use crate::state::State;
 use crate::step::StepRow;
@@ -29,7 +30,8 @@ pub(crate) struct Request {
     pub(crate) tokens: Vec<u32>,
     /// Positions whose keys and values are in the pages.
     pub(crate) computed: u32,
-    pub(crate) pages: Vec<u32>,
+    /// For each group of layers, or nothing.
+    pub(crate) pages: Vec<PageRun>,
     /// Under which generation each position was computed first, and is for ever.
     pub(crate) segments: Vec<Segment>,
     /// Some step with it failed: it runs alone until a step succeeds.
@@ -98,9 +100,14 @@ impl Request {
         positions_max(&self.body, plan)
     }
 
-    /// Pages that it holds at its end.
+    /// Pages with which it can be finished, if it has to position by position.
     pub(crate) fn pages_alone(&self, plan: &ModelPlan) -> u32 {
-        self.positions_max(plan).div_ceil(plan.page_positions)
+        plan.pages_for(self.positions_max(plan), 1)
+    }
+
+    /// Whether it keeps a page from others.
+    pub(crate) fn holds_pages(&self) -> bool {
+        self.pages.iter().any(|run| !run.pages.is_empty())
     }
 
     /// Whether no model of this plan can have accepted it.
@@ -348,7 +355,7 @@ impl State {
         }
         let plan = self.plan();
         check_body(body, plan)?;
-        let pages = positions_max(body, plan).div_ceil(plan.page_positions);
+        let pages = plan.pages_for(positions_max(body, plan), 1);
         if pages > self.carving.pages {
             return Err(format!(
                 "needs {pages} pages of KV cache, there are {}: ask for fewer tokens, or give at least {} bytes more memory",
@@ -422,6 +429,9 @@ impl State {
         let plan = self.plan.as_ref().expect("a step had a plan");
         let request = self.requests.live_mut(row.request);
         request.computed_to(row.start + row.len, generation);
+        for (window, run) in plan.kv_groups.iter().zip(&mut request.pages) {
+            self.pages.recycle(run, plan.first_place(*window, request.computed));
+        }
         request.alone = false;
         if let Some(reason) = request.ending.take() {
             return self.finish(cx, row.request, reason);

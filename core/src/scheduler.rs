@@ -6,9 +6,11 @@
 
 use crate::engine::Context;
 use crate::event::Event;
-use crate::ids::{ExpertKey, Generation, Slot, index, len32};
+use crate::ids::{ExpertKey, Generation, Slot, index};
 use crate::output::{Forward, Output, Row, SampleSpec};
+use crate::pages::PageRun;
 use crate::random::{Purpose, draw};
+use crate::request::Request;
 use crate::state::State;
 use crate::step::{Step, StepRow};
 use alloc::vec::Vec;
@@ -91,15 +93,20 @@ impl State {
     /// A request's row up to `end`, or as far as pages can be had.
     fn row(&mut self, cx: &mut Context<'_>, number: u64, end: u32, chosen: &[StepRow]) -> Option<StepRow> {
         let page_positions = self.plan().page_positions;
-        let held = |state: &Self| len32(state.requests.by_number(number).map_or(0, |r| r.pages.len()));
-        while held(self) * page_positions < end {
-            if self.pages.free_len() == 0 && !self.preempt_for(cx, number, chosen) {
-                break;
+        let groups = self.plan().kv_groups.len();
+        self.requests.live_mut(number).pages.resize_with(groups, PageRun::default);
+        // Place by place in all groups, so that what there is serves whole positions.
+        let end = loop {
+            let runs = &self.requests.by_number(number).expect("a candidate is unfinished").pages;
+            let shortest = runs.iter().enumerate().min_by_key(|(_, run)| run.end());
+            let (group, place) = shortest.map(|(i, run)| (i, run.end())).expect("a plan has groups");
+            let reached = place.saturating_mul(page_positions);
+            if reached >= end || (self.pages.free_len() == 0 && !self.preempt_for(cx, number, chosen)) {
+                break end.min(reached);
             }
             let page = self.pages.take().expect("one is free");
-            self.requests.live_mut(number).pages.push(page);
-        }
-        let end = end.min(held(self) * page_positions);
+            self.requests.live_mut(number).pages[group].pages.push(page);
+        };
         let request = self.requests.by_number(number).expect("a candidate is unfinished");
         let (start, target) = (request.computed, request.target());
         (end > start).then_some(StepRow { request: number, start, len: end - start, sample: end == target })
@@ -118,7 +125,7 @@ impl State {
                 other != number
                     && Some(other) != oldest
                     && chosen.iter().all(|row| row.request != other)
-                    && self.requests.by_number(other).is_some_and(|request| !request.pages.is_empty())
+                    && self.requests.by_number(other).is_some_and(Request::holds_pages)
             });
         let Some(victim) = victim else { return false };
         let request = self.requests.live_mut(victim);
@@ -155,12 +162,12 @@ impl State {
             // The draw is named by the position that the new token will have.
             SampleSpec { draw: draw(sampling.seed, Purpose::Sample, 0, u64::from(end)), sampling, history }
         });
-        let pages = index(end.div_ceil(self.plan().page_positions));
+        let places = end.div_ceil(self.plan().page_positions);
         Row {
             request: row.request,
             start: row.start,
             tokens: (row.start..end).map(|position| request.token_at(position)).collect(),
-            pages: request.pages[..pages].to_vec(),
+            pages: request.pages.iter().map(|run| run.until(places)).collect(),
             sample,
         }
     }

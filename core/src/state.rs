@@ -95,13 +95,21 @@ impl State {
     pub(crate) fn check(&self) {
         self.residency.check();
         let mut held: alloc::vec::Vec<u32> =
-            self.requests.live().flat_map(|request| request.pages.iter().copied()).collect();
+            self.requests.live().flat_map(|r| &r.pages).flat_map(|run| run.pages.iter().copied()).collect();
         held.extend(self.pages.free());
         held.sort_unstable();
         assert!(
             held.iter().copied().eq(0..self.carving.pages),
             "every page is free or of exactly one request"
         );
+        for request in self.requests.live() {
+            for (run, window) in request.pages.iter().zip(self.plan().kv_groups.iter()) {
+                let first = self.plan().first_place(*window, request.computed);
+                assert_eq!(run.first, first, "a request holds no page that nobody will read");
+                let computed = request.computed.div_ceil(self.plan().page_positions);
+                assert!(run.end() >= computed, "a request holds what its positions will read");
+            }
+        }
         if let Some(step) = &self.steps.current {
             for row in &step.rows {
                 let request =

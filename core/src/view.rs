@@ -6,6 +6,7 @@ use crate::ids::{ExpertKey, Generation, Incarnation, RequestId, Slot, StepId};
 use crate::input::Body;
 use crate::lifecycle::Lifecycle;
 use crate::output::{Carving, FinishReason};
+use crate::pages::PageRun;
 use crate::plan::ModelPlan;
 use crate::request::Request;
 pub use crate::request::Segment;
@@ -32,8 +33,8 @@ pub struct RequestView<'a> {
     pub tokens: &'a [u32],
     /// Positions whose keys and values are in pages.
     pub computed: u32,
-    /// Pages held.
-    pub pages: &'a [u32],
+    /// Pages held, a run for each group of layers; none where nothing is computed.
+    pub pages: &'a [PageRun],
     /// Which generation computed which positions.
     pub segments: &'a [Segment],
 }

@@ -28,6 +28,7 @@ fn plan() -> ModelPlan {
         overhead_bytes: 250,
         page_positions: 4,
         page_bytes: 40,
+        kv_groups: vec![None],
         context: 32,
         vocab: 50,
         eos: vec![2],
@@ -125,6 +126,27 @@ fn compute(engine: &mut Engine, outputs: &[Output], token: u32) -> Vec<Output> {
         |sample: bool| RowResult { token: sample.then_some(token), stop: false, digest: Digest::default() };
     let rows = forward.rows.iter().map(|r| row(r.sample.is_some())).collect();
     feed(engine, Input::Finished { step: forward.step, attempt: forward.attempt, rows, duration_ns: 5 })
+}
+
+/// Every layer sees six positions: the pages of a request do not grow with it.
+#[test]
+fn pages_of_windows_go_round() {
+    let plan = ModelPlan { kv_groups: vec![Some(6); 2], ..plan() };
+    // Six positions touch three pages at most, in each of two groups.
+    let (mut engine, outputs) = boot(Config { memory_bytes: 1000 + 800 + 40 * 6, ..config() });
+    load(&mut engine, &plan, outputs);
+    let pages = engine.view().carving().pages;
+    let mut outputs = feed(&mut engine, submit("a", body(&[3; 20], 12)));
+    let mut held_most = 0;
+    while engine.view().requests().next().is_some() {
+        outputs = compute(&mut engine, &outputs, 5);
+        let held = |run: &lite_llm_core::pages::PageRun| run.pages.len();
+        held_most = held_most.max(engine.view().requests().flat_map(|r| r.pages).map(held).sum());
+    }
+    assert_eq!((pages, held_most), (6, 6));
+    assert_eq!(engine.view().pages_free(), 6, "all are back");
+    let blind = ModelPlan { kv_groups: vec![Some(0)], ..plan };
+    assert!(blind.check().is_err_and(|error| error.contains("window")));
 }
 
 #[test]

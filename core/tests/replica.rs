@@ -35,6 +35,7 @@ fn plan() -> ModelPlan {
         overhead_bytes: 40,
         page_positions: 4,
         page_bytes: 20,
+        kv_groups: vec![None],
         context: 64,
         vocab: 1000,
         eos: vec![1],

@@ -2,7 +2,7 @@
 
 use crate::arch::Arch;
 use crate::checkpoint::{Checkpoint, CheckpointError, Tier};
-use crate::forward::planned_bytes;
+use crate::forward::{KvGroups, planned_bytes};
 use crate::kernels::{CONTRACT_VERSION, DType, Isa, KvShape, PAGE_POSITIONS, Pool, RopeTable, SelfTestError};
 use crate::weights::{Base, ExpertLayout, Router, expert_layout, load_base, pack_expert};
 use lite_llm_core::digest::Digest;
@@ -60,6 +60,7 @@ pub struct Model {
     pub(crate) pool: Pool,
     pub(crate) isa: Isa,
     pub(crate) kv: KvShape,
+    pub(crate) kv_groups: KvGroups,
     pub(crate) rope: RopeTable,
     pub(crate) routing_seed: u64,
     pub(crate) base: Option<Base>,
@@ -88,6 +89,7 @@ impl Model {
             pool,
             isa: options.isa,
             kv,
+            kv_groups: KvGroups::of(arch),
             rope,
             routing_seed: options.routing_seed,
             base: None,
@@ -144,6 +146,7 @@ impl Model {
             overhead_bytes: self.overhead_bytes(u64::from(step_positions_max), u64::from(rows_max)),
             page_positions: PAGE_POSITIONS as u32,
             page_bytes: self.page_bytes() as u64,
+            kv_groups: self.kv_groups().to_vec(),
             context: arch.context,
             vocab: arch.vocab as u32,
             eos: self.checkpoint.eos().to_vec(),
@@ -155,9 +158,14 @@ impl Model {
         self.expert.as_ref().map_or(0, |layout| layout.bytes().next_multiple_of(4096))
     }
 
-    /// Bytes of a page of KV cache: keys and values of 64 positions in every layer.
+    /// The groups of layers that have pages of KV cache of their own: how many last positions a position sees in them.
+    pub fn kv_groups(&self) -> &[Option<u32>] {
+        &self.kv_groups.windows
+    }
+
+    /// Bytes of a page of KV cache: keys and values of 64 positions in every layer of a group.
     pub fn page_bytes(&self) -> usize {
-        self.arch().layers.len() * (self.kv.key_page_bytes() + self.kv.value_page_bytes())
+        self.kv_groups.layers * (self.kv.key_page_bytes() + self.kv.value_page_bytes())
     }
 
     fn base_bytes(&self) -> Result<u64, ModelError> {

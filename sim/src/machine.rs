@@ -156,8 +156,9 @@ impl Machine {
         let fixed = 1900;
         // The smallest arena makes layers go in waves.
         let slots = if choice.chance(400) { 2 } else { 2 + choice.below(all) };
+        let pages = u64::from(plan.pages_for(plan.context, 1)) + choice.below(35);
         let config = Config {
-            memory_bytes: fixed + 400 * (12 + choice.below(30)) + 1000 * slots,
+            memory_bytes: fixed + plan.page_bytes * pages + 1000 * slots,
             routing_seed: None,
             tier_set: if choice.chance(500) { vec![] } else { vec!["small".into()] },
             modes: [("fast", vec!["small"]), ("max", vec!["small", "large"])]
@@ -299,7 +300,8 @@ impl Machine {
             Output::Reserve { .. } => self.inbox.push_back(Input::Reserved),
             Output::ReadManifest => self.inbox.push_back(Input::ManifestRead { plan: self.plan.clone() }),
             Output::Carve(carving) => {
-                let bytes = u64::from(carving.slots) * 1000 + u64::from(carving.pages) * 400 + 1900;
+                let bytes =
+                    u64::from(carving.slots) * 1000 + u64::from(carving.pages) * carving.page_bytes + 1900;
                 assert!(bytes <= self.config.memory_bytes, "arenas stay within the budget");
                 self.slots = vec![None; carving.slots as usize];
                 self.pages = vec![vec![0; 4]; carving.pages as usize];

@@ -9,7 +9,11 @@ use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
 use lite_llm_core::random::{Purpose, draw};
 use std::collections::BTreeMap;
 
-/// A small plan: two tiers of 3 and 4 experts in 3 mixture layers, pages of 4 positions.
+/// Positions that a position sees in the second group of layers, its own included: more than a page of them.
+const WINDOW: u32 = 6;
+
+/// A small plan: two tiers of 3 and 4 experts in 3 mixture layers, pages of 4 positions; one group of layers sees all
+/// positions, one a window of 6.
 #[must_use]
 pub fn plan() -> ModelPlan {
     ModelPlan {
@@ -27,7 +31,8 @@ pub fn plan() -> ModelPlan {
         router_bytes: 100,
         overhead_bytes: 1000,
         page_positions: 4,
-        page_bytes: 400,
+        page_bytes: 200,
+        kv_groups: vec![None, Some(WINDOW)],
         context: 48,
         vocab: 97,
         eos: vec![1],
@@ -60,10 +65,17 @@ pub struct Setting {
     pub blobs: BTreeMap<ExpertKey, Digest>,
 }
 
-/// What a position leaves in the cache: it depends on every token before it and on the tiers of each.
+/// What a position leaves in the cache: it depends on every token before it and on the tiers of each. `before` is what the
+/// position before it left, `seen` what those left that its window shows, oldest first, its own excluded.
 #[must_use]
-pub fn cached(before: u64, token: u32, tiers: &[u32]) -> u64 {
-    tiers.iter().fold(mix(before, u64::from(token)), |sum, &tier| mix(sum, u64::from(tier)))
+pub fn cached(before: u64, seen: impl IntoIterator<Item = u64>, token: u32, tiers: &[u32]) -> u64 {
+    let sum = seen.into_iter().fold(mix(before, u64::from(token)), mix);
+    tiers.iter().fold(sum, |sum, &tier| mix(sum, u64::from(tier)))
+}
+
+/// The positions before this one that its window shows.
+pub fn seen(position: u32) -> core::ops::Range<u32> {
+    (position + 1).saturating_sub(WINDOW)..position
 }
 
 /// The experts that a position selects in a layer: one or two of the active tiers.
@@ -90,11 +102,13 @@ pub fn token(plan: &ModelPlan, cached: u64, contents: impl IntoIterator<Item = u
 pub fn reference(plan: &ModelPlan, body: &Body, setting_at: impl Fn(u32) -> Setting, len: usize) -> Vec<u32> {
     let mut sequence = body.prompt.clone();
     let mut tokens = Vec::new();
-    let mut state = 0;
+    let mut states: Vec<u64> = Vec::new();
     let mut position = 0u32;
     while tokens.len() < len {
         let Setting { tiers, blobs } = setting_at(position);
-        state = cached(state, sequence[position as usize], &tiers);
+        let seen = seen(position).map(|seen| states[seen as usize]);
+        let state = cached(states.last().copied().unwrap_or(0), seen, sequence[position as usize], &tiers);
+        states.push(state);
         position += 1;
         if position as usize == sequence.len() {
             let experts = plan.moe_layers.iter().flat_map(|&layer| route(plan, state, layer, &tiers));

@@ -9,6 +9,7 @@ use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
 use lite_llm_core::input::{RowResult, Sampling};
 use lite_llm_core::output::{Forward, Row, SampleSpec};
+use lite_llm_core::pages::PageRun;
 use lite_llm_model::kernels::{DType, Isa};
 use lite_llm_model::{
     Capture, Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped, Workspace,
@@ -123,15 +124,17 @@ impl ExpertSource for Experts {
     }
 }
 
-/// A step of one row from position 0 that samples greedily, under the first tier.
-pub fn first_step(tokens: Vec<u32>, resident: Option<Vec<(ExpertKey, Slot)>>) -> Forward {
+/// A step of one row from position 0 that samples greedily, under the first tier, with one page for each group of layers.
+pub fn first_step(model: &Model, tokens: Vec<u32>, resident: Option<Vec<(ExpertKey, Slot)>>) -> Forward {
+    let pages =
+        (0..).zip(model.kv_groups()).map(|(page, _)| PageRun { first: 0, pages: vec![page] }).collect();
     let sample = Some(SampleSpec { sampling: Sampling::default(), draw: 0, history: vec![] });
     Forward {
         step: StepId(0),
         attempt: 0,
         generation: Generation(0),
         tiers: vec![0],
-        rows: vec![Row { request: 0, start: 0, tokens, pages: vec![0], sample }],
+        rows: vec![Row { request: 0, start: 0, tokens, pages, sample }],
         resident,
     }
 }
@@ -167,6 +170,19 @@ pub fn run(model: &Model, tiers: &[u32], prompt: &[u32], steps: usize, how: How)
     run_modified(model, tiers, prompt, steps, how, None)
 }
 
+/// Pages for the positions from one to another, of 8 for each group of layers. Where layers see a window only, no more
+/// pages are used than that needs, so that what lies before it is overwritten.
+fn runs(model: &Model, base: u32, chunk: usize, start: usize, end: usize) -> Vec<PageRun> {
+    let [chunk, start, end] = [chunk, start, end].map(|n| u32::try_from(n).unwrap());
+    let run = |(group, window): (u32, &Option<u32>)| {
+        let first = window.map_or(0, |window| (start + 1).saturating_sub(window) / 64);
+        let used = window.map_or(8, |window| 8.min((window + chunk) / 64 + 2));
+        let page = |place| base + 8 * group + (place + 5) % used;
+        PageRun { first, pages: (first..end.div_ceil(64)).map(page).collect() }
+    };
+    (0..).zip(model.kv_groups()).map(run).collect()
+}
+
 /// An expert, and the bytes of its slot.
 pub type Change = (ExpertKey, Vec<u8>);
 
@@ -179,12 +195,14 @@ pub fn run_modified(
     how: How,
     mut modified: Option<(usize, &[Change])>,
 ) -> Seen {
-    let mut cache = KvCache::new(model, 8 * u32::try_from(how.batch).unwrap()).unwrap();
+    let groups = u32::try_from(model.kv_groups().len()).unwrap();
+    let mut cache = KvCache::new(model, 8 * groups * u32::try_from(how.batch).unwrap()).unwrap();
     let mut workspace = Workspace::default();
     let mut experts = Experts::load(model);
     let table: Vec<_> = experts.table.iter().copied().filter(|(key, _)| tiers.contains(&key.tier)).collect();
+    let vocab = u32::try_from(model.arch().vocab).unwrap();
     let mut sequences: Vec<Vec<u32>> = (0..how.batch)
-        .map(|r| prompt.iter().map(|t| (t + 13 * u32::try_from(r).unwrap()) % 512).collect())
+        .map(|r| prompt.iter().map(|t| (t + 13 * u32::try_from(r).unwrap()) % vocab).collect())
         .collect();
     let mut computed = 0;
     let mut seen = Seen::default();
@@ -207,7 +225,7 @@ pub fn run_modified(
                 request: u64::from(r),
                 start: u32::try_from(computed).unwrap(),
                 tokens: sequence[computed..end].to_vec(),
-                pages: (0..8).map(|page| 8 * r + (page + 5) % 8).collect(),
+                pages: runs(model, 8 * groups * r, how.chunk, computed, end),
                 sample: (end == sequence.len()).then(|| SampleSpec {
                     sampling: Sampling::default(),
                     draw: 0,

@@ -27,7 +27,7 @@ fn a_warm_decode_step_allocates_routes_and_results_alone() {
         let mut cache = KvCache::new(&model, 1).unwrap();
         let mut workspace = Workspace::default();
         let resident = experts.resident();
-        let mut step = first_step(vec![5, 6, 7, 8], Some(resident));
+        let mut step = first_step(&model, vec![5, 6, 7, 8], Some(resident));
         model.forward(&step, &mut cache, &mut workspace, &mut experts, None).unwrap();
         let mut counts = Vec::new();
         for position in 4..12 {

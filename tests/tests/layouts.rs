@@ -92,7 +92,7 @@ fn failure(poisoned: &str) -> StepError {
     let model = open(dir.path(), PLAIN);
     let mut experts = Experts::load(&model);
     let mut cache = KvCache::new(&model, 1).unwrap();
-    let step = first_step(PROMPT.to_vec(), None);
+    let step = first_step(&model, PROMPT.to_vec(), None);
     model.forward(&step, &mut cache, &mut Workspace::default(), &mut experts, None).unwrap_err()
 }
 

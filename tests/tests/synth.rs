@@ -333,7 +333,7 @@ fn logits_are_finite_and_spread_and_experts_are_all_used() {
             slots.0.push(slot);
         }
         let mut cache = KvCache::new(&model, 1).unwrap();
-        let step = first_step((3..63).map(|n| n * 4).collect(), Some(table));
+        let step = first_step(&model, (3..63).map(|n| n * 4).collect(), Some(table));
         let mut seen = Seen::default();
         model.forward(&step, &mut cache, &mut Workspace::default(), &mut slots, Some(&mut seen)).unwrap();
         let all: Vec<f64> = seen.logits.iter().flatten().map(|&l| f64::from(l)).collect();

@@ -6,6 +6,7 @@ use crate::digest::Digest;
 use crate::ids::{Seq, StepId};
 use crate::input::Input;
 use crate::journal::{Record, Snapshot};
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
@@ -75,7 +76,7 @@ pub enum Payload {
     /// To the leader: I have done, or could not do, what an output asked of me.
     Answer {
         /// What I would tell an engine of my own.
-        input: Input,
+        input: Box<Input>,
     },
     /// From the leader: some rank cannot go on with this attempt; give it up.
     Abort {

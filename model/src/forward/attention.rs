@@ -109,8 +109,10 @@ impl Model {
         let of_key = self.kv.kv_heads * self.kv.key_dim;
         let of_value = if self.kv.values_in_keys { 0 } else { self.kv.kv_heads * self.kv.value_dim };
         // Rounded to storage before any use, so that every later reader sees what this step sees.
+        let group = self.kv_groups.of_layer(index);
         for (i, at) in batch.at.iter().enumerate() {
-            let page = step.rows[at.row as usize].pages[at.position as usize / PAGE_POSITIONS];
+            let page = step.rows[at.row as usize].pages[group].page(at.position / PAGE_POSITIONS as u32);
+            let page = page.expect("a row has a page for each of its positions");
             let (keys, values) = (&k[i * of_key..][..of_key], &v[i * of_value..][..of_value]);
             cache.write(index, page, at.position, keys, values);
         }
@@ -122,8 +124,11 @@ impl Model {
         };
         let (mut q, mut rest, mut positions) = (q, mixed, batch.positions);
         for row in &step.rows {
+            let run = &row.pages[group];
             let mut pages: Vec<KvPage<'_>> = emptied(std::mem::take(room));
-            pages.extend(row.pages.iter().map(|&page| cache.page(index, page)));
+            // What lies before every window is gone.
+            pages.extend(std::iter::repeat_n(KvPage { keys: &[], values: &[] }, run.first as usize));
+            pages.extend(run.pages.iter().map(|&page| cache.page(index, page)));
             let kv = PagedKv::new(self.kv, &pages).expect("pages of this shape");
             let positions = positions.split_off(..row.tokens.len()).expect("positions of every row");
             let q = q.split_off(..row.tokens.len() * of_query).expect("queries of every row");

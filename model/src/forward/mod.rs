@@ -14,6 +14,7 @@ mod router;
 mod tiered;
 mod workspace;
 
+pub(crate) use cache::KvGroups;
 use experts::ROWS_TOGETHER;
 pub(crate) use workspace::planned_bytes;
 

@@ -6,6 +6,7 @@ use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_core::input::{Fault, Input, RowResult};
 use lite_llm_core::output::Forward;
+use lite_llm_core::pages::PageRun;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A step that is being computed.
@@ -30,12 +31,16 @@ impl Machine {
         let mut cached = Vec::new();
         for row in &forward.rows {
             let mut states = Vec::new();
-            let mut before = if row.start == 0 { 0 } else { self.page_of(&row.pages, row.start - 1) };
+            let [whole, window] = row.pages.as_slice() else { panic!("a run for each group of layers") };
             for (position, &token) in (row.start..).zip(&row.tokens) {
-                before = model::cached(before, token, &forward.tiers);
-                let page = row.pages[position as usize / 4] as usize;
-                self.pages[page][position as usize % 4] = before;
-                states.push(before);
+                let before = position.checked_sub(1).map_or(0, |before| self.read(whole, before));
+                let seen = model::seen(position).map(|seen| self.read(window, seen));
+                let state = model::cached(before, seen, token, &forward.tiers);
+                for run in [whole, window] {
+                    let page = run.page(position / 4).expect("a page for each position");
+                    self.pages[page as usize][position as usize % 4] = state;
+                }
+                states.push(state);
             }
             cached.push(states);
         }
@@ -53,8 +58,10 @@ impl Machine {
         });
     }
 
-    pub(super) fn page_of(&self, pages: &[u32], position: u32) -> u64 {
-        self.pages[pages[position as usize / 4] as usize][position as usize % 4]
+    /// What a position left in a group of layers.
+    fn read(&self, run: &PageRun, position: u32) -> u64 {
+        let page = run.page(position / 4).expect("a page of every position that is seen");
+        self.pages[page as usize][position as usize % 4]
     }
 
     /// The next thing that the compute backend does.

@@ -433,7 +433,7 @@ impl Peer {
             }
             Some(Payload::Committed { seq }) if from_leader => self.committed_to(seq),
             Some(Payload::Durable { seq }) => self.follower_durable(rank, seq),
-            Some(Payload::Answer { input }) => self.answered(now, rank, input),
+            Some(Payload::Answer { input }) => self.answered(now, rank, *input),
             Some(Payload::Abort { step, attempt }) if from_leader => {
                 self.out.push_back(PeerOutput::Obey(Output::Abort { step, attempt }));
             }

@@ -177,7 +177,7 @@ impl Peer {
             self.answered(now, self.rank, input);
         } else if let Some(membership) = &self.membership {
             let leader = membership.leader;
-            self.send(now, leader, Payload::Answer { input });
+            self.send(now, leader, Payload::Answer { input: input.into() });
         }
     }
 
