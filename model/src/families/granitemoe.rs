@@ -1,5 +1,6 @@
 //! Granite-MoE: constant factors of embedding, scores, residuals and logits; experts in two tensors.
 
+use super::DEFAULTS;
 use crate::arch::{Arch, ExpertForm, Moe, Multipliers, Score};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::Config;
@@ -13,7 +14,7 @@ const EXPERTS: &[ExpertForm] = &[
 ];
 
 pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
-    let mut arch = super::common(config, "granitemoe")?;
+    let mut arch = super::common(config, "granitemoe", DEFAULTS)?;
     let bias = config.flag_or("attention_bias", false)?;
     (arch.attention.qkv_bias, arch.attention.o_bias) = (bias, bias);
     arch.attention.scale = config.number_or("attention_multiplier", 1.0)? as f32;
@@ -22,7 +23,7 @@ pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
         residual: config.number_or("residual_multiplier", 1.0)? as f32,
         logits: config.number_or("logits_scaling", 1.0)? as f32,
     };
-    let (experts, top_k) = (config.size("num_local_experts")?, config.size("num_experts_per_tok")?);
+    let (experts, top_k) = (super::experts(config)?, config.size("num_experts_per_tok")?);
     arch.moe = Some(Moe {
         score: Score::SoftmaxOfSelected,
         routers: &["block_sparse_moe.router.layer", "block_sparse_moe.router"],

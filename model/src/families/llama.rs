@@ -1,11 +1,12 @@
 //! Llama: dense; the control without experts.
 
+use super::DEFAULTS;
 use crate::arch::Arch;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::Config;
 
 pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
-    let mut arch = super::common(config, "llama")?;
+    let mut arch = super::common(config, "llama", DEFAULTS)?;
     if config.flag_or("mlp_bias", false)? {
         return Err(config.unsupported("mlp_bias", "true", "only blocks without bias are computed"));
     }

@@ -81,10 +81,36 @@ pub fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
     Ok(arch)
 }
 
+/// What transformers takes where a configuration is silent.
+#[derive(Clone, Copy, Debug)]
+struct Defaults {
+    /// Base of the rotary frequencies.
+    theta: f64,
+    /// The part of a head that is rotated.
+    partial: f64,
+    /// Epsilon of norms.
+    eps: f64,
+}
+
+/// What most families take.
+const DEFAULTS: Defaults = Defaults { theta: 10000.0, partial: 1.0, eps: 1e-6 };
+
+/// Experts of a layer, by whichever of their names is there.
+fn experts(config: &Config<'_>) -> Result<usize, CheckpointError> {
+    let names = ["num_experts", "num_local_experts", "n_routed_experts"];
+    let mut there = names.into_iter().filter(|name| config.has(name));
+    let name = there.next().unwrap_or(names[0]);
+    let count = config.size(name)?;
+    match there.find(|other| config.size(other).is_ok_and(|other| other != count)) {
+        None => Ok(count),
+        Some(other) => Err(config.invalid(other, &format!("it contradicts {name}, which is {count}"))),
+    }
+}
+
 /// What all families share; each changes what is its own.
-fn common(config: &Config<'_>, family: &'static str) -> Result<Arch, CheckpointError> {
+fn common(config: &Config<'_>, family: &'static str, defaults: Defaults) -> Result<Arch, CheckpointError> {
     let activation = config.text_or("hidden_act", "silu")?;
-    if activation != "silu" {
+    if activation != "silu" && activation != "swish" {
         return Err(config.unsupported("hidden_act", &activation, "only silu is computed"));
     }
     let hidden = config.size("hidden_size")?;
@@ -94,14 +120,15 @@ fn common(config: &Config<'_>, family: &'static str) -> Result<Arch, CheckpointE
     if layers > LAYERS_MAX {
         return Err(config.invalid("num_hidden_layers", "no model has that many"));
     }
-    let context = config.count("max_position_embeddings")?;
+    let of_rope = rope::Defaults { theta: defaults.theta, partial: defaults.partial };
+    let (rope, context) = rope::read(config, head_dim, of_rope)?;
     Ok(Arch {
         family,
         hidden,
         vocab: config.size("vocab_size")?,
         context,
         norm: Norm::Rms,
-        norm_eps: config.number_or("rms_norm_eps", 1e-6)? as f32,
+        norm_eps: config.number_or("rms_norm_eps", defaults.eps)? as f32,
         attention: Attention {
             heads,
             kv_heads: config.size_or("num_key_value_heads", heads)?,
@@ -115,7 +142,7 @@ fn common(config: &Config<'_>, family: &'static str) -> Result<Arch, CheckpointE
             sinks: false,
             latent: None,
         },
-        rope: rope::read(config, head_dim, context)?,
+        rope,
         multipliers: Multipliers { embedding: 1.0, residual: 1.0, logits: 1.0 },
         tied: config.flag_or("tie_word_embeddings", false)?,
         head_bias: false,
@@ -188,15 +215,24 @@ fn group_limit(
     if !experts.is_multiple_of(groups) || keep > groups {
         return Err(config.invalid("n_group", "it must divide the experts, and be at least topk_group"));
     }
+    if score == GroupScore::SumOfTop2 && experts / groups < 2 {
+        return Err(config.invalid("n_group", "groups are scored by two experts, and have one"));
+    }
+    let selected = config.size("num_experts_per_tok")?;
+    if experts / groups * keep < selected {
+        let what =
+            format!("{keep} groups of {} experts are fewer than the {selected} selected", experts / groups);
+        return Err(config.invalid("topk_group", &what));
+    }
     Ok((keep < groups).then_some(GroupLimit { groups, keep, score }))
 }
 
-/// Windows by `layer_types`, or by `use_sliding_window` for the layers from `max_window_layers` on.
-fn windows(config: &Config<'_>, arch: &mut Arch) -> Result<(), CheckpointError> {
-    let used = config.flag_or("use_sliding_window", false)?;
-    let window = config.optional_count("sliding_window")?.filter(|&window| used && window > 0);
-    let from = config.optional_count("max_window_layers")?.unwrap_or(0) as usize;
-    windows_by(config, arch, window, |layer| layer >= from)
+/// `sliding_window` where `use_sliding_window` is true.
+fn used_window(config: &Config<'_>) -> Result<Option<u32>, CheckpointError> {
+    if !config.flag_or("use_sliding_window", false)? {
+        return Ok(None);
+    }
+    config.count("sliding_window").map(Some)
 }
 
 /// Windows by `layer_types`, or by a rule where the configuration does not list them.

@@ -1,11 +1,12 @@
 //! Phi-3.5-MoE: the sparse mixer selects two experts; norms by mean and variance; biases in attention and output.
 
+use super::{DEFAULTS, Defaults};
 use crate::arch::{Arch, Moe, Norm, RopeScaling, Score};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::Config;
 
 pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
-    let mut arch = super::common(config, "phimoe")?;
+    let mut arch = super::common(config, "phimoe", Defaults { theta: 1e6, eps: 1e-5, ..DEFAULTS })?;
     let bias = config.flag_or("attention_bias", false)?;
     (arch.attention.qkv_bias, arch.attention.o_bias) = (bias, bias);
     arch.head_bias = config.flag_or("lm_head_bias", false)?;
@@ -16,10 +17,9 @@ pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
     }
     if matches!(arch.rope.scaling, RopeScaling::Each { .. }) {
         // This family states the factor of sines and cosines, where others compute it.
-        arch.rope.factor = super::rope::short_amplitude(config)?;
-        arch.context = super::rope::short_context(config, arch.context)?;
+        arch.rope.factor = super::rope::stated_amplitude(config, arch.context)?;
     }
-    let (experts, top_k) = (config.size("num_local_experts")?, config.size("num_experts_per_tok")?);
+    let (experts, top_k) = (super::experts(config)?, config.size("num_experts_per_tok")?);
     if top_k != 2 {
         return Err(config.unsupported(
             "num_experts_per_tok",

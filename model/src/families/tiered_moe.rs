@@ -3,6 +3,7 @@
 //! Attention is Llama's. `tiers` of the configuration lists `{name, groups, experts, placement}`, with the experts of a
 //! group; `k_tier`, `k_group` and `k_expert` say how many are selected at each level.
 
+use super::DEFAULTS;
 use crate::arch::{Arch, Moe, TierOfGroups, TieredRouter};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::config::Config;
@@ -13,7 +14,7 @@ use lite_llm_core::routing::Hierarchy;
 const TIERS_MAX: usize = 64;
 
 pub(super) fn read(config: &Config<'_>) -> Result<Arch, CheckpointError> {
-    let mut arch = super::common(config, "tiered_moe")?;
+    let mut arch = super::common(config, "tiered_moe", DEFAULTS)?;
     let select = Hierarchy {
         tiers: config.size("k_tier")?,
         groups: config.size("k_group")?,

@@ -79,10 +79,10 @@ impl Model {
             }
         };
         let finish = |row: &mut [f32], norm: Option<&[f32]>, position: u32| {
-            clip(row);
             if let Some(weight) = norm {
                 self.norm_parts(row, weight, self.arch().norm_eps);
             }
+            clip(row);
             row.chunks_exact_mut(attention.head_dim).for_each(|head| self.rotate(head, position));
         };
         self.pool.each_row(q, attention.q_dim(), 2, &|i, row| {
