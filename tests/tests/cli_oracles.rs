@@ -4,6 +4,7 @@ use lite_llm_tests::command::Place;
 use lite_llm_tests::harness::{GOLDEN, folder};
 use safetensors::SafeTensors;
 use serde_json::Value;
+use std::path::Path;
 
 /// The fixtures' own.
 const TOLERANCE: f32 = 2e-4;
@@ -76,6 +77,63 @@ fn every_published_fixture_gives_its_oracle() {
         for p in 0..oracle["prompts"].as_array().unwrap().len() {
             compare(&place, family, &oracle, p);
         }
+    }
+}
+
+/// The number after these words.
+fn number_after(text: &str, words: &str) -> Option<u64> {
+    let digits: String = text.split_once(words)?.1.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
+
+/// Experts come in waves, pages of windows go round, prompts are cut, snapshots are taken: every family gives its oracle's
+/// tokens all the same, and a full replay computes the same bits from every snapshot on.
+#[test]
+fn the_least_memory_and_a_full_replay_give_the_same_of_every_family() {
+    let small = ["window_gpt_oss", "window_mixtral", "window_qwen2", "yarn_deepseek_v2", "fp8", "mxfp4"];
+    let small = small.map(|name| (name, Path::new(env!("CARGO_MANIFEST_DIR")).join("oracles").join(name)));
+    for (name, dir) in GOLDEN.map(|name| (name, folder(name))).into_iter().chain(small) {
+        let place = Place::new();
+        let oracle: Value = serde_json::from_slice(&std::fs::read(dir.join("oracle.json")).unwrap()).unwrap();
+        let p = oracle["prompts"].as_array().unwrap().len() - 1;
+        let greedy = oracle["greedy"][p].get("tokens").unwrap_or(&oracle["greedy"][p]);
+        let prompt = oracle["prompts"][p].as_array().unwrap().iter().map(Value::to_string);
+        let prompt = prompt.collect::<Vec<_>>().join(",");
+        let count = greedy.as_array().unwrap().len().to_string();
+        let dir = dir.to_str().unwrap();
+        let mut memory = 1;
+        let ran = loop {
+            let ran = place.run([
+                "run",
+                dir,
+                "--prompt-tokens",
+                &prompt,
+                "--max-tokens",
+                &count,
+                "--ignore-eos",
+                "--memory",
+                &memory.to_string(),
+                "--prefill-chunk",
+                "37",
+                "--snapshot-every",
+                "500",
+                "--state",
+                "state",
+                "--json",
+            ]);
+            if let Some(least) = number_after(&ran.stderr, "needs at least ") {
+                assert!(memory < least, "{name}: {}", ran.stderr);
+                memory = least;
+            } else if let Some(more) = number_after(&ran.stderr, "give at least ") {
+                memory += more;
+                std::fs::remove_dir_all(place.path("state")).unwrap();
+            } else {
+                break ran;
+            }
+        };
+        assert_eq!(ran.json()["tokens"], *greedy, "{name} in {memory} bytes");
+        let replay = place.run(["replay", "state", "--full", dir]);
+        assert_eq!(replay.code, Some(0), "{name}: {}", replay.stderr);
     }
 }
 
