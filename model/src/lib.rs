@@ -8,6 +8,7 @@ pub mod arch;
 pub mod checkpoint;
 pub mod disk;
 pub mod families;
+mod files;
 pub mod forward;
 pub mod kernels;
 pub mod likelihood;

@@ -87,7 +87,7 @@ impl Trace {
         if bytes > BYTES_MAX {
             return Err(at(format!("{bytes} bytes are more than any trace has")));
         }
-        let text = std::fs::read(path).map_err(|error| at(error.to_string()))?;
+        let text = crate::files::read(path).map_err(|error| at(error.to_string()))?;
         let no_trace = |error: serde_json::Error| {
             at(format!("it is no routing trace: {error}; lite-llm trace writes one"))
         };

@@ -333,7 +333,7 @@ impl<'a, D: Disk> Import<'a, D> {
         for name in COMPANIONS {
             let path = self.job.checkpoint.dir().join(name);
             if path.exists() {
-                let bytes = fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
+                let bytes = crate::files::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
                 companions.insert(name.into(), blake3::hash(&bytes).to_hex().to_string());
                 self.file(name, &bytes)?;
             }

@@ -14,8 +14,8 @@ mod tensors;
 pub mod tiers;
 
 use crate::arch::Arch;
-use crate::families;
 use crate::kernels::{CONTRACT_VERSION, DType};
+use crate::{families, files};
 use config::Config;
 pub use inventory::Gated;
 pub(crate) use inventory::{ExpertPart, Item, expert_parts, latent_projections, projections, qk_norm_sizes};
@@ -182,16 +182,19 @@ impl Checkpoint {
     /// # Errors
     /// Names the file, what is wrong with it, and the remedy.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        // What an import noted of the files beside its shards is verified before they are believed.
+        let manifest = if native::is_native(dir) { Some(native::read_manifest(dir)?) } else { None };
         let path = dir.join("config.json");
-        let text = std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
+        let text = files::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
         let arch = families::read(&Config::parse(&path, &text)?)?;
         let eos = generation_eos(dir)?.unwrap_or_else(|| arch.eos.clone());
-        let (files, native, tiers) = if native::is_native(dir) {
-            let (files, native) = native::open(dir, &arch)?;
-            let tiers = native.tiers().to_vec();
-            (files, Some(native), tiers)
-        } else {
-            (TensorFiles::open(dir)?, None, arch.moe.as_ref().map_or_else(Vec::new, tiers_of))
+        let (files, native, tiers) = match manifest {
+            Some(manifest) => {
+                let (files, native) = native::open(dir, manifest, &arch)?;
+                let tiers = native.tiers().to_vec();
+                (files, Some(native), tiers)
+            }
+            None => (TensorFiles::open(dir)?, None, arch.moe.as_ref().map_or_else(Vec::new, tiers_of)),
         };
         let this = Self { dir: dir.into(), arch, files, native, tiers, eos };
         // Every tensor is found, with its shape, before anything is loaded; and none is there that would be ignored.
@@ -319,7 +322,7 @@ impl Checkpoint {
 /// `eos_token_id` of generation_config.json, which wins over that of config.json.
 fn generation_eos(dir: &Path) -> Result<Option<Vec<u32>>, CheckpointError> {
     let path = dir.join("generation_config.json");
-    match std::fs::read(&path) {
+    match files::read(&path) {
         Ok(text) => {
             let config = Config::parse(&path, &text)?;
             Ok(config.has("eos_token_id").then(|| config.tokens("eos_token_id")).transpose()?)

@@ -10,6 +10,7 @@ use super::tensors::TensorFiles;
 use super::tiers::Order;
 use super::{CheckpointError, ExpertPart, Item, Tier, expert_parts};
 use crate::arch::Arch;
+use crate::files;
 use crate::kernels::{CONTRACT_VERSION, DType};
 use crate::weights::ExpertLayout;
 use serde::{Deserialize, Serialize};
@@ -26,8 +27,6 @@ pub const FORMAT: u32 = 3;
 pub const ALIGN: u64 = 4096;
 /// The manifest's own checksum.
 const CHECKSUM: &str = "checksum";
-/// The largest manifest that is read.
-const MANIFEST_BYTES_MAX: u64 = 1 << 30;
 
 /// What a checkpoint holds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -164,18 +163,13 @@ fn hash_of(path: &Path, hex: &str) -> Result<[u8; 32], CheckpointError> {
 }
 
 /// Opens the shards that the manifest lists.
-pub(super) fn open(dir: &Path, arch: &Arch) -> Result<(TensorFiles, Native), CheckpointError> {
+pub(super) fn open(
+    dir: &Path,
+    manifest: Manifest,
+    arch: &Arch,
+) -> Result<(TensorFiles, Native), CheckpointError> {
     let path = dir.join(MANIFEST);
-    let manifest = read_manifest(&path)?;
     check(&path, &manifest, arch)?;
-    for (name, hash) in &manifest.companions {
-        let path = shard(dir, name)?;
-        let bytes = std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
-        if *blake3::hash(&bytes).as_bytes() != hash_of(&path, hash)? {
-            let what = "it is not what was imported: restore it, or import the checkpoint again";
-            return Err(CheckpointError::corrupt(&path, what));
-        }
-    }
     let mut files = TensorFiles::empty();
     let mut hashes = BTreeMap::new();
     let mut listed = Vec::new();
@@ -215,12 +209,23 @@ pub(super) fn open(dir: &Path, arch: &Arch) -> Result<(TensorFiles, Native), Che
     Ok((files, native))
 }
 
-fn read_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
-    let size = std::fs::metadata(path).map_err(|e| CheckpointError::io(path, e))?.len();
-    if size > MANIFEST_BYTES_MAX {
-        return Err(CheckpointError::invalid(path, &format!("{size} bytes are more than any manifest has")));
+/// Reads the manifest of a directory, and verifies the files that lie beside the shards as published.
+pub(super) fn read_manifest(dir: &Path) -> Result<Manifest, CheckpointError> {
+    let path = dir.join(MANIFEST);
+    let manifest = parse_manifest(&path)?;
+    for (name, hash) in &manifest.companions {
+        let path = shard(dir, name)?;
+        let bytes = files::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
+        if *blake3::hash(&bytes).as_bytes() != hash_of(&path, hash)? {
+            let what = "it is not what was imported: restore it, or import the checkpoint again";
+            return Err(CheckpointError::corrupt(&path, what));
+        }
     }
-    let text = std::fs::read(path).map_err(|e| CheckpointError::io(path, e))?;
+    Ok(manifest)
+}
+
+fn parse_manifest(path: &Path) -> Result<Manifest, CheckpointError> {
+    let text = files::read(path).map_err(|e| CheckpointError::io(path, e))?;
     // The version is read first: a later form may have other keys.
     let mut json: serde_json::Value = serde_json::from_slice(&text).map_err(|e| {
         CheckpointError::invalid(path, &format!("it is not JSON: {e}; import the checkpoint again"))
@@ -302,7 +307,7 @@ impl Native {
         experts: &ExpertShard,
     ) -> Result<(), CheckpointError> {
         let path = shard(dir, &experts.file)?;
-        let file = File::open(&path).map_err(|e| CheckpointError::io(&path, e))?;
+        let file = files::open(&path).map_err(|e| CheckpointError::io(&path, e))?;
         let len = file.metadata().map_err(|e| CheckpointError::io(&path, e))?.len();
         for (ordinal, blob) in (0u32..).zip(&experts.blobs) {
             let end = blob.offset.checked_add(self.blob_bytes as u64);

@@ -8,7 +8,6 @@ use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 const ONE: &str = "model.safetensors";
@@ -263,7 +262,7 @@ fn forget(map: &Mmap, start: usize, end: usize) {
 }
 
 fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
-    let file = File::open(path).map_err(|e| CheckpointError::io(path, e))?;
+    let file = crate::files::open(path).map_err(|e| CheckpointError::io(path, e))?;
     // SAFETY: the map is only read. Whoever changes a checkpoint's file under a running engine breaks the documented
     // rule that checkpoints are immutable; the digest at start then no longer covers what is read.
     unsafe { Mmap::map(&file) }.map_err(|e| CheckpointError::io(path, e))
@@ -312,7 +311,7 @@ fn tensors_of(
 
 /// The files that an index names, all of them beside it.
 fn shards(index: &Path) -> Result<BTreeSet<String>, CheckpointError> {
-    let text = std::fs::read(index).map_err(|e| CheckpointError::io(index, e))?;
+    let text = crate::files::read(index).map_err(|e| CheckpointError::io(index, e))?;
     let json: serde_json::Value = serde_json::from_slice(&text)
         .map_err(|e| CheckpointError::invalid(index, &format!("it is not JSON: {e}")))?;
     let map = json.get("weight_map").and_then(serde_json::Value::as_object);

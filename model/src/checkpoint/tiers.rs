@@ -141,7 +141,7 @@ pub fn read_tiers(path: &Path) -> Result<Division, String> {
     if bytes > LIST_BYTES_MAX {
         return Err(at(format!("{bytes} bytes are more than any list of tiers has")));
     }
-    let text = std::fs::read(path).map_err(|error| at(error.to_string()))?;
+    let text = crate::files::read(path).map_err(|error| at(error.to_string()))?;
     let listed: Vec<Listed> = serde_json::from_slice(&text).map_err(|error| {
         at(format!(
             "it is no list of tiers: {error}; write [{{\"name\": \"core\", \"placement\": \"hot\", \"experts\": [0, 3]}}, \

@@ -202,7 +202,7 @@ impl Tokenizer {
 }
 
 fn read(path: &Path) -> Result<Option<Vec<u8>>, TokenizerError> {
-    match std::fs::read(path) {
+    match crate::files::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(TokenizerError::File { path: path.into(), what: error.to_string() }),
