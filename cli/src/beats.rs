@@ -3,6 +3,7 @@
 //! The heart beats on a thread of its own from the first moment, whatever the node does. Progress is asked of the
 //! node's event loop, so that a process that lives but is stuck is seen to be.
 
+use crate::terminal;
 use anyhow::Context;
 use lite_llm_core::lifecycle::Lifecycle;
 use lite_llm_hw::node::NodeHandle;
@@ -48,7 +49,7 @@ fn spawn(name: &str, beat: impl FnOnce() + Send + 'static) -> anyhow::Result<()>
 }
 
 fn say(beat: Beat) -> std::io::Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = terminal::stdout();
     writeln!(out, "{}", beat.line())?;
     out.flush()
 }

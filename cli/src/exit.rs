@@ -1,6 +1,7 @@
 //! Exit codes, and which error has which.
 
 use crate::divergence::Divergence;
+use crate::terminal::tell;
 use lite_llm_core::engine::RestoreError;
 use lite_llm_core::input::Fault;
 use lite_llm_core::journal::JournalError;
@@ -71,17 +72,30 @@ pub(crate) fn guard(command: impl FnOnce() -> anyhow::Result<Exit>) -> Exit {
             if broken_pipe(&error) {
                 return Exit::Failed;
             }
-            eprintln!("error: {error:#}");
+            tell!("error: {}", in_words(&error));
             of(&error)
         }
         Err(_) => {
-            eprintln!(
+            tell!(
                 "error: this is a bug of lite-llm, not of what you did. If there is a state directory, keep it: its \
                  journal is the bug report"
             );
             Exit::Bug
         }
     }
+}
+
+/// An error with its causes, each said once: some errors have their cause in their own words.
+fn in_words(error: &anyhow::Error) -> String {
+    let mut words = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if words.is_empty() {
+            words = cause;
+        } else if !words.contains(&cause) {
+            words = format!("{words}: {cause}");
+        }
+    }
+    words
 }
 
 /// The reader of our output went away: there is nobody to tell.
@@ -142,5 +156,21 @@ fn of_node(error: &NodeError) -> Exit {
         NodeError::Boot(words) => of_words(words),
         NodeError::Panic { .. } => Exit::Bug,
         _ => Exit::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn each_cause_is_said_once() {
+        let full = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let own = std::io::Error::other(format!("cannot write x: {}", full()));
+        let error = Err::<(), _>(own).context("no result").expect_err("it is one");
+        assert_eq!(in_words(&error), format!("no result: cannot write x: {}", full()));
+        let said = Err::<(), _>(full()).with_context(|| format!("x: {}", full())).expect_err("it is one");
+        assert_eq!(in_words(&said), format!("x: {}", full()));
     }
 }

@@ -1,6 +1,7 @@
 //! The `lite-llm` command: arguments in, exit code out.
 //!
 //! Each subcommand is a file of [`commands`]. A panic is caught here and reported as the bug that it is.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod beats;
 mod commands;
@@ -18,6 +19,7 @@ mod settings;
 mod state;
 mod stream;
 mod tensors;
+mod terminal;
 mod whole_file;
 
 use clap::Parser;

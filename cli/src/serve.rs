@@ -5,6 +5,7 @@ use crate::exit::Exit;
 use crate::quantity::Size;
 use crate::settings::Settings;
 use crate::state::StateDir;
+use crate::terminal::tell;
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use lite_llm_core::event::{Event, Phase};
@@ -13,6 +14,7 @@ use lite_llm_model::Capture;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::path::Path;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +25,8 @@ pub(crate) struct Service {
     socket: Option<ControlSocket>,
     /// From start to `Ready`.
     pub(crate) load_time: Duration,
+    /// Of ties between experts.
+    pub(crate) routing_seed: Option<u64>,
 }
 
 impl Service {
@@ -42,17 +46,32 @@ impl Service {
         options.kv_dtype = Some(settings.kv_dtype);
         options.journal_bytes = settings.journal_bytes;
         options.capture = capture;
+        let (carved, carving) = channel();
         options.on_event = Some(Box::new(move |_, event| {
             if let Event::PhaseDone { phase, bytes } = event {
                 shown.set_message(phase_done(*phase, *bytes));
+                if *phase == Phase::Manifest {
+                    // Whoever does not wait for it knows already that the node has ended.
+                    let _ = carved.send(());
+                }
             }
         }));
-        let started = Self::launch(options, state, settings.drain_bound);
+        let launched = Self::launch(options, state, settings.drain_bound);
+        let ready = launched.and_then(|(mut node, socket)| {
+            // Told before the weights are loaded, which may take long. A node that ends first says why itself.
+            let status = carving.recv().ok().and_then(|()| node.status().ok());
+            if let Some(status) = &status {
+                progress.suspend(|| {
+                    tell!("{}", memory_plan(status));
+                    tell!("model {}, state {}", model.display(), state.path().display());
+                });
+            }
+            node.ready()?;
+            Ok((node, socket, status.and_then(|status| status.routing_seed)))
+        });
         progress.finish_and_clear();
-        let (node, socket) = started?;
-        let service = Self { node, socket, load_time: begun.elapsed() };
-        service.print_memory_plan(model, state)?;
-        Ok(service)
+        let (node, socket, routing_seed) = ready?;
+        Ok(Self { node, socket, load_time: begun.elapsed(), routing_seed })
     }
 
     fn launch(
@@ -61,12 +80,11 @@ impl Service {
         drain_bound: Duration,
     ) -> anyhow::Result<(Node, Option<ControlSocket>)> {
         let drainer = Drainer::listen(drain_bound)?;
-        let mut node = Node::launch(options)?;
+        let node = Node::launch(options)?;
         drainer.attach(node.handle());
         // A private directory has no one who knows where to connect.
         let socket =
             if state.is_private() { None } else { Some(ControlSocket::open(state.path(), node.handle())?) };
-        node.ready()?;
         Ok((node, socket))
     }
 
@@ -88,13 +106,6 @@ impl Service {
         drop(self.socket);
         Ok(report?)
     }
-
-    fn print_memory_plan(&self, model: &Path, state: &StateDir) -> anyhow::Result<()> {
-        let status = self.node.status()?;
-        eprint!("{}", memory_plan(&status));
-        eprintln!("model {}, state {}", model.display(), state.path().display());
-        Ok(())
-    }
 }
 
 fn memory_plan(status: &Status) -> String {
@@ -102,12 +113,11 @@ fn memory_plan(status: &Status) -> String {
     let experts = u64::from(carving.slots).saturating_mul(carving.slot_bytes);
     let cache = u64::from(carving.pages).saturating_mul(carving.page_bytes);
     format!(
-        "memory at most {}: {} in {} expert slots ({} filled), up to {} in {} pages of KV cache, the rest for base \
-         parameters and buffers\n",
+        "memory at most {}: {} in {} expert slots, up to {} in {} pages of KV cache, the rest for base \
+         parameters and buffers",
         Size(status.memory_bytes),
         Size(experts),
         carving.slots,
-        status.slots_ready,
         Size(cache),
         carving.pages
     )
@@ -186,7 +196,7 @@ impl Drains {
         if self.node.is_some() {
             self.drain();
         } else if self.signals == 1 {
-            eprintln!("stopping once the model is open; a second signal stops at once");
+            tell!("stopping once the model is open; a second signal stops at once");
         } else {
             // Nothing is accepted yet, and the journal bears any end.
             std::process::exit(Exit::Failed as i32);
@@ -195,7 +205,7 @@ impl Drains {
 
     fn drain(&self) {
         let bound = if self.signals > 1 { Duration::ZERO } else { self.bound };
-        eprintln!("draining: unfinished requests have {} s; a second signal stops at once", bound.as_secs());
+        tell!("draining: unfinished requests have {} s; a second signal stops at once", bound.as_secs());
         if let Some(node) = &self.node {
             // A node that has ended has nothing to drain.
             let _ = node.drain(Some(bound));

@@ -1,5 +1,6 @@
 //! The directory of a run: the one that was given, or a private one that goes when all is well.
 
+use crate::terminal::tell;
 use anyhow::Context;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -46,7 +47,7 @@ impl StateDir {
         if clean {
             self.discard();
         } else {
-            eprintln!("the state is kept in {}: give it with --state to go on", self.path.display());
+            tell!("the state is kept in {}: give it with --state to go on", self.path.display());
         }
     }
 
@@ -55,7 +56,7 @@ impl StateDir {
         if self.private
             && let Err(error) = std::fs::remove_dir_all(&self.path)
         {
-            eprintln!("warning: cannot remove the private state directory {}: {error}", self.path.display());
+            tell!("warning: cannot remove the private state directory {}: {error}", self.path.display());
         }
     }
 }

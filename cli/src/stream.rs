@@ -1,5 +1,6 @@
 //! What `run` prints of a stream.
 
+use crate::terminal;
 use lite_llm_core::output::FinishReason;
 use lite_llm_model::tokenizer::{Detokenizer, Tokenizer};
 use serde_json::{Value, json};
@@ -34,7 +35,7 @@ impl<'a> Printer<'a> {
             return Ok(());
         }
         let piece = self.text.push(token);
-        let mut out = io::stdout().lock();
+        let mut out = terminal::stdout();
         match (self.format.json, self.has_text) {
             (true, true) => writeln!(out, "{}", json!({ "offset": offset, "token": token, "text": piece }))?,
             (true, false) => writeln!(out, "{}", json!({ "offset": offset, "token": token }))?,
@@ -48,7 +49,7 @@ impl<'a> Printer<'a> {
 
     /// Shows the end, of which `result` is the JSON form.
     pub(crate) fn end(&mut self, result: &Value) -> io::Result<()> {
-        let mut out = io::stdout().lock();
+        let mut out = terminal::stdout();
         if self.format.json {
             writeln!(out, "{result}")?;
         } else if self.format.stream {

@@ -84,7 +84,8 @@ fn collect(events: &Receiver<StreamEvent>, from: u32) -> (Vec<u32>, Option<Finis
                 assert_eq!(offset, from + tokens.len() as u32, "offsets are dense");
                 tokens.push(token);
             }
-            StreamEvent::Finish { reason, generated } => {
+            StreamEvent::Finish { reason, generated, generations } => {
+                assert!(!generations.is_empty() || generated == 0, "each position has a generation");
                 assert_eq!(generated, from + tokens.len() as u32, "every token before the end");
                 return (tokens, Some(reason));
             }

@@ -244,7 +244,8 @@ fn request(args: &RunArgs, opened: &Opened, line: Line, number: u64) -> anyhow::
 
 /// Where results go, and which are there.
 struct Results {
-    out: Box<dyn Write>,
+    /// Standard output if `None`; it is locked for one result at a time, because beats go there too.
+    out: Option<File>,
     done: BTreeSet<String>,
 }
 
@@ -252,7 +253,7 @@ impl Results {
     /// Opens the file of an earlier run of the same batch, without the line that a crash tore.
     fn open(path: Option<&Path>, resumable: bool) -> anyhow::Result<Self> {
         let Some(path) = path else {
-            return Ok(Self { out: Box::new(std::io::stdout()), done: BTreeSet::new() });
+            return Ok(Self { out: None, done: BTreeSet::new() });
         };
         let cannot = || format!("cannot write the results {}", path.display());
         let mut file = OpenOptions::new()
@@ -289,12 +290,22 @@ impl Results {
             // The last line was whole but for its end.
             file.write_all(b"\n").with_context(cannot)?;
         }
-        Ok(Self { out: Box::new(file), done })
+        Ok(Self { out: Some(file), done })
     }
 
     fn write(&mut self, value: &Value) -> anyhow::Result<()> {
-        self.out.write_all(format!("{value}\n").as_bytes()).context("cannot write a result")?;
-        self.out.flush().context("cannot write a result")
+        let line = format!("{value}\n");
+        match &mut self.out {
+            None => {
+                let mut out = crate::terminal::stdout();
+                out.write_all(line.as_bytes()).and_then(|()| out.flush()).context("cannot write a result")
+            }
+            // A line that is lost after the journal has forgotten its request could not be had again.
+            Some(file) => file
+                .write_all(line.as_bytes())
+                .and_then(|()| file.sync_data())
+                .context("cannot write a result to --out"),
+        }
     }
 }
 

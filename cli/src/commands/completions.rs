@@ -2,6 +2,7 @@
 
 use crate::commands::Cli;
 use crate::exit::Exit;
+use crate::terminal;
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 use std::io::Write;
@@ -16,7 +17,7 @@ impl CompletionsArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut Cli::command(), "lite-llm", &mut script);
-        std::io::stdout().write_all(&script)?;
+        terminal::stdout().write_all(&script)?;
         Ok(Exit::Ok)
     }
 }

@@ -3,6 +3,7 @@
 use crate::control::{Ask, ask};
 use crate::exit::Exit;
 use crate::quantity::duration;
+use crate::terminal;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 use std::io::Write;
@@ -100,7 +101,7 @@ impl CtlArgs {
             What::Status => Ask::Status,
         };
         let answer = ask(&self.state, &wanted)?;
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::stdout();
         if self.json {
             writeln!(out, "{answer}")?;
         } else if let Value::Object(map) = &answer {

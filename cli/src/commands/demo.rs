@@ -8,6 +8,7 @@ use crate::commands::replay::prove;
 use crate::exit::{Exit, corrupt};
 use crate::history::History;
 use crate::quantity::Size;
+use crate::terminal;
 use anyhow::{Context, bail};
 use clap::Args;
 use lite_llm_core::digest::Digest;
@@ -78,7 +79,7 @@ impl DemoArgs {
 }
 
 fn say(line: std::fmt::Arguments<'_>) -> std::io::Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = terminal::stdout();
     writeln!(out, "{line}")?;
     out.flush()
 }

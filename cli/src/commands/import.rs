@@ -2,6 +2,7 @@
 
 use crate::exit::{Exit, usage};
 use crate::quantity::Size;
+use crate::terminal;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use lite_llm_model::checkpoint::import::import;
@@ -56,7 +57,7 @@ impl ImportArgs {
         });
         bar.finish_and_clear();
         let imported = imported?;
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::stdout();
         if self.json {
             let value = json!({
                 "path": self.target,

@@ -3,6 +3,7 @@
 use crate::exit::{Exit, corrupt};
 use crate::history::{History, describe};
 use crate::quantity::Size;
+use crate::terminal;
 use anyhow::{Context, bail};
 use clap::Args;
 use lite_llm_core::digest::Digest;
@@ -55,7 +56,7 @@ impl InspectArgs {
                 path.display()
             );
         };
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::stdout();
         if self.json {
             writeln!(out, "{value}")?;
         } else {

@@ -4,6 +4,7 @@ use crate::divergence::Divergence;
 use crate::exit::{Exit, usage};
 use crate::history::{History, Moment};
 use crate::recompute::{OtherBits, Recompute};
+use crate::terminal;
 use clap::Args;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::output::Output;
@@ -57,7 +58,7 @@ impl ReplayArgs {
             return Err(usage("--until is the number of a record; the first is 1"));
         }
         let proof = prove(&self.state, self.full.as_deref(), self.until, usize::from(self.threads));
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::stdout();
         if let (Err(error), true) = (&proof, self.json)
             && let Some(divergence) = error.downcast_ref::<Divergence>()
         {

@@ -245,7 +245,10 @@ impl RunArgs {
                     heard.tokens.push(token);
                     printer.token(offset, token)?;
                 }
-                Ok(StreamEvent::Finish { reason, generated }) => heard.finish = Some((reason, generated)),
+                Ok(StreamEvent::Finish { reason, generated, generations }) => {
+                    heard.generations = GenerationMap::report(&generations);
+                    heard.finish = Some((reason, generated));
+                }
                 Ok(StreamEvent::Refused { reason }) => {
                     service.stop()?;
                     bail!("request {id} is refused: {reason}");
@@ -263,7 +266,7 @@ impl RunArgs {
             }
         }
         heard.total = begun.elapsed();
-        let ended = Ended::of(service, &id)?;
+        let ended = Ended::of(service)?;
         let result = self.result(opened, &id, &heard, &ended);
         printer.end(&result)?;
         if let Some(recorder) = &recorder {
@@ -317,7 +320,7 @@ impl RunArgs {
             "finish_reason": reason,
             "identity": identity(&ended.identity),
             "routing_seed": ended.routing_seed,
-            "generations": ended.generations,
+            "generations": heard.generations,
             "digest": ended.report.digest.to_string(),
             "state_digest": ended.report.state_digest.to_string(),
             "incarnation": ended.report.incarnation.0,
@@ -351,6 +354,7 @@ struct Heard {
     tokens: Vec<u32>,
     generated_before: u32,
     finish: Option<(FinishReason, u32)>,
+    generations: Value,
     first_token: Option<Duration>,
     total: Duration,
 }
@@ -360,19 +364,16 @@ struct Heard {
 struct Ended {
     identity: Identity,
     routing_seed: Option<u64>,
-    generations: Value,
     report: ExitReport,
     load_time: Duration,
 }
 
 impl Ended {
-    fn of(service: Service, id: &RequestId) -> anyhow::Result<Self> {
-        let node = service.node();
-        let spans = node.handle().generations(id)?.unwrap_or_default();
-        let (identity, routing_seed) = (node.identity().clone(), node.status()?.routing_seed);
+    fn of(service: Service) -> anyhow::Result<Self> {
+        let (identity, routing_seed) = (service.node().identity().clone(), service.routing_seed);
         let load_time = service.load_time;
         let report = service.stop()?;
-        Ok(Self { identity, routing_seed, generations: GenerationMap::report(&spans), report, load_time })
+        Ok(Self { identity, routing_seed, report, load_time })
     }
 }
 

@@ -8,6 +8,8 @@ use crate::commands::{Cli, Command as Subcommand};
 use crate::exit::{Exit, corrupt, usage};
 use crate::state::{StateDir, unique};
 use crate::stream::{Format, Printer};
+use crate::terminal;
+use crate::terminal::tell;
 use anyhow::{Context, bail};
 use clap::{Args, Parser};
 use lite_llm_hw::supervisor::{
@@ -63,7 +65,7 @@ impl SuperviseArgs {
         stop_on_signals(supervisor.handle())?;
         let command = |life| {
             if life > 0 {
-                eprintln!("restart {life}: it goes on from the journal in {}", state.path().display());
+                tell!("restart {life}: it goes on from the journal in {}", state.path().display());
             }
             let mut command = Command::new(&program);
             // A terminal's interrupt comes from the supervisor alone, or it would count as the second.
@@ -82,7 +84,7 @@ impl SuperviseArgs {
 /// How the command ends when supervision is over.
 fn end(outcome: &Outcome) -> anyhow::Result<Exit> {
     for report in &outcome.reports {
-        eprintln!("crash report: {}", report.display());
+        tell!("crash report: {}", report.display());
     }
     if let Some(why) = &outcome.gave_up {
         bail!("the run is given up: {why}");
@@ -214,11 +216,11 @@ impl Client {
         match value["text"].as_str() {
             Some(piece) if self.format.stream && !self.format.json => {
                 self.text.push_str(piece);
-                let mut out = io::stdout().lock();
+                let mut out = terminal::stdout();
                 out.write_all(piece.as_bytes())?;
                 out.flush()
             }
-            Some(_) if self.format.stream => writeln!(io::stdout().lock(), "{value}"),
+            Some(_) if self.format.stream => writeln!(terminal::stdout(), "{value}"),
             _ => self.printer.token(offset, token),
         }
     }
@@ -228,7 +230,7 @@ impl Client {
             Some(text) if self.format.stream && !self.format.json => {
                 // What was held back for want of the rest of a character.
                 let rest = text.strip_prefix(self.text.as_str()).unwrap_or_default();
-                writeln!(io::stdout().lock(), "{rest}")
+                writeln!(terminal::stdout(), "{rest}")
             }
             _ => self.printer.end(result),
         }
@@ -236,7 +238,7 @@ impl Client {
 
     fn batch_line(&mut self, value: &Value) -> io::Result<()> {
         match value["id"].as_str() {
-            Some(id) if self.done.insert(id.to_owned()) => writeln!(io::stdout().lock(), "{value}"),
+            Some(id) if self.done.insert(id.to_owned()) => writeln!(terminal::stdout(), "{value}"),
             _ => Ok(()),
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::exit::{Exit, usage};
 use crate::quantity::Size;
+use crate::terminal;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lite_llm_model::checkpoint::import::import;
@@ -94,7 +95,7 @@ impl SynthArgs {
             Some(tiers) if !matches!(self.family, Family::TieredMoe) => self.native(tiers)?,
             _ => write(&self.dir, &self.spec()?)?,
         };
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::stdout();
         if self.json {
             let value = json!({
                 "path": report.dir,

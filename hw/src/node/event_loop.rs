@@ -529,7 +529,9 @@ impl EventLoop {
             Output::Accepted { id, generated, after } => self.streams.accepted(&id, generated, after),
             Output::Token { id, offset, token, after } => self.streams.token(&id, offset, token, after),
             Output::Finish { id, reason, generated, after } => {
-                self.streams.finish(&id, &reason, generated, after);
+                // Said with the end, because the node may be gone when somebody asks.
+                let generations = report::generations(&self.engine, &id).unwrap_or_default();
+                self.streams.finish(&id, (&reason, generated), &generations, after);
             }
             Output::Refuse { id, reason, after } => match (self.done.remove(&after), id) {
                 (Some(reply), _) => drop(reply.send(Err(reason))),

@@ -104,6 +104,8 @@ pub enum StreamEvent {
         reason: FinishReason,
         /// Tokens of the whole stream.
         generated: u32,
+        /// Which tiers computed which of its positions.
+        generations: Vec<GenerationSpan>,
     },
     /// The request is not accepted.
     Refused {

@@ -6,7 +6,7 @@ use std::sync::mpsc::Sender;
 use lite_llm_core::ids::{RequestId, Seq};
 use lite_llm_core::output::FinishReason;
 
-use super::StreamEvent;
+use super::{GenerationSpan, StreamEvent};
 
 /// A client that listens to a stream.
 #[derive(Debug)]
@@ -46,12 +46,19 @@ impl Streams {
         });
     }
 
-    pub(super) fn finish(&mut self, id: &RequestId, reason: &FinishReason, generated: u32, after: Seq) {
+    pub(super) fn finish(
+        &mut self,
+        id: &RequestId,
+        (reason, generated): (&FinishReason, u32),
+        generations: &[GenerationSpan],
+        after: Seq,
+    ) {
         self.keep(id, |listener| {
             if listener.since > after {
                 return true;
             }
-            let _ = listener.events.send(StreamEvent::Finish { reason: reason.clone(), generated });
+            let (reason, generations) = (reason.clone(), generations.to_vec());
+            let _ = listener.events.send(StreamEvent::Finish { reason, generated, generations });
             false
         });
     }
@@ -81,6 +88,7 @@ impl Streams {
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
+    use lite_llm_core::ids::Generation;
     use std::sync::mpsc::channel;
 
     #[test]
@@ -99,12 +107,14 @@ mod tests {
         streams.token(&id, 0, 10, Seq(7));
         streams.token(&id, 1, 11, Seq(7));
         streams.token(&id, 2, 12, Seq(8));
-        streams.finish(&id, &FinishReason::Eos, 3, Seq(8));
+        let span = GenerationSpan { until: 3, generation: Generation(0), tiers: vec!["all".into()] };
+        streams.finish(&id, (&FinishReason::Eos, 3), std::slice::from_ref(&span), Seq(8));
         let tokens = [(0, 10), (1, 11), (2, 12)];
         for (events, generated) in [(first_events, 0), (second_events, 2)] {
             let mut expected = vec![StreamEvent::Accepted { generated }];
             expected.extend(tokens.map(|(offset, token)| StreamEvent::Token { offset, token }));
-            expected.push(StreamEvent::Finish { reason: FinishReason::Eos, generated: 3 });
+            let generations = vec![span.clone()];
+            expected.push(StreamEvent::Finish { reason: FinishReason::Eos, generated: 3, generations });
             assert_eq!(events.try_iter().collect::<Vec<_>>(), expected);
         }
         assert!(streams.listeners.is_empty());
