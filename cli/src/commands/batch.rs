@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::Body;
+use lite_llm_core::lifecycle::Lifecycle;
 use lite_llm_core::output::FinishReason;
 use lite_llm_hw::node::{NodeHandle, StreamEvent};
 use lite_llm_model::tokenizer::{Detokenizer, Message};
@@ -121,8 +122,12 @@ fn serve(
         if running == 0 {
             break;
         }
-        let Ok(done) = receiver.recv() else { break };
+        let Ok(mut done) = receiver.recv() else { break };
         running -= 1;
+        // What a node that drains refuses is not done, and has no result: the next run of the batch asks again.
+        if matches!(done.end, Err(End::Refused(_))) && !serves(&service) {
+            done.end = Err(End::Stopped);
+        }
         match &done.end {
             Err(End::Stopped) => {
                 let report = service.wait()?;
@@ -140,6 +145,12 @@ fn serve(
     service.stop()?;
     anyhow::ensure!(failed == 0, "{failed} requests of the batch failed; their lines say why");
     Ok(Exit::Ok)
+}
+
+/// Whether the node accepts requests.
+fn serves(service: &Service) -> bool {
+    let lifecycle = service.node().status().map(|status| status.lifecycle);
+    matches!(lifecycle, Ok(Lifecycle::Active | Lifecycle::Reconfiguring))
 }
 
 /// Collects a stream on a thread of its own: the node's channels cannot be waited for together.
