@@ -2,7 +2,7 @@
 
 use crate::divergence::Divergence;
 use crate::terminal::tell;
-use lite_llm_core::engine::RestoreError;
+use lite_llm_core::chain::RestoreError;
 use lite_llm_core::input::Fault;
 use lite_llm_core::journal::JournalError;
 use lite_llm_core::replay::ReplayError;

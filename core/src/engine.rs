@@ -1,11 +1,13 @@
 //! The engine: one door in, one door out.
 //!
-//! [`Engine::handle`] takes an input and its time; [`Engine::poll`] gives the outputs until [`Output::Wait`]. Every
-//! output of an input must be drained before the next input. The state is a pure fold over (time, input) pairs, which
-//! is why restart and replay need nothing but the journal. `State::handle` below is the only dispatch: each arm is one
-//! decision, in the module that its name says.
+//! [`Engine::handle`](Chain::handle) takes an input and its time; [`Engine::poll`](Chain::poll) gives the outputs until
+//! [`Output::Wait`]. Every output of an input must be drained before the next input. The state is a pure fold over
+//! (time, input) pairs, which is why restart and replay need nothing but the journal: the door itself, with the digest
+//! chain, is in `crate::chain`. `State::dispatch` below is the only dispatch: each arm is one decision, in the module
+//! that its name says.
 
-use crate::digest::{Digest, encode};
+use crate::chain::{self, Chain, Fold};
+use crate::digest::Digest;
 use crate::event::Event;
 use crate::ids::Seq;
 use crate::input::Input;
@@ -13,160 +15,55 @@ use crate::output::Output;
 use crate::state::State;
 use crate::time::Time;
 use crate::view::View;
-use alloc::collections::VecDeque;
-use alloc::vec::Vec;
-use core::fmt;
-use serde::{Deserialize, Serialize};
-
-/// Records between two digests of the whole state.
-const STATE_DIGEST_EVERY: u64 = 4096;
 
 /// The state machine of one node.
-#[derive(Clone, Debug, Default)]
-pub struct Engine {
-    core: Core,
-    out: VecDeque<Output>,
-    scratch: Vec<u8>,
-}
-
-/// Everything that a snapshot holds.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-struct Core {
-    seq: Seq,
-    now: Time,
-    head: Digest,
-    state: State,
-}
-
-/// Bytes that are no snapshot of this logic version.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the snapshot's state cannot be decoded ({0}); it is damaged or of another logic version")]
-pub struct RestoreError(postcard::Error);
+pub type Engine = Chain<State>;
 
 /// What handling one input may use: when it is, and where outputs go.
-pub(crate) struct Context<'a> {
-    pub(crate) now: Time,
-    pub(crate) seq: Seq,
-    out: &'a mut VecDeque<Output>,
-}
+pub(crate) type Context<'a> = chain::Context<'a, Output>;
 
 impl Context<'_> {
-    pub(crate) fn say(&mut self, output: Output) {
-        self.out.push_back(output);
-    }
-
     pub(crate) fn event(&mut self, event: Event) {
-        self.out.push_back(Output::Event { seq: self.seq, event });
+        let seq = self.seq;
+        self.say(Output::Event { seq, event });
     }
 }
 
 impl Engine {
-    /// An engine that has seen nothing.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Handles an input and returns its number. What it brings about comes out of [`poll`](Self::poll).
-    ///
-    /// # Panics
-    /// If the driver broke the protocol (outputs not drained, time going backwards, an answer to nothing), or the
-    /// engine an invariant.
-    pub fn handle(&mut self, now: Time, input: Input) -> Seq {
-        assert!(self.out.is_empty(), "the outputs of one input are drained before the next");
-        let core = &mut self.core;
-        assert!(now >= core.now, "the driver clamps time: it never goes backwards");
-        core.seq.0 += 1;
-        core.now = now;
-        self.scratch.clear();
-        self.scratch.extend_from_slice(&core.head.0);
-        encode(&(now, &input), &mut self.scratch);
-
-        core.state.handle(&mut Context { now, seq: core.seq, out: &mut self.out }, input);
-        if core.seq.0.is_multiple_of(STATE_DIGEST_EVERY) {
-            let digest = Digest::of_value(&core.state);
-            self.out.push_back(Output::Event { seq: core.seq, event: Event::State { digest } });
-        }
-
-        for output in &self.out {
-            encode(output, &mut self.scratch);
-        }
-        core.head = Digest::of(&self.scratch);
-        if cfg!(debug_assertions) {
-            core.state.check();
-        }
-        core.seq
-    }
-
-    /// The next output; [`Output::Wait`] when there is none. Changes nothing that is digested.
-    pub fn poll(&mut self) -> Output {
-        self.out.pop_front().unwrap_or_else(|| self.core.state.wait(self.core.now))
-    }
-
-    /// Head of the chain over every (time, input, outputs) so far.
-    #[must_use]
-    pub const fn digest(&self) -> Digest {
-        self.core.head
-    }
-
-    /// Digest of the whole state.
-    #[must_use]
-    pub fn state_digest(&self) -> Digest {
-        Digest::of_value(&self.core.state)
-    }
-
-    /// The whole state in words, for comparing two engines field by field.
-    #[must_use]
-    pub fn state(&self) -> impl fmt::Debug + '_ {
-        &self.core.state
-    }
-
-    /// The number that the next input will have.
-    #[must_use]
-    pub const fn next_seq(&self) -> Seq {
-        Seq(self.core.seq.0 + 1)
-    }
-
-    /// The time of the last input.
-    #[must_use]
-    pub const fn now(&self) -> Time {
-        self.core.now
-    }
-
-    /// The state as bytes, for [`restore`](Self::restore).
-    ///
-    /// # Panics
-    /// If outputs are not drained.
-    #[must_use]
-    pub fn snapshot(&self) -> Vec<u8> {
-        assert!(self.out.is_empty(), "a snapshot is taken when all outputs are drained");
-        let mut bytes = Vec::new();
-        encode(&self.core, &mut bytes);
-        bytes
-    }
-
-    /// The engine that [`snapshot`](Self::snapshot) saw.
-    ///
-    /// # Errors
-    /// If the bytes are not a snapshot of this logic version.
-    pub fn restore(bytes: &[u8]) -> Result<Self, RestoreError> {
-        let (core, rest) = postcard::take_from_bytes(bytes).map_err(RestoreError)?;
-        if rest.is_empty() {
-            Ok(Self { core, ..Self::default() })
-        } else {
-            Err(RestoreError(postcard::Error::DeserializeBadEncoding))
-        }
-    }
-
     /// What may be looked at.
     #[must_use]
     pub const fn view(&self) -> View<'_> {
-        View::new(&self.core.state)
+        View::new(self.folded())
+    }
+}
+
+impl Fold for State {
+    type Input = Input;
+    type Output = Output;
+
+    fn handle(&mut self, cx: &mut Context<'_>, input: Input) {
+        self.dispatch(cx, input);
+    }
+
+    fn wait(&self, now: Time) -> Output {
+        self.waiting(now)
+    }
+
+    fn is_wait(output: &Output) -> bool {
+        matches!(output, Output::Wait { .. })
+    }
+
+    fn state_digest(seq: Seq, digest: Digest) -> Output {
+        Output::Event { seq, event: Event::State { digest } }
+    }
+
+    fn check(&self) {
+        self.assert_invariants();
     }
 }
 
 impl State {
-    fn handle(&mut self, cx: &mut Context<'_>, input: Input) {
+    fn dispatch(&mut self, cx: &mut Context<'_>, input: Input) {
         match input {
             Input::Boot { incarnation, config, entropy } => self.boot(cx, incarnation, config, entropy),
             Input::Restarted { incarnation, config, entropy } => {

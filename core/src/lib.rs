@@ -10,6 +10,7 @@
 extern crate alloc;
 
 mod boot;
+pub mod chain;
 pub mod cluster;
 pub mod config;
 pub mod digest;

@@ -1,13 +1,13 @@
-//! The fold: a journal's records back into an engine, each proved by the digest that it carries.
+//! The fold: a journal's records back into a state machine, each proved by the digest that it carries.
 
+use crate::chain::{Chain, Fold};
 use crate::digest::{Digest, encode};
-use crate::engine::Engine;
 use crate::ids::Seq;
-use crate::input::Input;
 use crate::journal::Record;
-use crate::output::Output;
 use crate::time::Time;
 use alloc::vec::Vec;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// Why records do not fold.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,7 +27,7 @@ pub enum ReplayError {
         seq: Seq,
         /// The record's digest.
         expected: Digest,
-        /// The engine's digest.
+        /// The machine's digest.
         found: Digest,
     },
     /// A record is missing or doubled.
@@ -59,7 +59,7 @@ pub enum DecodeError {
 
 /// An input as the journal holds it.
 #[must_use]
-pub fn encode_input(input: &Input) -> Vec<u8> {
+pub fn encode_input<I: Serialize>(input: &I) -> Vec<u8> {
     let mut bytes = Vec::new();
     encode(input, &mut bytes);
     bytes
@@ -69,38 +69,38 @@ pub fn encode_input(input: &Input) -> Vec<u8> {
 ///
 /// # Errors
 /// If the bytes are not exactly one input.
-pub fn decode_input(bytes: &[u8]) -> Result<Input, DecodeError> {
+pub fn decode_input<I: DeserializeOwned>(bytes: &[u8]) -> Result<I, DecodeError> {
     let (input, rest) = postcard::take_from_bytes(bytes).map_err(DecodeError::Encoding)?;
     if rest.is_empty() { Ok(input) } else { Err(DecodeError::Trailing(rest.len())) }
 }
 
-/// Feeds records to an engine, whose outputs go to `on_output` and nowhere else.
+/// Feeds records to a machine, whose outputs go to `on_output` and nowhere else.
 ///
 /// # Errors
-/// At the first record that does not follow from what is before it. The engine is then useless.
-pub fn fold<'a>(
-    engine: &mut Engine,
+/// At the first record that does not follow from what is before it. The machine is then useless.
+pub fn fold<'a, S: Fold>(
+    machine: &mut Chain<S>,
     records: impl IntoIterator<Item = &'a Record>,
-    mut on_output: impl FnMut(Seq, &Output),
+    mut on_output: impl FnMut(Seq, &S::Output),
 ) -> Result<(), ReplayError> {
     for record in records {
         let seq = Seq(record.seq);
-        if seq != engine.next_seq() {
-            return Err(ReplayError::Order { expected: engine.next_seq(), found: seq });
+        if seq != machine.next_seq() {
+            return Err(ReplayError::Order { expected: machine.next_seq(), found: seq });
         }
         let expected = Digest(record.digest);
-        if expected != engine.digest() {
-            return Err(ReplayError::Diverged { seq, expected, found: engine.digest() });
+        if expected != machine.digest() {
+            return Err(ReplayError::Diverged { seq, expected, found: machine.digest() });
         }
         let time = Time(record.time_ns);
-        if time < engine.now() {
+        if time < machine.now() {
             return Err(ReplayError::Time { seq });
         }
         let input = decode_input(&record.payload).map_err(|source| ReplayError::Decode { seq, source })?;
-        engine.handle(time, input);
+        machine.handle(time, input);
         loop {
-            let output = engine.poll();
-            if matches!(output, Output::Wait { .. }) {
+            let output = machine.poll();
+            if S::is_wait(&output) {
                 break;
             }
             on_output(seq, &output);

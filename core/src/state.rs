@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 /// Everything that the engine knows.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(crate) struct State {
+pub struct State {
     pub(crate) lifecycle: Lifecycle,
     pub(crate) boot: Boot,
     pub(crate) incarnation: Incarnation,
@@ -66,7 +66,7 @@ impl State {
     }
 
     /// Why there is nothing more to do, and until when.
-    pub(crate) fn wait(&self, now: Time) -> Output {
+    pub(crate) fn waiting(&self, now: Time) -> Output {
         let drain = self.drain.as_ref().and_then(|drain| drain.bound(now));
         let until =
             if self.serving() { self.requests.next_deadline().into_iter().chain(drain).min() } else { None };
@@ -92,7 +92,7 @@ impl State {
     ///
     /// # Panics
     /// If one does not hold.
-    pub(crate) fn check(&self) {
+    pub(crate) fn assert_invariants(&self) {
         self.residency.check();
         let mut held: alloc::vec::Vec<u32> =
             self.requests.live().flat_map(|r| &r.pages).flat_map(|run| run.pages.iter().copied()).collect();

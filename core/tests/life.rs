@@ -449,7 +449,7 @@ fn inputs_have_golden_bytes() {
     for input in &inputs {
         let bytes = encode_input(input);
         assert_eq!(decode_input(&bytes).as_ref(), Ok(input));
-        assert_eq!(decode_input(&[&bytes[..], &[0]].concat()), Err(DecodeError::Trailing(1)));
+        assert_eq!(decode_input::<Input>(&[&bytes[..], &[0]].concat()), Err(DecodeError::Trailing(1)));
         golden.extend(bytes.iter().map(|byte| format!("{byte:02x}")));
         golden.push('\n');
     }

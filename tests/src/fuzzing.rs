@@ -2,6 +2,7 @@
 
 use lite_llm_core::disk::Disk;
 use lite_llm_core::engine::Engine;
+use lite_llm_core::input::Input;
 use lite_llm_core::journal::frame::{segment_name, snapshot_name};
 use lite_llm_core::journal::scan;
 use lite_llm_core::replay::{decode_input, encode_input};
@@ -80,9 +81,9 @@ fn disk_with(name: &str, bytes: &[u8]) -> SimDisk {
 
 /// The payload of a record.
 pub fn input(bytes: &[u8]) {
-    if let Ok(input) = decode_input(bytes) {
+    if let Ok(input) = decode_input::<Input>(bytes) {
         let encoded = encode_input(&input);
-        assert_eq!(encode_input(&decode_input(&encoded).unwrap()), encoded);
+        assert_eq!(encode_input(&decode_input::<Input>(&encoded).unwrap()), encoded);
     }
 }
 

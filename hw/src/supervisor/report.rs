@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use lite_llm_core::engine::Engine;
+use lite_llm_core::input::Input;
 use lite_llm_core::journal::{Record, Scanned, scan};
 use lite_llm_core::replay::{decode_input, fold};
 use serde::Serialize;
@@ -112,7 +113,7 @@ impl JournalTail {
 fn last_records(records: &[Record]) -> Vec<TailRecord> {
     let start = records.len().saturating_sub(TAIL_RECORDS);
     let show = |record: &Record| {
-        let input = match decode_input(&record.payload) {
+        let input = match decode_input::<Input>(&record.payload) {
             Ok(input) => format!("{input:?}"),
             Err(error) => format!("cannot be decoded: {error}"),
         };
@@ -160,7 +161,6 @@ mod tests {
     use super::*;
     use lite_llm_core::config::Config;
     use lite_llm_core::ids::Incarnation;
-    use lite_llm_core::input::Input;
     use lite_llm_core::journal::{Header, Store};
     use lite_llm_core::replay::encode_input;
 
