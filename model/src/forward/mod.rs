@@ -1,8 +1,8 @@
 //! The forward pass of one batch step: every row through every layer, experts as they come.
 //!
 //! All rows share each matrix product; the bits of a row depend on that row alone. Attention is per row, over pages.
-//! `gated` is a dense block, `experts` the mixture with the protocol of need, provision and release, `router` what it selects; `output` chooses
-//! tokens and digests.
+//! `gated` is a dense block, `experts` the mixture with the protocol of need, provision and release, `router` what it
+//! selects; `output` chooses tokens and digests.
 
 mod attention;
 mod cache;
