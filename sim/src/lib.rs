@@ -1,11 +1,18 @@
-//! A simulated machine for the Lite LLM runtime: the production core, unchanged, on virtual time, from one seed.
+//! A simulated cluster for the Lite LLM runtime: the production core, unchanged, on virtual time, from one seed.
 //!
-//! [`disk`] tears what was not synced, [`machine`] drives an engine and checks what it does; [`model`] is the simulated
-//! arithmetic and, apart from any engine, the reference that streams are held against; [`random`] is the only source
-//! of choice.
+//! [`world`] has time, messages, clocks and processes; [`hazard`] names every fault, [`decision`] says which of them
+//! happen, [`minimise()`] finds those that matter, [`chronicle`] tells people what happened. [`disk`] tears what was not
+//! synced. [`machine`] drives an engine and checks what it does; [`model`] is the simulated arithmetic and, apart from
+//! any engine, the reference that streams are held against.
 #![forbid(unsafe_code)]
 
+pub mod atlas;
+pub mod chronicle;
+pub mod decision;
 pub mod disk;
+pub mod hazard;
 pub mod machine;
+pub mod minimise;
 pub mod model;
 pub mod random;
+pub mod world;

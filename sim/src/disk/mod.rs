@@ -3,31 +3,23 @@
 //! Rules of the faults. What was synced stays. At a crash each sector that holds unsynced bytes ends in any state, its
 //! synced bytes included, and the file's length anywhere between the synced and the current one; each name that was not
 //! synced with its directory is the old or the new one. The operation under way may have happened or not. While
-//! running, any operation can fail; a failed sync drops its dirty bytes for good.
+//! running, any operation can fail; a failed sync drops its dirty bytes for good. Under the decisions of a run the disk
+//! also lies: writes that are nowhere or elsewhere, reads of another place or time, bits that rot, sectors that go.
 
-use crate::random::Choice;
+mod media;
+mod wear;
+
+pub use media::Ending;
+
+use crate::atlas::Atlas;
+use crate::decision::Decisions;
 use lite_llm_core::disk::{Disk, DiskError, DiskErrorKind, DiskOp};
+use media::File;
 use std::collections::BTreeMap;
+use wear::{ReadFault, Wear};
 
-/// Bytes of a sector.
+/// Bytes of a sector, unless the disk has larger ones.
 pub const SECTOR: usize = 512;
-
-/// How unsynced sectors, lengths and names end in a crash.
-#[derive(Clone, Debug)]
-pub enum Ending {
-    /// None of it happened.
-    Old,
-    /// All of it happened.
-    New,
-    /// Lengths and names happened, bytes are zero.
-    Zero,
-    /// Lengths and names happened, bytes are anything.
-    Garbage,
-    /// Lengths and names happened; the first half of each sector did.
-    Torn,
-    /// Each by itself, by a seed.
-    Any(Box<Choice>),
-}
 
 /// A fault while running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,18 +32,8 @@ pub enum Fault {
     NoSpace,
 }
 
-#[derive(Clone, Debug, Default)]
-struct File {
-    /// As programs see it.
-    bytes: Vec<u8>,
-    /// How much of it is synced.
-    synced: usize,
-    /// A stretch that a failed sync dropped.
-    dropped: Option<(usize, usize)>,
-}
-
 /// A simulated disk.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct SimDisk {
     files: Vec<File>,
     names: BTreeMap<String, usize>,
@@ -59,6 +41,23 @@ pub struct SimDisk {
     operations: u64,
     fault: Option<(u64, Fault)>,
     crashed: bool,
+    sector_bytes: usize,
+    wear: Option<Wear>,
+}
+
+impl Default for SimDisk {
+    fn default() -> Self {
+        Self {
+            files: Vec::new(),
+            names: BTreeMap::new(),
+            names_synced: BTreeMap::new(),
+            operations: 0,
+            fault: None,
+            crashed: false,
+            sector_bytes: SECTOR,
+            wear: None,
+        }
+    }
 }
 
 impl SimDisk {
@@ -66,6 +65,23 @@ impl SimDisk {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty disk of a node, with sectors of this size, under the decisions of a run.
+    #[must_use]
+    pub fn of_node(node: u32, sector_bytes: usize, decisions: Decisions, atlas: Atlas) -> Self {
+        Self { sector_bytes, wear: Some(Wear::new(decisions, atlas, node)), ..Self::default() }
+    }
+
+    /// How long the operations since the last call took, in nanoseconds.
+    pub fn take_ns(&mut self) -> u64 {
+        self.wear.as_mut().map_or(0, |wear| std::mem::take(&mut wear.took_ns))
+    }
+
+    /// A new disk in the place of this one: everything on it is gone.
+    pub fn replace(&mut self) {
+        let (sector_bytes, wear) = (self.sector_bytes, self.wear.take());
+        *self = Self { sector_bytes, wear, ..Self::default() };
     }
 
     /// Operations that change something, so far.
@@ -108,32 +124,47 @@ impl SimDisk {
         let names: Vec<String> = self.names.keys().chain(self.names_synced.keys()).cloned().collect();
         for name in names {
             let (old, new) = (self.names_synced.get(&name).copied(), self.names.get(&name).copied());
-            let happened = match ending {
-                Ending::Old => false,
-                Ending::New | Ending::Zero | Ending::Garbage | Ending::Torn => true,
-                Ending::Any(choice) => choice.chance(500),
-            };
-            match if happened { new } else { old } {
+            if old == new {
+                continue;
+            }
+            match if ending.name_happened(&mut self.wear) { new } else { old } {
                 Some(file) => self.names.insert(name, file),
                 None => self.names.remove(&name),
             };
         }
         self.names_synced = self.names.clone();
         for file in &mut self.files {
-            file.crash(ending);
+            file.crash(ending, self.sector_bytes, &mut self.wear);
         }
         (self.fault, self.crashed) = (None, false);
     }
 
     /// Counts an operation and says whether it fails. A crash happens after the operation, unacknowledged.
-    fn fault(&mut self) -> Option<Fault> {
+    fn fault(&mut self, op: DiskOp) -> Option<Fault> {
         if self.crashed {
             return Some(Fault::Crash);
         }
         self.operations += 1;
         let fault = self.fault.filter(|&(at, _)| at + 1 == self.operations).map(|(_, fault)| fault);
         self.crashed = fault == Some(Fault::Crash);
-        fault
+        fault.or_else(|| self.wear.as_mut().and_then(|wear| wear.change(op)))
+    }
+
+    /// The stretch that was appended last is on no medium, or is where other bytes were.
+    fn lie(&mut self, name: &str, file: usize, len: usize) {
+        let Some(lie) = self.wear.as_mut().and_then(|wear| wear.append_lies(name)) else { return };
+        let end = self.files[file].bytes.len();
+        self.files[file].dropped.push(end - len..end);
+        if let Some(value) = lie {
+            let bytes = self.files[file].bytes[end - len..end].to_vec();
+            let victim = &mut self.files[file];
+            let sectors = (victim.synced / self.sector_bytes).max(1) as u64;
+            let start = usize::try_from(value % sectors).unwrap_or(0) * self.sector_bytes;
+            let victim_end = victim.synced.min(start + bytes.len().min(self.sector_bytes));
+            if start < victim_end {
+                victim.bytes[start..victim_end].copy_from_slice(&bytes[..victim_end - start]);
+            }
+        }
     }
 
     fn find(&self, op: DiskOp, name: &str) -> Result<usize, DiskError> {
@@ -141,51 +172,9 @@ impl SimDisk {
     }
 }
 
-impl File {
-    fn crash(&mut self, ending: &mut Ending) {
-        if let Some((start, end)) = self.dropped.take() {
-            self.bytes[start..end].fill(0);
-        }
-        let (synced, len) = (self.synced, self.bytes.len());
-        if synced == len {
-            return;
-        }
-        let keep = match ending {
-            Ending::Old => synced,
-            Ending::New | Ending::Zero | Ending::Garbage | Ending::Torn => len,
-            Ending::Any(choice) => synced + choice.index(len - synced + 1),
-        };
-        self.bytes.truncate(keep);
-        let mut start = synced / SECTOR * SECTOR;
-        while start < keep {
-            let end = keep.min(start + SECTOR);
-            let unsynced = start.max(synced);
-            let state = match ending {
-                Ending::Old | Ending::New => 0,
-                Ending::Zero => 1,
-                Ending::Garbage => 2,
-                Ending::Torn => 3,
-                Ending::Any(choice) => choice.below(4),
-            };
-            match state {
-                1 => self.bytes[unsynced..end].fill(0),
-                2 => {
-                    // The whole sector, what was synced in it too.
-                    for (i, byte) in self.bytes[start..end].iter_mut().enumerate() {
-                        *byte =
-                            byte.wrapping_mul(167).wrapping_add(u8::try_from(i % 251).unwrap_or(0)) ^ 0x5a;
-                    }
-                }
-                3 => {
-                    let middle = (start + SECTOR / 2).clamp(unsynced, end);
-                    self.bytes[middle..end].fill(0);
-                }
-                _ => {}
-            }
-            start = end;
-        }
-        self.synced = keep;
-    }
+/// An index below `len`, which is not 0.
+fn pick(value: u64, len: usize) -> usize {
+    usize::try_from((value & ((1 << 60) - 1)) % len as u64).expect("below a usize")
 }
 
 fn error(op: DiskOp, name: &str, kind: DiskErrorKind) -> DiskError {
@@ -204,7 +193,7 @@ impl Disk for SimDisk {
         if self.names.contains_key(name) {
             return Err(error(DiskOp::Create, name, DiskErrorKind::Exists));
         }
-        let fault = self.fault();
+        let fault = self.fault(DiskOp::Create);
         if fault.is_none_or(|fault| fault == Fault::Crash) {
             self.names.insert(name.into(), self.files.len());
             self.files.push(File::default());
@@ -217,34 +206,36 @@ impl Disk for SimDisk {
         if self.crashed {
             return Err(failed(DiskOp::Append, name, Fault::Crash));
         }
-        let fault = self.fault();
+        let fault = self.fault(DiskOp::Append);
         let written = match fault {
             None | Some(Fault::Crash) => bytes.len(),
             Some(Fault::NoSpace) => bytes.len() / 2,
             Some(Fault::Io) => 0,
         };
         self.files[file].bytes.extend_from_slice(&bytes[..written]);
+        if fault.is_none() && !bytes.is_empty() {
+            self.lie(name, file, written);
+        }
         fault.map_or(Ok(()), |fault| Err(failed(DiskOp::Append, name, fault)))
     }
 
     fn sync(&mut self, name: &str) -> Result<(), DiskError> {
         let file = self.find(DiskOp::Sync, name)?;
-        let fault = self.fault();
+        let fault = self.fault(DiskOp::Sync);
         let file = &mut self.files[file];
         match fault {
             None => file.synced = file.bytes.len(),
             Some(Fault::Crash) => {}
             Some(Fault::Io | Fault::NoSpace) => {
                 // The kernel reports once and forgets: the bytes are in the cache, clean, and on no disk.
-                let start = file.dropped.map_or(file.synced, |(start, _)| start);
-                file.dropped = Some((start, file.bytes.len()));
+                file.dropped.push(file.synced..file.bytes.len());
             }
         }
         fault.map_or(Ok(()), |fault| Err(failed(DiskOp::Sync, name, fault)))
     }
 
     fn sync_dir(&mut self) -> Result<(), DiskError> {
-        let fault = self.fault();
+        let fault = self.fault(DiskOp::SyncDir);
         if fault.is_none() {
             self.names_synced = self.names.clone();
         }
@@ -252,10 +243,36 @@ impl Disk for SimDisk {
     }
 
     fn read_at(&mut self, name: &str, offset: u64, into: &mut [u8]) -> Result<usize, DiskError> {
-        let file = &self.files[self.find(DiskOp::Read, name)?].bytes;
-        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(file.len());
-        let len = into.len().min(file.len() - start);
-        into[..len].copy_from_slice(&file[start..start + len]);
+        let at = self.find(DiskOp::Read, name)?;
+        let fault = self.wear.as_mut().and_then(|wear| wear.read(name));
+        let (file, sector) = (&mut self.files[at], self.sector_bytes);
+        let mut start = usize::try_from(offset).unwrap_or(usize::MAX).min(file.bytes.len());
+        let len = into.len().min(file.bytes.len() - start);
+        let range = start..start + len;
+        let fail = || error(DiskOp::Read, name, DiskErrorKind::Io);
+        match fault {
+            Some(ReadFault::Error) => return Err(fail()),
+            Some(ReadFault::Unreadable(value)) if len > 0 => {
+                let at = start + pick(value, len);
+                file.unreadable.insert(at / sector);
+            }
+            Some(ReadFault::Rot(value)) if len > 0 => {
+                file.bytes[start + pick(value, len)] ^= 1 << (value >> 61)
+            }
+            Some(ReadFault::Misdirected(value)) => {
+                start = pick(value, file.bytes.len() - len + 1) / sector * sector;
+            }
+            Some(ReadFault::Stale | ReadFault::Unreadable(_) | ReadFault::Rot(_)) | None => {}
+        }
+        if File::sectors(&range, sector).any(|number| file.unreadable.contains(&number)) {
+            return Err(fail());
+        }
+        into[..len].copy_from_slice(&file.bytes[start..start + len]);
+        if fault == Some(ReadFault::Stale) {
+            // The newest sector as it was before it was written.
+            let newest = len - len.min(sector);
+            into[newest..len].fill(0);
+        }
         Ok(len)
     }
 
@@ -268,7 +285,7 @@ impl Disk for SimDisk {
         if self.crashed {
             return Err(failed(DiskOp::Rename, from, Fault::Crash));
         }
-        let fault = self.fault();
+        let fault = self.fault(DiskOp::Rename);
         if fault.is_none_or(|fault| fault == Fault::Crash) {
             self.names.remove(from);
             self.names.insert(to.into(), file);
@@ -281,7 +298,7 @@ impl Disk for SimDisk {
         if self.crashed {
             return Err(failed(DiskOp::Remove, name, Fault::Crash));
         }
-        let fault = self.fault();
+        let fault = self.fault(DiskOp::Remove);
         if fault.is_none_or(|fault| fault == Fault::Crash) {
             self.names.remove(name);
         }
@@ -292,3 +309,6 @@ impl Disk for SimDisk {
         Ok(self.names.keys().cloned().collect())
     }
 }
+
+#[cfg(test)]
+mod tests;
