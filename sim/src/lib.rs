@@ -1,7 +1,7 @@
 //! A simulated cluster for the Lite LLM runtime: the production core, unchanged, on virtual time, from one seed.
 //!
 //! [`world`] has time, messages, clocks and processes; [`hazard`] names every fault, [`decision`] says which of them
-//! happen, [`minimise()`] finds those that matter, [`chronicle`] tells people what happened. [`disk`] tears what was not
+//! happen, [`minimise`] finds those that matter, [`chronicle`] and [`timeline`] tell people what happened. [`disk`] tears what was not
 //! synced. [`machine`] drives an engine and checks what it does; [`model`] is the simulated arithmetic and, apart from
 //! any engine, the reference that streams are held against.
 #![forbid(unsafe_code)]
@@ -15,4 +15,5 @@ pub mod machine;
 pub mod minimise;
 pub mod model;
 pub mod random;
+pub mod timeline;
 pub mod world;
