@@ -2,12 +2,13 @@
 //!
 //! [`world`] has time, messages, clocks and processes; [`hazard`] names every fault, [`decision`] says which of them
 //! happen, [`minimise`] finds those that matter, [`chronicle`] and [`timeline`] tell people what happened. [`disk`] tears what was not
-//! synced. [`machine`] drives an engine and checks what it does; [`model`] is the simulated arithmetic and, apart from
+//! synced, [`cluster`] has the nodes. [`machine`] drives an engine and checks what it does; [`model`] is the simulated arithmetic and, apart from
 //! any engine, the reference that streams are held against.
 #![forbid(unsafe_code)]
 
 pub mod atlas;
 pub mod chronicle;
+pub mod cluster;
 pub mod decision;
 pub mod disk;
 pub mod hazard;

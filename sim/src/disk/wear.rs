@@ -83,15 +83,16 @@ impl Wear {
         self.damages(Hazard::MisdirectWrite, name).map(Some)
     }
 
+    /// What happens to a read. One that lies counts as damage: a log that seems shorter than it is was cut for good.
     pub(super) fn read(&mut self, name: &str) -> Option<ReadFault> {
         self.takes(DiskOp::Read);
         if self.decide(Hazard::ReadError).is_some() {
             return Some(ReadFault::Error);
         }
-        if self.decide(Hazard::StaleRead).is_some() {
+        if self.damages(Hazard::StaleRead, name).is_some() {
             return Some(ReadFault::Stale);
         }
-        if let Some(value) = self.decide(Hazard::MisdirectRead) {
+        if let Some(value) = self.damages(Hazard::MisdirectRead, name) {
             return Some(ReadFault::Misdirected(value));
         }
         if let Some(value) = self.damages(Hazard::UnreadableSector, name) {
