@@ -1,9 +1,10 @@
 //! A simulated cluster for the Lite LLM runtime: the production core, unchanged, on virtual time, from one seed.
 //!
 //! [`world`] has time, messages, clocks and processes; [`hazard`] names every fault, [`decision`] says which of them
-//! happen, [`minimise`] finds those that matter, [`chronicle`] and [`timeline`] tell people what happened. [`disk`] tears what was not
-//! synced, [`cluster`] has the nodes. [`machine`] drives an engine and checks what it does; [`model`] is the simulated arithmetic and, apart from
-//! any engine, the reference that streams are held against.
+//! happen, [`mod@minimise`] finds those that matter, [`chronicle`] and [`timeline`] tell people what happened. [`disk`]
+//! tears what was not synced, [`atlas`] says which copies may be damaged at once; [`cluster`] has what a node is made of.
+//! [`machine`] drives one engine and checks what it does; [`model`] is the simulated arithmetic and, apart from any
+//! engine, the reference that streams are held against.
 #![forbid(unsafe_code)]
 
 pub mod atlas;

@@ -9,6 +9,7 @@ use lite_llm_core::replay::{decode_input, encode_input};
 use lite_llm_model::Checkpoint;
 use lite_llm_model::checkpoint::config::Config;
 use lite_llm_model::families;
+use lite_llm_sim::decision::LogFile;
 use lite_llm_sim::disk::SimDisk;
 use lite_llm_sim::machine::{Scenario, run_with};
 use lite_llm_sim::random::Choice;
@@ -26,6 +27,7 @@ pub const TARGETS: &[Target] = &[
     ("snapshot", snapshot),
     ("input", input),
     ("engine", engine),
+    ("decisions", decisions),
 ];
 
 /// `config.json` of a checkpoint.
@@ -91,4 +93,11 @@ pub fn input(bytes: &[u8]) {
 pub fn engine(bytes: &[u8]) {
     let scenario = Scenario { choices: bytes.len() as u64, ..Scenario::of(0) };
     let _ = run_with(&Scenario { crash_per_mille: 8, fault_per_mille: 15, ..scenario }, Choice::given(bytes));
+}
+
+/// A decision log of a simulated run.
+pub fn decisions(bytes: &[u8]) {
+    if let Ok(file) = LogFile::parse(&String::from_utf8_lossy(bytes)) {
+        assert_eq!(LogFile::parse(&file.to_text()), Ok(file));
+    }
 }

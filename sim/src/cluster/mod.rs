@@ -2,3 +2,4 @@
 //! hands of a run's decisions.
 
 pub mod journal;
+pub mod message;
