@@ -11,3 +11,5 @@ pub mod membership;
 pub mod message;
 pub mod orders;
 pub mod peer;
+
+pub use link::LinkHeader;
