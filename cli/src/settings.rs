@@ -11,8 +11,15 @@ use lite_llm_model::checkpoint::Tier;
 use lite_llm_model::kernels::{DType, Isa};
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+/// The most compute threads.
+const THREADS_MAX: u16 = 1024;
+
+/// The least that a journal may be bounded to.
+const JOURNAL_MAX_MIN: u64 = 128 << 10;
 
 /// Bytes of the largest configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -34,7 +41,7 @@ pub(crate) struct RuntimeArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<Size>,
     /// Compute threads; one per core if left out
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(THREADS_MAX)))]
     pub(crate) threads: Option<u16>,
     /// Instruction set; the choice changes no bit
     #[arg(long, value_name = "ISA")]
@@ -149,6 +156,9 @@ impl RuntimeArgs {
             Some(path) => read(path)?,
             None => File::default(),
         };
+        if let Some(size) = self.journal_max {
+            check_journal_max(size).map_err(|error| usage(format!("--journal-max: {error}")))?;
+        }
         let isa = match self.isa.or(file.isa) {
             None => Isa::detect(),
             Some(IsaName::Scalar) => Isa::Scalar,
@@ -158,17 +168,17 @@ impl RuntimeArgs {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let drain_bound = match (self.drain_bound, &file.drain_bound) {
             (Some(bound), _) => bound,
-            (None, Some(text)) => duration(text).map_err(|e| usage(format!("drain_bound: {e}")))?,
+            (None, Some(text)) => duration(text).map_err(|e| self.in_file(&format!("drain_bound: {e}")))?,
             (None, None) => Duration::from_secs(10),
         };
         let journal_max = match (self.journal_max, &file.journal_max) {
             (Some(size), _) => Some(size),
-            (None, Some(value)) => Some(size("journal_max", value)?),
+            (None, Some(value)) => Some(self.size("journal_max", value)?),
             (None, None) => None,
         };
         Ok(Settings {
             journal_bytes: journal_max.map(|size| size.0),
-            threads: self.threads.or(file.threads).map_or(cores, usize::from).max(1),
+            threads: self.threads.or(file.threads).map_or(cores, usize::from),
             isa,
             // Not the type of the weights: a cache that rounds is a choice, and the published oracles do not make it.
             kv_dtype: self.kv_type.or(file.kv_type).map_or(DType::F32, DType::from),
@@ -177,13 +187,29 @@ impl RuntimeArgs {
         })
     }
 
+    /// An error in the configuration file.
+    fn in_file(&self, what: &str) -> anyhow::Error {
+        let path = self.config.as_deref().unwrap_or(Path::new("")).display();
+        usage(format!("in the configuration {path}: {what}"))
+    }
+
+    /// A size in the configuration file: a number of bytes, or a text with a unit.
+    fn size(&self, key: &str, value: &toml::Value) -> anyhow::Result<Size> {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let size: Size = text.parse().map_err(|error| self.in_file(&format!("{key}: {error}")))?;
+        if key == "journal_max" {
+            check_journal_max(size).map_err(|error| self.in_file(&format!("{key}: {error}")))?;
+        }
+        Ok(size)
+    }
+
     fn engine_config(&self, file: File, tiers: &[Tier]) -> anyhow::Result<Config> {
         let mut config = Config::default();
         let names: Vec<String> = tiers.iter().map(|tier| tier.name.clone()).collect();
         if let Some(memory) = self.memory {
             config.memory_bytes = memory.0;
         } else if let Some(value) = &file.memory {
-            config.memory_bytes = size("memory", value)?.0;
+            config.memory_bytes = self.size("memory", value)?.0;
         } else {
             // What is available changes while we look; a part of it will be there.
             let measured =
@@ -231,23 +257,52 @@ impl RuntimeArgs {
         if let Some(unknown) = config.tier_set.iter().find(|name| !names.contains(name)) {
             anyhow::bail!("unknown tier {unknown:?}; this checkpoint has {}", names.join(", "));
         }
-        config.check().map_err(anyhow::Error::msg)?;
+        // Limits have no flags; a chunk has both.
+        config.check().map_err(|error| match &self.config {
+            Some(path) => usage(format!("in the flags or the configuration {}: {error}", path.display())),
+            None => usage(error),
+        })?;
         Ok(config)
     }
 }
 
-/// A size in the configuration file: a number of bytes, or a text with a unit.
-fn size(key: &str, value: &toml::Value) -> anyhow::Result<Size> {
-    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    text.parse().map_err(|error| usage(format!("{key}: {error}")))
-}
-
+/// Reads no more than a configuration file may have: a device has no end. What is wrong in it is named with the file.
 fn read(path: &Path) -> anyhow::Result<File> {
     let cannot = || format!("cannot read the configuration {}", path.display());
-    let bytes = path.metadata().with_context(cannot)?.len();
-    anyhow::ensure!(bytes <= FILE_BYTES_MAX, "{} is no configuration file: {}", path.display(), Size(bytes));
-    let text = std::fs::read_to_string(path).with_context(cannot)?;
-    toml::from_str(&text).with_context(|| format!("in the configuration {}", path.display()))
+    let mut text = String::new();
+    let opened = std::fs::File::open(path).with_context(cannot)?;
+    opened.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).with_context(cannot)?;
+    let in_file = |what: &str| usage(format!("in the configuration {}: {what}", path.display()));
+    if text.len() as u64 > FILE_BYTES_MAX {
+        return Err(in_file("it is longer than any configuration (1 MiB)"));
+    }
+    let file: File = toml::from_str(&text).map_err(|error| in_file(&error.to_string()))?;
+    file.check().map_err(|error| in_file(&error))?;
+    Ok(file)
+}
+
+impl File {
+    /// Checks what flags check when they are parsed.
+    fn check(&self) -> Result<(), String> {
+        if let Some(threads) = self.threads.filter(|threads| !(1..=THREADS_MAX).contains(threads)) {
+            return Err(format!("threads is {threads}; it must be 1 to {THREADS_MAX}"));
+        }
+        if self.mode.is_some() && !self.tierset.is_empty() {
+            return Err("both tierset and mode are given; leave one of them out".into());
+        }
+        if let Some((mode, _)) = self.modes.iter().find(|(_, tiers)| tiers.is_empty()) {
+            return Err(format!("modes.{mode} has no tiers; name at least one"));
+        }
+        Ok(())
+    }
+}
+
+/// The journal is cut at snapshots: a bound below a few groups of records would ask for one after the other.
+fn check_journal_max(size: Size) -> Result<(), String> {
+    if size.0 < JOURNAL_MAX_MIN {
+        return Err(format!("{} is too little; give at least {}", size, Size(JOURNAL_MAX_MIN)));
+    }
+    Ok(())
 }
 
 /// The modes of a checkpoint whose configuration names none.

@@ -18,6 +18,7 @@ impl StateDir {
     /// The given directory, or a new private one under `$XDG_STATE_HOME/lite-llm`.
     pub(crate) fn choose(given: Option<&Path>) -> anyhow::Result<Self> {
         if let Some(path) = given {
+            check_given(path)?;
             return Ok(Self { path: path.to_path_buf(), private: false });
         }
         let base = home()?.join("lite-llm");
@@ -27,6 +28,11 @@ impl StateDir {
         let path = base.join(unique("run"));
         DirBuilder::new().mode(0o700).create(&path).with_context(cannot)?;
         Ok(Self { path, private: true })
+    }
+
+    /// Makes the directory if it is not there, for its user alone.
+    pub(crate) fn make(&self) -> std::io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(&self.path)
     }
 
     /// The directory.
@@ -59,6 +65,23 @@ impl StateDir {
             tell!("warning: cannot remove the private state directory {}: {error}", self.path.display());
         }
     }
+}
+
+/// Refuses a directory that has something in it and is no state directory: a checkpoint, or somebody's home.
+fn check_given(path: &Path) -> anyhow::Result<()> {
+    let Ok(entries) = std::fs::read_dir(path) else { return Ok(()) };
+    let names: Vec<String> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let of_state = |name: &String| {
+        name == "lock" || ["segment-", "snapshot-", "crash-"].iter().any(|start| name.starts_with(start))
+    };
+    anyhow::ensure!(
+        names.is_empty() || names.iter().any(of_state),
+        "{} is no state directory: there is no journal in it, but {}; give an empty directory or a new name with --state",
+        path.display(),
+        names[0]
+    );
+    Ok(())
 }
 
 /// `$XDG_STATE_HOME`, or where it is by default. A relative one is to be ignored, says the specification.

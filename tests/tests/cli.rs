@@ -174,9 +174,9 @@ fn bad_input_says_what_and_why() {
     run(&place, &["--mode", "nope"]).refuses(2, &["unknown mode", "balanced"]);
     run(&place, &["--config", "nowhere.toml"]).refuses(1, &["nowhere.toml"]);
     std::fs::write(place.path("c.toml"), "thread = 2\n").unwrap();
-    run(&place, &["--config", "c.toml"]).refuses(1, &["c.toml", "thread"]);
+    run(&place, &["--config", "c.toml"]).refuses(2, &["c.toml", "thread"]);
     std::fs::write(place.path("c.toml"), "threads = 1\nmemory = \"2GiB\"\n[limits]\nrows_max = 0\n").unwrap();
-    run(&place, &["--config", "c.toml"]).refuses(1, &["limits.rows_max"]);
+    run(&place, &["--config", "c.toml"]).refuses(2, &["c.toml", "limits.rows_max"]);
     place.run(["replay", "nowhere"]).refuses(1, &["nowhere"]);
     place.run(["replay", "m"]).refuses(1, &["no journal"]);
     place.run(["inspect", "m/config.json"]).refuses(1, &["no crash report"]);

@@ -21,8 +21,8 @@ use clap::{Parser, Subcommand};
 #[command(
     name = "lite-llm",
     version,
-    after_help = "Exit codes: 0 done; 1 refused or failed; 2 wrong command line; 3 bytes fail their verification or a \
-                  replay diverges; 4 a bug of this program."
+    after_help = "Exit codes: 0 done; 1 refused or failed; 2 wrong command line or configuration; 3 bytes fail their \
+                  verification or a replay diverges; 4 a bug of this program."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]

@@ -51,7 +51,8 @@ impl SuperviseArgs {
 
     fn supervise(&self, run: &RunArgs, state: &StateDir) -> anyhow::Result<Exit> {
         // A directory that is there from the first moment can take the report of a life that died at once.
-        std::fs::create_dir_all(state.path())
+        state
+            .make()
             .with_context(|| format!("cannot make the state directory {}", state.path().display()))?;
         let prompt = stdin_prompt(run)?;
         let program = std::env::current_exe().context("cannot find this program")?;
