@@ -1,9 +1,10 @@
 //! Layouts and values that no golden checkpoint has: fused experts, 16-bit floats, numbers that are not finite.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use lite_llm_core::digest::Digest;
 use lite_llm_model::kernels::convert::{f16_bits, f16_value};
 use lite_llm_model::{Checkpoint, KvCache, StepError, Workspace};
-use lite_llm_tests::harness::{Experts, PLAIN, first_step, folder, open, run};
+use lite_llm_tests::harness::{Experts, GOLDEN, PLAIN, first_step, folder, open, run};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
 use std::collections::BTreeMap;
@@ -120,5 +121,25 @@ fn impossible_sizes_are_refused_before_anything_is_allocated() {
         let error = Checkpoint::open(dir.path()).unwrap_err().to_string();
         assert!(error.contains("config.json"), "{error}");
         assert!(!error.contains("safetensors"), "{key} is refused first: {error}");
+    }
+}
+
+/// The plan counts what the working memory of a step grows to, and not much more.
+#[test]
+fn the_memory_plan_has_room_for_the_workspace() {
+    for name in GOLDEN {
+        let model = open(&folder(name), PLAIN);
+        let mut experts = Experts::load(&model);
+        let groups = u32::try_from(model.kv_groups().len()).unwrap();
+        let mut cache = KvCache::new(&model, 8 * groups).unwrap();
+        let mut workspace = Workspace::default();
+        let step = first_step(&model, (3..67).collect(), Some(experts.resident()));
+        model.forward(&step, &mut cache, &mut workspace, &mut experts, None).unwrap();
+        let overhead =
+            |positions, rows| model.plan(positions, rows, Digest::default()).unwrap().overhead_bytes;
+        let planned = overhead(64, 1) - overhead(0, 0);
+        let kept = workspace.bytes() as u64;
+        assert!(kept <= planned, "{name}: {kept} bytes are kept, {planned} are planned");
+        assert!(planned <= 3 * kept, "{name}: {planned} bytes are planned for {kept}");
     }
 }
