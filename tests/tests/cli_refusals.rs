@@ -78,3 +78,12 @@ fn a_state_directory_is_its_user_s_alone() {
         assert_eq!(mode & 0o777, 0o700, "{state}");
     }
 }
+
+#[test]
+fn help_of_a_supervised_run_is_no_mistake_and_a_negative_number_is_named() {
+    let place = Place::new();
+    let help = place.run(["supervise", "--", "run", "--help"]);
+    assert_eq!(help.code, Some(0), "{}", help.stderr);
+    assert!(help.stdout.contains("--max-tokens"), "{}", help.stdout);
+    place.run(["run", "m", "--prompt", "a", "--max-tokens", "-1"]).refuses(2, &["invalid value '-1'"]);
+}

@@ -37,7 +37,7 @@ pub(crate) struct SuperviseArgs {
 
 impl SuperviseArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
-        let run = parse(&self.command)?;
+        let Some(run) = parse(&self.command)? else { return Ok(Exit::Ok) };
         if run.state.is_none() && run.batch.out.as_ref().is_some_and(|out| out.exists()) {
             return Err(usage(
                 "--out is there already: name another file, or give the --state that wrote it",
@@ -99,11 +99,16 @@ fn end(outcome: &Outcome) -> anyhow::Result<Exit> {
     })
 }
 
-fn parse(command: &[OsString]) -> anyhow::Result<RunArgs> {
+/// The run to supervise; none if the command only asked for help, which is then printed.
+fn parse(command: &[OsString]) -> anyhow::Result<Option<RunArgs>> {
     let whole = std::iter::once(OsString::from("lite-llm")).chain(command.iter().cloned());
     match Cli::try_parse_from(whole) {
-        Ok(Cli { command: Subcommand::Run(run) }) => Ok(*run),
+        Ok(Cli { command: Subcommand::Run(run) }) => Ok(Some(*run)),
         Ok(_) => Err(usage("only run can be supervised: lite-llm supervise -- run MODEL ...")),
+        Err(error) if !error.use_stderr() => {
+            error.print()?;
+            Ok(None)
+        }
         Err(error) => Err(usage(error.to_string().trim_start_matches("error: ").trim_end().to_owned())),
     }
 }
