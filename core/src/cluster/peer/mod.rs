@@ -72,7 +72,8 @@ pub enum PeerInput {
     Orders(Orders),
     /// A member says something.
     Message(Message),
-    /// The local journal is durable up to this record.
+    /// The local journal is durable up to this record. None that was on its way when the log was cut may come after
+    /// `Rewound`: the record of that number may be another now.
     Durable {
         /// Which.
         seq: Seq,

@@ -308,7 +308,7 @@ impl Peer {
         Input::Failed { step, attempt, fault: Fault::Device(GIVEN_UP.into()) }
     }
 
-    /// The rank that computes an expert's rows for its stage: every rank of its shelf holds a part of it.
+    /// Whether this rank holds an expert, or its rows of it.
     #[must_use]
     pub fn has_expert(&self, key: ExpertKey) -> bool {
         self.holds(self.engine.view().shelf(key))
