@@ -14,7 +14,8 @@ const ONE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Bytes that are hashed before their memory is given back.
 const HASH_BYTES: usize = 4 << 20;
-const PAGE_BYTES: usize = 4096;
+/// What the system maps at once when a page is read, at most: a large page.
+const MAPPED_AROUND_BYTES: usize = 2 << 20;
 /// Rows and columns of E4M3 bytes that share a scale.
 const FP8_BLOCK: usize = 128;
 
@@ -249,9 +250,11 @@ impl TensorFiles {
     }
 }
 
-/// Drops the pages that lie wholly within a range.
+/// Drops the pages of a range, and of what lies around it: the system maps the neighbours of a page that is read, which
+/// nobody else would give back. A neighbour that is in use is mapped again at its next reading.
 fn forget(map: &Mmap, start: usize, end: usize) {
-    let (start, end) = (start.next_multiple_of(PAGE_BYTES), end / PAGE_BYTES * PAGE_BYTES);
+    let start = start / MAPPED_AROUND_BYTES * MAPPED_AROUND_BYTES;
+    let end = end.next_multiple_of(MAPPED_AROUND_BYTES).min(map.len());
     if start < end {
         // SAFETY: the map is of a file, is only read and was never written: a page that is dropped is read from the
         // file again when it is next looked at, with the same bytes.
