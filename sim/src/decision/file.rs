@@ -84,7 +84,12 @@ impl LogFile {
                 "seed" => file.seed = number(words.next(), 10).map_err(fail)?,
                 "set" => {
                     let name = words.next().unwrap_or_default().to_owned();
-                    file.settings.insert(name, words.collect::<Vec<_>>().join(" "));
+                    let value = words.collect::<Vec<_>>().join(" ");
+                    // Written again, a carriage return at the end of a line would be lost.
+                    if name.is_empty() || format!("{name}{value}").contains(char::is_control) {
+                        return Err(fail("a setting has no name, or a control character in it".into()));
+                    }
+                    file.settings.insert(name, value);
                     continue;
                 }
                 "end" => {
@@ -163,6 +168,8 @@ mod tests {
             (text.replace("decisions 1", "decisions 2"), "with the version that wrote it"),
             (text.replace("rot", "rut"), "no fault \"rut\""),
             (text.replace("end 1\n", ""), "the end is missing"),
+            (text.replace("rot", "set \nrot"), "a setting has no name"),
+            (text.replace("rot", "set a b\r\r\nrot"), "a control character"),
             (text.replace("rot 0.3 9 ff\n", ""), "1 decisions are due, 0 came"),
             (text.replace("9 ff", "9 fg"), "\"fg\" is no number"),
             ("hello".into(), "no decision log"),
