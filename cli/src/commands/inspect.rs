@@ -9,7 +9,8 @@ use clap::Args;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::journal::frame::{
-    SNAPSHOT_HEADER_BYTES, SegmentHeader, SnapshotHeader, parse_segment_name, parse_snapshot_name,
+    SEGMENT_MAGIC, SNAPSHOT_HEADER_BYTES, SNAPSHOT_MAGIC, SegmentHeader, SnapshotHeader, parse_segment_name,
+    parse_snapshot_name,
 };
 use lite_llm_model::Checkpoint;
 use serde_json::{Value, json};
@@ -37,24 +38,14 @@ impl InspectArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
         let path = &self.path;
         let found = path.metadata().with_context(|| format!("cannot read {}", path.display()))?;
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let value = if found.is_dir() {
             if path.join("config.json").exists() || path.join("manifest.json").exists() {
                 checkpoint(path)?
             } else {
                 state(path, self.records)?
             }
-        } else if parse_segment_name(&name).is_some() {
-            segment(path)?
-        } else if parse_snapshot_name(&name).is_some() {
-            snapshot(path)?
-        } else if name.ends_with(".json") {
-            report(path, found.len())?
         } else {
-            bail!(
-                "{} is no checkpoint or state directory, and not named like a segment, snapshot or crash report",
-                path.display()
-            );
+            file(path, found.len())?
         };
         let mut out = terminal::stdout();
         if self.json {
@@ -65,6 +56,21 @@ impl InspectArgs {
             out.write_all(text.as_bytes())?;
         }
         Ok(Exit::Ok)
+    }
+}
+
+/// A file by what it begins with; by its name where that is damaged.
+fn file(path: &Path, bytes: u64) -> anyhow::Result<Value> {
+    let head = head(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    if head.starts_with(&SEGMENT_MAGIC) || parse_segment_name(&name).is_some() {
+        segment(path, bytes, &head)
+    } else if head.starts_with(&SNAPSHOT_MAGIC) || parse_snapshot_name(&name).is_some() {
+        snapshot(path, bytes, &head)
+    } else if head.starts_with(b"{") {
+        report(path, bytes)
+    } else {
+        bail!("{} is no checkpoint or state directory, no segment, snapshot or crash report", path.display())
     }
 }
 
@@ -171,13 +177,13 @@ fn state(dir: &Path, records: bool) -> anyhow::Result<Value> {
     Ok(value)
 }
 
-fn segment(path: &Path) -> anyhow::Result<Value> {
-    let (header, _) = SegmentHeader::decode(&head(path)?)
+fn segment(path: &Path, bytes: u64, head: &[u8]) -> anyhow::Result<Value> {
+    let (header, _) = SegmentHeader::decode(head)
         .map_err(|invalid| corrupt(format!("{}: the header is damaged: {invalid:?}", path.display())))?;
     Ok(json!({
         "kind": "segment",
         "path": path,
-        "bytes": path.metadata()?.len(),
+        "bytes": bytes,
         "index": header.index,
         "first": header.first_seq,
         "logic_version": header.header.logic_version,
@@ -187,21 +193,24 @@ fn segment(path: &Path) -> anyhow::Result<Value> {
     }))
 }
 
-fn snapshot(path: &Path) -> anyhow::Result<Value> {
-    let head = head(path)?;
+fn snapshot(path: &Path, bytes: u64, head: &[u8]) -> anyhow::Result<Value> {
     let header = SnapshotHeader::decode(&head[..head.len().min(SNAPSHOT_HEADER_BYTES)])
         .map_err(|invalid| corrupt(format!("{}: the header is damaged: {invalid:?}", path.display())))?;
+    let of_header = header.state_bytes.saturating_add(SNAPSHOT_HEADER_BYTES as u64);
+    if bytes != of_header {
+        return Err(corrupt(format!("{} has {bytes} bytes, its header says {of_header}", path.display())));
+    }
     // The directory's reader verifies the state's hash; a snapshot that is not the newest is read by itself.
-    let bytes = std::fs::read(path)?;
-    let state = bytes.get(SNAPSHOT_HEADER_BYTES..).unwrap_or_default();
-    if state.len() as u64 != header.state_bytes || Digest::of(state).0 != header.state_hash {
+    let whole = std::fs::read(path)?;
+    let state = whole.get(SNAPSHOT_HEADER_BYTES..).unwrap_or_default();
+    if Digest::of(state).0 != header.state_hash {
         return Err(corrupt(format!("{}: the state does not have the hash in its header", path.display())));
     }
     let engine = Engine::restore(state)?;
     Ok(json!({
         "kind": "snapshot",
         "path": path,
-        "bytes": bytes.len(),
+        "bytes": bytes,
         "next": header.next,
         "digest": Digest(header.digest).to_string(),
         "logic_version": header.header.logic_version,

@@ -26,9 +26,11 @@ pub const NUMBER_MAX: u64 = 1 << 62;
 /// The largest snapshot: no file above this is read.
 pub const SNAPSHOT_BYTES_MAX: u64 = 4 << 30;
 
-const SEGMENT_MAGIC: [u8; 8] = *b"LLMSEGMT";
+/// The first bytes of a segment.
+pub const SEGMENT_MAGIC: [u8; 8] = *b"LLMSEGMT";
 const GROUP_MAGIC: [u8; 4] = *b"LLMG";
-const SNAPSHOT_MAGIC: [u8; 8] = *b"LLMSNAPS";
+/// The first bytes of a snapshot.
+pub const SNAPSHOT_MAGIC: [u8; 8] = *b"LLMSNAPS";
 const SEGMENT_HEADER_BYTES: usize = 84;
 /// The length of a group's header.
 pub const GROUP_HEADER_BYTES: usize = 32;
