@@ -49,20 +49,21 @@ impl fmt::Display for Size {
     }
 }
 
-/// Reads a duration: `250ms`, `3s`, `2m`, `1h`; a plain number counts seconds.
+/// Reads a duration: `80us`, `250ms`, `3s`, `2m`, `1h`; a plain number counts seconds.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no duration: give a number with ms, s, m or h");
+    let wrong = || format!("{text:?} is no duration: give a whole number with us, ms, s, m or h");
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let number: u64 = number.parse().map_err(|_| wrong())?;
-    let millis = match unit.trim() {
-        "ms" => 1,
-        "" | "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
+    let micros = match unit.trim() {
+        "us" => 1,
+        "ms" => 1000,
+        "" | "s" => 1_000_000,
+        "m" => 60_000_000,
+        "h" => 3_600_000_000,
         _ => return Err(wrong()),
     };
-    number.checked_mul(millis).map(Duration::from_millis).ok_or_else(wrong)
+    number.checked_mul(micros).map(Duration::from_micros).ok_or_else(wrong)
 }
 
 #[cfg(test)]
@@ -91,6 +92,7 @@ mod tests {
     #[test]
     fn durations_have_units() {
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(duration("80us"), Ok(Duration::from_micros(80)));
         assert_eq!(duration("3"), Ok(Duration::from_secs(3)));
         assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
         assert!(duration("").is_err());
