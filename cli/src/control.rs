@@ -5,6 +5,7 @@ use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::SwitchTarget;
 use lite_llm_hw::node::NodeHandle;
 use rustix::fs::{Mode, OFlags, open};
+use rustix::net::{RecvFlags, recv};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -13,6 +14,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 /// The socket's name in the state directory.
@@ -20,9 +22,15 @@ const NAME: &str = "control.sock";
 /// Bytes of the longest line.
 const LINE_BYTES_MAX: u64 = 1 << 20;
 /// Clients at once.
-const CLIENTS_MAX: usize = 16;
-/// How long a client may take to say what it wants.
+const CLIENTS_MAX: usize = 32;
+/// Clients that wait for a position, which may never come, so that the others are heard.
+const WAITING_MAX: usize = 16;
+/// How long a client may take to say what it wants, and to hear the answer.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a client that waits is looked after.
+const LOOK_PERIOD: Duration = Duration::from_millis(200);
+/// How long a process may take to answer what needs no waiting.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What can be asked of a running process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,26 +96,54 @@ fn short_path(state: &Path) -> anyhow::Result<(OwnedFd, PathBuf)> {
 }
 
 fn listen(listener: &UnixListener, node: &NodeHandle) {
-    let clients = Arc::new(AtomicUsize::new(0));
+    let (clients, waiting) = (Places::new(CLIENTS_MAX), Places::new(WAITING_MAX));
     for stream in listener.incoming() {
         let Ok(stream) = stream else { continue };
-        if clients.fetch_add(1, Ordering::Relaxed) >= CLIENTS_MAX {
-            clients.fetch_sub(1, Ordering::Relaxed);
+        // A client that stops reading is not waited for.
+        let _ = stream.set_write_timeout(Some(ASK_TIMEOUT));
+        let Some(place) = clients.take() else {
             answer(&stream, &json!({ "error": "too many clients of the control socket; ask again later" }));
             continue;
-        }
-        let (node, count) = (node.clone(), Arc::clone(&clients));
+        };
+        let (node, waiting) = (node.clone(), waiting.clone());
         let serve = move || {
-            let value = match read_ask(&stream).and_then(|ask| obey(&node, ask)) {
+            let value = match read_ask(&stream).and_then(|ask| obey(&node, ask, &stream, &waiting)) {
                 Ok(value) => json!({ "ok": value }),
                 Err(error) => json!({ "error": format!("{error:#}") }),
             };
             answer(&stream, &value);
-            count.fetch_sub(1, Ordering::Relaxed);
+            drop(place);
         };
-        if std::thread::Builder::new().name("control".into()).spawn(serve).is_err() {
-            clients.fetch_sub(1, Ordering::Relaxed);
-        }
+        // Without a thread there is no answer, and the client hears the end.
+        let _ = std::thread::Builder::new().name("control".into()).spawn(serve);
+    }
+}
+
+/// So many at once.
+#[derive(Clone, Debug)]
+struct Places {
+    taken: Arc<AtomicUsize>,
+    max: usize,
+}
+
+/// One of them; free again when dropped.
+struct Place(Arc<AtomicUsize>);
+
+impl Places {
+    fn new(max: usize) -> Self {
+        Self { taken: Arc::default(), max }
+    }
+
+    fn take(&self) -> Option<Place> {
+        let more = |taken| (taken < self.max).then_some(taken + 1);
+        self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Place(Arc::clone(&self.taken)))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -123,12 +159,13 @@ fn read_ask(stream: &UnixStream) -> anyhow::Result<Ask> {
     Ok(serde_json::from_str(&line)?)
 }
 
-fn obey(node: &NodeHandle, ask: Ask) -> anyhow::Result<Value> {
+fn obey(node: &NodeHandle, ask: Ask, client: &UnixStream, waiting: &Places) -> anyhow::Result<Value> {
+    let switch = |target, at| switch(node, target, at, client, waiting);
     Ok(match ask {
         Ask::Status => status(node)?,
-        Ask::Tierset { tiers, at } => switch(node, SwitchTarget::Tiers(tiers), at)?,
-        Ask::Mode { mode, at } => switch(node, SwitchTarget::Mode(mode), at)?,
-        Ask::Budget { ns, at } => switch(node, SwitchTarget::Budget(ns), at)?,
+        Ask::Tierset { tiers, at } => switch(SwitchTarget::Tiers(tiers), at)?,
+        Ask::Mode { mode, at } => switch(SwitchTarget::Mode(mode), at)?,
+        Ask::Budget { ns, at } => switch(SwitchTarget::Budget(ns), at)?,
         Ask::Drain { bound_ms } => {
             node.drain(bound_ms.map(Duration::from_millis))?;
             json!({ "draining": true })
@@ -141,16 +178,37 @@ fn obey(node: &NodeHandle, ask: Ask) -> anyhow::Result<Value> {
     })
 }
 
-fn switch(node: &NodeHandle, target: SwitchTarget, at: Option<(String, u32)>) -> anyhow::Result<Value> {
+fn switch(
+    node: &NodeHandle,
+    target: SwitchTarget,
+    at: Option<(String, u32)>,
+    client: &UnixStream,
+    waiting: &Places,
+) -> anyhow::Result<Value> {
     let at = match at {
         Some((id, position)) => Some((request_id(&id)?, position)),
         None => None,
     };
-    match node.switch(target, at).recv() {
-        Ok(Ok(generation)) => Ok(json!({ "generation": generation.0 })),
-        Ok(Err(reason)) => bail!("{reason}"),
-        Err(_) => bail!("the process ended before the switch"),
+    let _place = match &at {
+        Some(_) => Some(waiting.take().context("too many clients wait for a position; ask again later")?),
+        None => None,
+    };
+    let outcome = node.switch(target, at);
+    loop {
+        match outcome.recv_timeout(LOOK_PERIOD) {
+            Ok(Ok(generation)) => return Ok(json!({ "generation": generation.0 })),
+            Ok(Err(reason)) => bail!("{reason}"),
+            Err(RecvTimeoutError::Disconnected) => bail!("the process ended before the switch"),
+            // The switch stays asked for.
+            Err(RecvTimeoutError::Timeout) => anyhow::ensure!(!has_gone(client), "nobody waits any more"),
+        }
     }
+}
+
+/// Whether a client has closed its end.
+fn has_gone(client: &UnixStream) -> bool {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    matches!(recv(client, &mut [0; 1][..], flags), Ok((_, 0)))
 }
 
 fn request_id(id: &str) -> anyhow::Result<RequestId> {
@@ -201,9 +259,15 @@ pub(crate) fn ask(state: &Path, ask: &Ask) -> anyhow::Result<Value> {
     let mut stream = UnixStream::connect(short).with_context(|| {
         format!("no running process answers in {}; start one with `run --state`", state.display())
     })?;
-    writeln!(stream, "{}", serde_json::to_string(ask)?)?;
+    let silent = || format!("the process in {} does not answer", state.display());
+    // A switch waits for its position, or for what it loads.
+    if !matches!(ask, Ask::Tierset { .. } | Ask::Mode { .. } | Ask::Budget { .. }) {
+        stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    }
+    stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
+    writeln!(stream, "{}", serde_json::to_string(ask)?).with_context(silent)?;
     let mut line = String::new();
-    BufReader::new(stream.take(LINE_BYTES_MAX)).read_line(&mut line)?;
+    BufReader::new(stream.take(LINE_BYTES_MAX)).read_line(&mut line).with_context(silent)?;
     let mut answer: Value =
         serde_json::from_str(&line).context("the process ended before it had answered")?;
     match answer["error"].as_str() {
