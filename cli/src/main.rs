@@ -14,6 +14,8 @@ mod passes;
 mod prompt;
 mod quantity;
 mod recompute;
+mod request;
+mod results;
 mod serve;
 mod settings;
 mod state;

@@ -153,7 +153,7 @@ impl Passes {
                 }
                 Ok(StreamEvent::Finish { reason: FinishReason::Length, .. }) => break,
                 Ok(StreamEvent::Finish { reason, .. }) => bail!("window {number} ended early: {reason:?}"),
-                Ok(StreamEvent::Refused { reason }) => bail!("window {number} is refused: {reason}"),
+                Ok(StreamEvent::Refused { reason, .. }) => bail!("window {number} is refused: {reason}"),
                 Ok(StreamEvent::Accepted { .. } | StreamEvent::Token { .. }) => {}
                 Err(_) => bail!("stopped before the text was through"),
             }

@@ -16,7 +16,7 @@ const TEXT_BYTES_MAX: u64 = 64 << 20;
 #[derive(Clone, Debug, Args)]
 #[group(multiple = false)]
 pub(crate) struct PromptArgs {
-    /// Text; - for standard input. The tokenizer's special tokens are added
+    /// Text, --prompt=TEXT if it begins with -; - for standard input. The tokenizer's special tokens are added
     #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
     /// Text from a file; the newline at its end is left out

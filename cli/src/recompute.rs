@@ -4,23 +4,22 @@ use crate::divergence::{Divergence, difference};
 use crate::exit::corrupt;
 use crate::history::{History, Moment};
 use anyhow::{Context, bail};
-use lite_llm_core::config::Limits;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
-use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
+use lite_llm_core::ids::{ExpertKey, Generation, RequestId, Slot, StepId};
 use lite_llm_core::input::{Input, RowResult};
-use lite_llm_core::output::{Forward, Output, Row};
+use lite_llm_core::output::{Carving, Forward, Output, Row};
 use lite_llm_core::pages::PageRun;
 use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::replay::decode_input;
 use lite_llm_core::time::Time;
-use lite_llm_core::view::RequestView;
+use lite_llm_core::view::{RequestView, Segment, View};
 use lite_llm_hw::blobs::Blobs;
 use lite_llm_model::kernels::{DType, Isa, PAGE_POSITIONS};
 use lite_llm_model::tokenizer::Tokenizer;
 use lite_llm_model::{
-    Checkpoint, ExpertLoader, ExpertSource, KvCache, Model, ModelOptions, Provided, StepError, Stopped,
-    Workspace,
+    Capture, Checkpoint, ExpertLoader, ExpertSource, KvCache, Model, ModelOptions, Provided, StepError,
+    Stopped, Workspace,
 };
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
@@ -52,15 +51,18 @@ impl Recompute {
     ///
     /// # Errors
     /// If the directory holds another model.
-    pub(crate) fn open(
+    pub(crate) fn of(
+        engine: &Engine,
         dir: &Path,
         state: &Path,
-        plan: &ModelPlan,
-        routing_seed: u64,
-        limits: &Limits,
         isa: Isa,
         threads: usize,
     ) -> anyhow::Result<Self> {
+        let view = engine.view();
+        let (Some(plan), Some(routing_seed)) = (view.plan(), view.routing_seed()) else {
+            bail!("the journal ends before its model was read");
+        };
+        let limits = &view.config().limits;
         let checkpoint = Arc::new(Checkpoint::open(dir)?);
         let tokenizer = Tokenizer::of(&checkpoint)?.map(|tokenizer| tokenizer.digest()).unwrap_or_default();
         // The KV type is part of the architecture's digest and of nothing else that the journal says.
@@ -106,7 +108,7 @@ impl Recompute {
     /// Computes the prefixes that were in the cache when a snapshot was taken.
     pub(crate) fn begin(&mut self, engine: &Engine) -> anyhow::Result<()> {
         let view = engine.view();
-        self.cache = Some(self.cache(view.carving().pages)?);
+        self.carve(view.carving())?;
         for request in view.requests() {
             self.fill(engine, &request)?;
         }
@@ -137,7 +139,7 @@ impl Recompute {
         }
         for output in moment.outputs {
             match output {
-                Output::Carve(carving) => self.cache = Some(self.cache(carving.pages)?),
+                Output::Carve(carving) => self.carve(*carving)?,
                 Output::Forward(forward) => {
                     self.experts.modified = moment.engine.view().modified(forward.generation);
                     self.pending = Some(forward.clone());
@@ -149,7 +151,7 @@ impl Recompute {
     }
 
     fn compare(&mut self, seq: u64, forward: &Forward, expected: &[RowResult]) -> anyhow::Result<()> {
-        let found = self.compute(forward)?;
+        let found = self.compute(forward, None)?;
         self.steps += 1;
         for ((row, expected), of_row) in forward.rows.iter().zip(expected).zip(&found) {
             self.rows += 1;
@@ -187,41 +189,97 @@ impl Recompute {
         // Where layers see a window only, pages were given back: all is computed again.
         let again = plan.kv_groups.iter().any(Option::is_some);
         let before = self.prefix.get(&request.number).copied().filter(|_| !again);
-        let mut start = before.unwrap_or(0).min(request.computed);
-        for segment in request.segments {
-            self.experts.modified = view.modified(segment.generation);
-            let names = view.generations().into_iter().find(|(g, _)| *g == segment.generation);
-            let names = names.context("a segment of an unknown generation")?.1;
-            let tiers = plan.tier_set(&names).map_err(anyhow::Error::msg)?;
-            while start < segment.until.min(request.computed) {
-                let until = segment.until.min(request.computed).min(start + PREFIX_CHUNK as u32);
-                let row = Row {
-                    request: request.number,
-                    start,
-                    tokens: all[start as usize..until as usize].to_vec(),
-                    pages: runs(plan, view.carving().pages, request.pages, start, until),
-                    sample: None,
-                };
-                self.compute(&step(segment.generation, tiers.clone(), row))?;
-                start = until;
-            }
-        }
+        let stretch = Stretch {
+            request: request.number,
+            start: before.unwrap_or(0),
+            tokens: &all[..request.computed as usize],
+            segments: request.segments,
+        };
+        let pages = |start, until| runs(plan, view.carving().pages, request.pages, start, until);
+        self.stretch(view, &stretch, pages, None)?;
         self.prefix.insert(request.number, request.computed);
         Ok(())
     }
 
-    /// A cache with the pages that the engine knows, and those that [`runs`] puts beside them.
-    fn cache(&self, pages: u32) -> anyhow::Result<KvCache> {
-        let beside = self.model.kv_groups().iter().flatten();
-        let beside = beside.map(|&window| beside_pages(window)).fold(pages, u32::saturating_add);
-        Ok(KvCache::new(&self.model, beside)?)
+    /// Computes a stream that has ended once more, for a capture, as request 0 and in a cache of its own.
+    ///
+    /// # Errors
+    /// If the engine does not keep it.
+    pub(crate) fn ended(
+        &mut self,
+        engine: &Engine,
+        id: &RequestId,
+        prompt: &[u32],
+        capture: &mut dyn Capture,
+    ) -> anyhow::Result<()> {
+        let view = engine.view();
+        let plan = view.plan().context("a request without a plan")?;
+        let stream = view.stream(id).context("a stream that is not kept any more")?;
+        let mut tokens: Vec<u32> = prompt.iter().chain(stream.tokens).copied().collect();
+        // The last token was chosen, and never computed.
+        tokens.truncate(tokens.len().saturating_sub(1).max(prompt.len()));
+        let count = (tokens.len() as u32).div_ceil(plan.page_positions);
+        let groups = plan.kv_groups.len() as u32;
+        let all: Vec<PageRun> = (0..groups)
+            .map(|group| PageRun { first: 0, pages: (group * count..(group + 1) * count).collect() })
+            .collect();
+        self.cache = Some(KvCache::new(&self.model, groups * count)?);
+        self.experts.bound(view.carving().slots);
+        let stretch = Stretch { request: 0, start: 0, tokens: &tokens, segments: stream.segments };
+        self.stretch(view, &stretch, |_, _| all.clone(), Some(capture))
     }
 
-    fn compute(&mut self, forward: &Forward) -> anyhow::Result<Vec<RowResult>> {
+    /// Computes a stretch of a request, with the pages that hold each part of it.
+    fn stretch(
+        &mut self,
+        view: View<'_>,
+        stretch: &Stretch<'_>,
+        pages: impl Fn(u32, u32) -> Vec<PageRun>,
+        mut capture: Option<&mut dyn Capture>,
+    ) -> anyhow::Result<()> {
+        let plan = view.plan().context("a request without a plan")?;
+        let end = stretch.tokens.len() as u32;
+        let mut start = stretch.start.min(end);
+        for segment in stretch.segments {
+            self.experts.modified = view.modified(segment.generation);
+            let names = view.generations().into_iter().find(|(g, _)| *g == segment.generation);
+            let names = names.context("a segment of an unknown generation")?.1;
+            let tiers = plan.tier_set(&names).map_err(anyhow::Error::msg)?;
+            while start < segment.until.min(end) {
+                let until = segment.until.min(end).min(start + PREFIX_CHUNK as u32);
+                let row = Row {
+                    request: stretch.request,
+                    start,
+                    tokens: stretch.tokens[start as usize..until as usize].to_vec(),
+                    pages: pages(start, until),
+                    sample: None,
+                };
+                let capture = capture.as_mut().map(|capture| &mut **capture as &mut dyn Capture);
+                self.compute(&step(segment.generation, tiers.clone(), row), capture)?;
+                start = until;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes as much memory as the journal's process had, and in the cache the pages that [`runs`] puts beside.
+    fn carve(&mut self, carving: Carving) -> anyhow::Result<()> {
+        let beside = self.model.kv_groups().iter().flatten();
+        let pages = beside.map(|&window| beside_pages(window)).fold(carving.pages, u32::saturating_add);
+        self.cache = Some(KvCache::new(&self.model, pages)?);
+        self.experts.bound(carving.slots);
+        Ok(())
+    }
+
+    fn compute(
+        &mut self,
+        forward: &Forward,
+        capture: Option<&mut dyn Capture>,
+    ) -> anyhow::Result<Vec<RowResult>> {
         let cache = self.cache.as_mut().context("a step before the memory was carved")?;
         let mut forward = forward.clone();
         forward.resident = None;
-        match self.model.forward(&forward, cache, &mut self.workspace, &mut self.experts, None) {
+        match self.model.forward(&forward, cache, &mut self.workspace, &mut self.experts, capture) {
             Ok(rows) => Ok(rows),
             Err(StepError::Stopped(_)) => match self.experts.failed.take() {
                 Some(error) => Err(error),
@@ -233,6 +291,16 @@ impl Recompute {
             ))),
         }
     }
+}
+
+/// Some positions of a request.
+struct Stretch<'a> {
+    request: u64,
+    /// The first of them.
+    start: u32,
+    /// All tokens up to their end.
+    tokens: &'a [u32],
+    segments: &'a [Segment],
 }
 
 /// A step that computed other bits when the journal was written.
@@ -338,6 +406,15 @@ impl Experts {
             wave: 0,
             clock: 0,
             failed: None,
+        }
+    }
+
+    /// Keeps no more experts than this.
+    fn bound(&mut self, slots: u32) {
+        self.slots_max = (Self::BYTES_MAX / self.slot_bytes.max(1)).min(slots as usize).max(1);
+        if self.slots.len() > self.slots_max {
+            self.slots = Vec::new();
+            self.at.clear();
         }
     }
 

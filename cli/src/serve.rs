@@ -6,7 +6,7 @@ use crate::quantity::Size;
 use crate::settings::Settings;
 use crate::state::StateDir;
 use crate::terminal::tell;
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use indicatif::{ProgressBar, ProgressStyle};
 use lite_llm_core::event::{Event, Phase};
 use lite_llm_hw::node::{ExitReport, Node, NodeHandle, NodeOptions, Status};
@@ -98,6 +98,15 @@ impl Service {
         // It may be draining already, or have failed: then `wait` says so.
         let _ = self.node.drain(Some(Duration::ZERO));
         self.wait()
+    }
+
+    /// What became of a node whose streams broke off.
+    pub(crate) fn unfinished(self) -> anyhow::Error {
+        match self.wait() {
+            Ok(ExitReport { unfinished: 1, .. }) => anyhow!("drained with 1 unfinished request"),
+            Ok(ExitReport { unfinished, .. }) => anyhow!("drained with {unfinished} unfinished requests"),
+            Err(error) => error,
+        }
     }
 
     /// Waits for the end of a node that drains or failed.

@@ -21,6 +21,8 @@ const THREADS_MAX: u16 = 1024;
 /// The least that a journal may be bounded to.
 const JOURNAL_MAX_MIN: u64 = 128 << 10;
 
+/// Rows of a step at most, says the engine.
+const ROWS_MAX: u32 = 1024;
 /// Bytes of the largest configuration file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -149,6 +151,16 @@ pub(crate) struct Settings {
     pub(crate) drain_bound: Duration,
 }
 
+impl Settings {
+    /// Makes room for the logits of every position of a step, as if it were a row: the memory plan has to know.
+    pub(crate) fn expect_all_logits(&mut self) {
+        let config = &mut self.config;
+        let chunk = config.prefill_chunk.min(config.limits.step_positions_max).min(ROWS_MAX);
+        config.prefill_chunk = chunk;
+        config.limits.rows_max = config.limits.rows_max.max(chunk);
+    }
+}
+
 impl RuntimeArgs {
     /// Puts flags, file and defaults together, and checks what can be checked without the engine.
     pub(crate) fn settle(&self, checkpoint: &Checkpoint) -> anyhow::Result<Settings> {
@@ -245,18 +257,33 @@ impl RuntimeArgs {
         if let Some(seconds) = file.limits.finished_age_s {
             limits.finished_age_ns = seconds.saturating_mul(1_000_000_000);
         }
-        let mode = if self.tierset.is_empty() { self.mode.clone().or(file.mode) } else { None };
-        config.tier_set = match mode {
-            Some(mode) => config.modes.get(&mode).cloned().ok_or_else(|| {
-                let known: Vec<&str> = config.modes.keys().map(String::as_str).collect();
-                usage(format!("unknown mode {mode:?}; there are {}", known.join(", ")))
-            })?,
-            None if self.tierset.is_empty() => file.tierset,
-            None => self.tierset.clone(),
-        };
-        if let Some(unknown) = config.tier_set.iter().find(|name| !names.contains(name)) {
-            anyhow::bail!("unknown tier {unknown:?}; this checkpoint has {}", names.join(", "));
+        let named =
+            config.modes.iter().flat_map(|(mode, tiers)| tiers.iter().map(move |tier| (mode.as_str(), tier)));
+        let placed = config.placement.keys().map(|tier| ("placement", tier));
+        if let Some((key, unknown)) = named.chain(placed).find(|(_, tier)| !names.contains(tier)) {
+            return Err(self.in_file(&format!("{key}: {}", no_tier(unknown, &names))));
         }
+        let no_mode = |mode: &str| {
+            let known: Vec<&str> = config.modes.keys().map(String::as_str).collect();
+            format!("unknown mode {mode:?}; there are {}", known.join(", "))
+        };
+        let unknown =
+            |set: &[String]| set.iter().find(|tier| !names.contains(tier)).map(|tier| no_tier(tier, &names));
+        config.tier_set = match (&self.mode, &file.mode) {
+            _ if !self.tierset.is_empty() => {
+                unknown(&self.tierset).map_or(Ok(()), |what| Err(usage(what)))?;
+                self.tierset.clone()
+            }
+            (Some(mode), _) => config.modes.get(mode).cloned().ok_or_else(|| usage(no_mode(mode)))?,
+            (None, Some(mode)) => {
+                config.modes.get(mode).cloned().ok_or_else(|| self.in_file(&no_mode(mode)))?
+            }
+            (None, None) => {
+                unknown(&file.tierset)
+                    .map_or(Ok(()), |what| Err(self.in_file(&format!("tierset: {what}"))))?;
+                file.tierset
+            }
+        };
         // Limits have no flags; a chunk has both.
         config.check().map_err(|error| match &self.config {
             Some(path) => usage(format!("in the flags or the configuration {}: {error}", path.display())),
@@ -264,6 +291,10 @@ impl RuntimeArgs {
         })?;
         Ok(config)
     }
+}
+
+fn no_tier(name: &str, known: &[String]) -> String {
+    format!("unknown tier {name:?}; this checkpoint has {}", known.join(", "))
 }
 
 /// Reads no more than a configuration file may have: a device has no end. What is wrong in it is named with the file.

@@ -2,6 +2,7 @@
 
 use crate::terminal::tell;
 use anyhow::Context;
+use lite_llm_core::ids::RequestId;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -45,15 +46,26 @@ impl StateDir {
         self.private
     }
 
-    /// Ends the run: a private directory goes after a clean end, and is named after any other.
-    pub(crate) fn end(self, clean: bool) {
-        if !self.private {
-            return;
-        }
-        if clean {
+    /// Whether a run has begun a journal there.
+    pub(crate) fn has_journal(&self) -> bool {
+        let Ok(mut entries) = std::fs::read_dir(&self.path) else { return false };
+        entries.any(|entry| {
+            entry.is_ok_and(|entry| entry.file_name().as_encoded_bytes().starts_with(b"segment-"))
+        })
+    }
+
+    /// What an error begins with that leaves something to do.
+    pub(crate) fn goes_on(&self, id: Option<&RequestId>) -> String {
+        let id = id.map_or_else(String::new, |id| format!(" --request-id {id}"));
+        format!("broken off; the same command with --state {}{id} goes on", self.path.display())
+    }
+
+    /// Ends the run: a private directory goes if all is done, or nothing was begun, and is named otherwise.
+    pub(crate) fn end(self, done: bool) {
+        if done || !self.has_journal() {
             self.discard();
-        } else {
-            tell!("the state is kept in {}: give it with --state to go on", self.path.display());
+        } else if self.private {
+            tell!("the journal is kept in {}", self.path.display());
         }
     }
 

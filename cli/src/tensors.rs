@@ -1,22 +1,56 @@
 //! Captured logits and routes of one request, written as safetensors.
 
-use crate::whole_file::write_whole;
+use crate::whole_file::{aside, put, write_whole};
 use anyhow::Context;
 use lite_llm_model::Capture;
-use safetensors::tensor::{Dtype, TensorView, serialize};
-use std::collections::BTreeMap;
-use std::path::Path;
+use safetensors::tensor::{Dtype, Metadata, TensorInfo, TensorView, serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tempfile::NamedTempFile;
 
-/// Logits by position.
-type Logits = BTreeMap<u32, Vec<f32>>;
 /// Experts and weights by layer and position.
 type Routes = BTreeMap<(u32, u32), (Vec<u32>, Vec<f32>)>;
 
+/// What is wanted of a request.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted {
+    /// Where the logits of the prompt's positions go.
+    pub(crate) logits: Option<PathBuf>,
+    /// Where the experts of every position go.
+    pub(crate) routes: Option<PathBuf>,
+    /// Positions of the prompt.
+    pub(crate) prompt: u32,
+    /// Layers that have experts.
+    pub(crate) layers: usize,
+}
+
+/// Which requests are looked at.
+#[derive(Debug, Default)]
+enum Subject {
+    /// It is not known yet which one is wanted.
+    #[default]
+    All,
+    /// This one.
+    One(u64),
+    /// The one that comes after these.
+    After(BTreeSet<u64>),
+}
+
+impl Subject {
+    fn is(&self, request: u64) -> bool {
+        match self {
+            Self::All => true,
+            Self::One(one) => *one == request,
+            Self::After(others) => !others.contains(&request),
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Seen {
-    /// Which request is wanted; the newest if it was not there before.
-    wanted: Option<u64>,
+    subject: Subject,
     logits: BTreeMap<u64, Logits>,
     routes: BTreeMap<u64, Routes>,
 }
@@ -24,72 +58,56 @@ struct Seen {
 /// Keeps what one request of a node computes. A recomputed position overwrites itself, with the same bits.
 #[derive(Clone, Debug)]
 pub(crate) struct Recorder {
-    /// Positions whose logits are wanted: those of the prompt, or none.
-    logits_positions: u32,
-    /// Whether routes are wanted.
-    routes: bool,
+    wanted: Wanted,
     seen: Arc<Mutex<Seen>>,
 }
 
 impl Recorder {
-    /// A recorder of some logits and, if wanted, of all routes.
-    pub(crate) fn new(logits_positions: u32, routes: bool) -> Self {
-        Self { logits_positions, routes, seen: Arc::default() }
+    pub(crate) fn new(wanted: Wanted) -> Self {
+        Self { wanted, seen: Arc::default() }
     }
 
-    /// Names the request that is wanted, if it is among those that the node had before; otherwise the newest is.
-    pub(crate) fn follow(&self, request: Option<u64>) {
-        self.seen().wanted = request;
-    }
-
-    /// Writes `logits`, f32 `[positions, vocab]`.
-    pub(crate) fn write_logits(&self, path: &Path) -> anyhow::Result<()> {
+    /// Looks at one request from here on: at this one, or at the next that is none of the `others`.
+    pub(crate) fn follow(&self, request: Option<u64>, others: impl IntoIterator<Item = u64>) {
         let mut seen = self.seen();
-        let request = seen.wanted.or(seen.logits.keys().next_back().copied()).unwrap_or_default();
-        let logits = seen.logits.remove(&request).unwrap_or_default();
-        complete(logits.keys().copied(), self.logits_positions)
-            .with_context(|| format!("no logits are written to {}", path.display()))?;
-        let vocab = logits.values().next().map_or(0, Vec::len);
-        let bytes: Vec<u8> = logits.values().flatten().flat_map(|x| x.to_le_bytes()).collect();
-        write(path, &[("logits", Dtype::F32, vec![logits.len(), vocab], bytes)])
+        let seen = &mut *seen;
+        seen.subject = request.map_or_else(|| Subject::After(others.into_iter().collect()), Subject::One);
+        seen.logits.retain(|&request, _| seen.subject.is(request));
+        seen.routes.retain(|&request, _| seen.subject.is(request));
     }
 
-    /// Writes `experts` (i32) and `weights` (f32), `[layers, positions, k]`, and which `layers` (i32) these are.
-    pub(crate) fn write_routes(&self, path: &Path) -> anyhow::Result<()> {
+    /// Forgets what was seen, and looks at this request.
+    pub(crate) fn begin_again(&self, request: u64) {
+        *self.seen() = Seen { subject: Subject::One(request), ..Seen::default() };
+    }
+
+    /// Whether all that is wanted of a request of so many positions was seen: of one that an earlier process finished,
+    /// nothing was.
+    pub(crate) fn is_complete(&self, positions: u32) -> bool {
+        let seen = self.seen();
+        let logits = seen.logits.values().next().map_or(0, |logits| logits.written.len());
+        let routes = seen.routes.values().next().map_or(0, BTreeMap::len);
+        (self.wanted.logits.is_none() || logits == self.wanted.prompt as usize)
+            && (self.wanted.routes.is_none() || routes == self.wanted.layers * positions as usize)
+    }
+
+    /// Writes what is wanted.
+    ///
+    /// # Errors
+    /// If something was not seen, or cannot be written.
+    pub(crate) fn write(&self, positions: u32) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            self.is_complete(positions),
+            "no tensors are written: some of the {positions} positions were not computed"
+        );
         let mut seen = self.seen();
-        let request = seen.wanted.or(seen.routes.keys().next_back().copied()).unwrap_or_default();
-        let routes = seen.routes.remove(&request).unwrap_or_default();
-        let mut layers: Vec<u32> = routes.keys().map(|(layer, _)| *layer).collect();
-        layers.dedup();
-        let positions = routes.len() / layers.len().max(1);
-        for &layer in &layers {
-            let found = routes.range((layer, 0)..=(layer, u32::MAX)).map(|((_, position), _)| *position);
-            complete(found, positions as u32)
-                .with_context(|| format!("no routes are written to {}", path.display()))?;
+        if let (Some(path), Some((_, logits))) = (&self.wanted.logits, seen.logits.pop_first()) {
+            logits.put(path)?;
         }
-        // A tiered router selects fewer where the active tiers have fewer; the rest of the row says so.
-        let k = routes.values().map(|(experts, _)| experts.len()).max().unwrap_or(0);
-        let routes: Vec<(Vec<i32>, Vec<f32>)> = routes
-            .into_values()
-            .map(|(experts, mut weights)| {
-                let mut experts: Vec<i32> = experts.iter().map(|&expert| expert as i32).collect();
-                experts.resize(k, -1);
-                weights.resize(k, 0.0);
-                (experts, weights)
-            })
-            .collect();
-        let shape = vec![layers.len(), positions, k];
-        let experts = routes.iter().flat_map(|(e, _)| e).flat_map(|e| e.to_le_bytes()).collect();
-        let weights = routes.iter().flat_map(|(_, w)| w).flat_map(|w| w.to_le_bytes()).collect();
-        let names = layers.iter().flat_map(|layer| layer.to_le_bytes()).collect();
-        write(
-            path,
-            &[
-                ("experts", Dtype::I32, shape.clone(), experts),
-                ("layers", Dtype::I32, vec![layers.len()], names),
-                ("weights", Dtype::F32, shape, weights),
-            ],
-        )
+        if let Some(path) = &self.wanted.routes {
+            write_routes(path, seen.routes.pop_first().map(|(_, routes)| routes).unwrap_or_default())?;
+        }
+        Ok(())
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
@@ -97,42 +115,102 @@ impl Recorder {
     }
 }
 
-/// Every position from 0, or the request was finished before and nothing was computed.
-fn complete(found: impl Iterator<Item = u32>, count: u32) -> anyhow::Result<()> {
-    let found: Vec<u32> = found.collect();
-    anyhow::ensure!(
-        !found.is_empty() && found.iter().copied().eq(0..count),
-        "only {} of {count} positions were computed in this run; a finished request is returned from the journal \
-         without being computed, so use a new --request-id",
-        found.len()
-    );
-    Ok(())
-}
-
 impl Capture for Recorder {
-    fn wants_logits(&self, _request: u64) -> bool {
-        self.logits_positions > 0
+    fn wants_logits(&self, request: u64) -> bool {
+        self.wanted.logits.is_some() && self.seen().subject.is(request)
     }
 
     fn logits(&mut self, request: u64, position: u32, logits: &[f32]) {
-        if position < self.logits_positions {
-            self.seen().logits.entry(request).or_default().insert(position, logits.to_vec());
-        }
+        let Some(path) = self.wanted.logits.as_deref().filter(|_| position < self.wanted.prompt) else {
+            return;
+        };
+        let mut seen = self.seen();
+        let of_request = seen.logits.entry(request).or_default();
+        of_request.note(path, self.wanted.prompt, position, logits);
     }
 
     fn routes(&mut self, request: u64, layer: u32, position: u32, experts: &[u32], weights: &[f32]) {
-        if self.routes {
+        let mut seen = self.seen();
+        if self.wanted.routes.is_some() && seen.subject.is(request) {
             let value = (experts.to_vec(), weights.to_vec());
-            self.seen().routes.entry(request).or_default().insert((layer, position), value);
+            seen.routes.entry(request).or_default().insert((layer, position), value);
         }
     }
 }
 
-fn write(path: &Path, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) -> anyhow::Result<()> {
-    let mut views = Vec::new();
-    for (name, dtype, shape, bytes) in tensors {
-        views.push((*name, TensorView::new(*dtype, shape.clone(), bytes)?));
+/// `logits`, f32 `[positions, vocab]`, in a file beside the one that is wanted: the memory plan has no room for them.
+#[derive(Debug, Default)]
+struct Logits {
+    file: Option<NamedTempFile>,
+    written: BTreeSet<u32>,
+    /// The first thing that went wrong.
+    failed: Option<anyhow::Error>,
+}
+
+impl Logits {
+    fn note(&mut self, path: &Path, positions: u32, position: u32, logits: &[f32]) {
+        match self.write(path, positions, position, logits) {
+            Err(error) if self.failed.is_none() => self.failed = Some(error),
+            _ => {}
+        }
+        self.written.insert(position);
     }
-    let bytes = serialize(views, None)?;
-    write_whole(path, &bytes)
+
+    fn write(&mut self, path: &Path, positions: u32, position: u32, logits: &[f32]) -> anyhow::Result<()> {
+        let row = size_of_val(logits);
+        let (shape, end) = (vec![positions as usize, logits.len()], positions as usize * row);
+        let info = TensorInfo { dtype: Dtype::F32, shape, data_offsets: (0, end) };
+        let header = serde_json::to_vec(&Metadata::new(None, vec![("logits".into(), info)])?)?;
+        // The header's length comes first, and tensors begin at a multiple of 8.
+        let len = header.len().next_multiple_of(8);
+        let file = match &self.file {
+            Some(file) => file.as_file(),
+            None => {
+                let file = self.file.insert(aside(path)?).as_file();
+                let mut start = (len as u64).to_le_bytes().to_vec();
+                start.extend(header);
+                start.resize(8 + len, b' ');
+                file.write_all_at(&start, 0).with_context(|| cannot(path))?;
+                file
+            }
+        };
+        let bytes: Vec<u8> = logits.iter().flat_map(|logit| logit.to_le_bytes()).collect();
+        let at = 8 + len + position as usize * row;
+        file.write_all_at(&bytes, at as u64).with_context(|| cannot(path))
+    }
+
+    fn put(self, path: &Path) -> anyhow::Result<()> {
+        match (self.failed, self.file) {
+            (Some(error), _) => Err(error),
+            (None, Some(file)) => put(file, path),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+fn cannot(path: &Path) -> String {
+    format!("cannot write {}", path.display())
+}
+
+/// Writes `experts` (i32) and `weights` (f32), `[layers, positions, k]`, and which `layers` (i32) these are.
+fn write_routes(path: &Path, routes: Routes) -> anyhow::Result<()> {
+    let mut layers: Vec<u32> = routes.keys().map(|(layer, _)| *layer).collect();
+    layers.dedup();
+    // A tiered router selects fewer where the active tiers have fewer; the rest of the row says so.
+    let k = routes.values().map(|(experts, _)| experts.len()).max().unwrap_or(0);
+    let shape = vec![layers.len(), routes.len() / layers.len().max(1), k];
+    let (mut experts, mut weights) = (Vec::new(), Vec::new());
+    for (of_position, with) in routes.into_values() {
+        let selected = of_position.iter().map(|&expert| expert as i32);
+        let none = std::iter::repeat(-1);
+        experts.extend(selected.chain(none).take(k).flat_map(i32::to_le_bytes));
+        weights.extend(with.into_iter().chain(std::iter::repeat(0.0)).take(k).flat_map(f32::to_le_bytes));
+    }
+    let names: Vec<u8> = layers.iter().flat_map(|layer| layer.to_le_bytes()).collect();
+    let tensors = [
+        ("experts", TensorView::new(Dtype::I32, shape.clone(), &experts)?),
+        ("layers", TensorView::new(Dtype::I32, vec![layers.len()], &names)?),
+        ("weights", TensorView::new(Dtype::F32, shape, &weights)?),
+    ];
+    write_whole(path, &serialize(tensors, None)?)
 }

@@ -9,57 +9,7 @@ use alloc::{string::String, vec::Vec};
 use core::fmt;
 use serde::{Deserialize, Serialize};
 
-/// How the next token is chosen from the logits.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Sampling {
-    /// 0 chooses the likeliest token.
-    pub temperature: f32,
-    /// Only the k likeliest tokens; 0 means all.
-    pub top_k: u32,
-    /// Only the likeliest tokens that together have this probability; 1 means all.
-    pub top_p: f32,
-    /// Only tokens at least this likely, relative to the likeliest; 0 means all.
-    pub min_p: f32,
-    /// Divides (or multiplies, if negative) the logits of tokens already seen; 1 changes nothing.
-    pub repetition_penalty: f32,
-    /// Seed of the draws.
-    pub seed: u64,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
-    }
-}
-
-/// Who goes first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Priority {
-    /// Somebody waits for it.
-    #[default]
-    Interactive,
-    /// It may wait.
-    Batch,
-}
-
-/// What a client asks for.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Body {
-    /// Token ids.
-    pub prompt: Vec<u32>,
-    /// The most tokens to generate.
-    pub max_tokens: u32,
-    /// How to choose tokens.
-    pub sampling: Sampling,
-    /// Before whom.
-    pub priority: Priority,
-    /// Nanoseconds after acceptance at which the request ends unfinished.
-    pub deadline_ns: Option<u64>,
-    /// Whether to go on past the checkpoint's end-of-stream tokens.
-    pub ignore_eos: bool,
-    /// Texts that end the stream; the driver, which has the tokenizer, reports them in [`RowResult::stop`].
-    pub stop: Vec<String>,
-}
+pub use crate::body::{Body, Priority, Sampling};
 
 /// Why something did not work. A fault is an input, never a panic.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,6 +9,7 @@
 
 extern crate alloc;
 
+mod body;
 mod boot;
 pub mod chain;
 pub mod cluster;
@@ -41,4 +42,4 @@ pub mod topology;
 pub mod view;
 
 /// Version of the fold: a core that would fold a journal differently has another.
-pub const LOGIC_VERSION: u32 = 2;
+pub const LOGIC_VERSION: u32 = 3;

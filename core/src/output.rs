@@ -53,6 +53,19 @@ pub struct Forward {
     pub resident: Option<Vec<(ExpertKey, Slot)>>,
 }
 
+/// What may be done about a refusal; its reason says the same to people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Refusal {
+    /// A bound on unfinished requests is reached: ask again when one has ended.
+    Busy,
+    /// The engine is not ready, or drains: ask again when it serves, if in its next life.
+    NotServing,
+    /// The stream was finished and is no longer kept: ask under another id.
+    Expired,
+    /// It will never be done as it is.
+    Invalid,
+}
+
 /// Why a stream ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FinishReason {
@@ -175,10 +188,12 @@ pub enum Output {
         /// Durable before it may be told.
         after: Seq,
     },
-    /// Something asked for is not done.
+    /// A request, or the end of one, is not done.
     Refuse {
-        /// Whose, if a request.
-        id: Option<RequestId>,
+        /// Whose.
+        id: RequestId,
+        /// What may be done about it.
+        refusal: Refusal,
         /// What, why and the remedy.
         reason: String,
         /// Durable before it may be told.

@@ -3,9 +3,9 @@
 use crate::digest::Digest;
 use crate::engine::Context;
 use crate::ids::{Generation, RequestId, index, len32};
-use crate::input::{Body, Priority, RowResult, Sampling};
+use crate::input::{Body, Priority, RowResult};
 use crate::lifecycle::Lifecycle;
-use crate::output::{FinishReason, Output};
+use crate::output::{FinishReason, Output, Refusal};
 use crate::pages::PageRun;
 use crate::plan::ModelPlan;
 use crate::state::State;
@@ -14,10 +14,6 @@ use crate::time::Time;
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::{format, string::String, vec::Vec};
 use serde::{Deserialize, Serialize};
-
-/// Stop texts of one request, and bytes of each.
-const STOPS_MAX: usize = 16;
-const STOP_BYTES_MAX: usize = 256;
 
 /// An unfinished request.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -62,7 +58,9 @@ pub(crate) struct Finished {
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 enum Entry {
+    /// Its number.
     Live(u64),
+    /// How many had ended before it.
     Finished(u64),
     Expired,
 }
@@ -74,12 +72,15 @@ type Rank = (Priority, Time, u64);
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Requests {
     live: BTreeMap<u64, Request>,
+    /// In the order in which they ended: the first goes first.
     finished: BTreeMap<u64, Finished>,
     tombstones: VecDeque<RequestId>,
     by_id: BTreeMap<RequestId, Entry>,
     ranks: BTreeSet<Rank>,
     deadlines: BTreeSet<(Time, u64)>,
     next: u64,
+    /// How many have ended.
+    ended: u64,
 }
 
 impl Request {
@@ -163,7 +164,7 @@ impl Requests {
 
     pub(crate) fn finished_by_id(&self, id: &RequestId) -> Option<&Finished> {
         match self.by_id.get(id) {
-            Some(Entry::Finished(number)) => self.finished.get(number),
+            Some(Entry::Finished(at)) => self.finished.get(at),
             _ => None,
         }
     }
@@ -236,7 +237,7 @@ impl Requests {
         if let Some(deadline) = request.deadline {
             self.deadlines.remove(&(deadline, number));
         }
-        self.by_id.insert(request.id.clone(), Entry::Finished(number));
+        self.by_id.insert(request.id.clone(), Entry::Finished(self.ended));
         let finished = Finished {
             id: request.id.clone(),
             body: Digest::of_value(&request.body),
@@ -245,17 +246,18 @@ impl Requests {
             segments: request.segments.clone(),
             at: now,
         };
-        self.finished.insert(number, finished);
+        self.finished.insert(self.ended, finished);
+        self.ended += 1;
         request
     }
 
     /// Turns finished streams above the configured count or age into tombstones, and forgets the oldest of those.
     fn bury(&mut self, now: Time, count_max: usize, age_ns: u64, tombstones_max: usize) {
-        while let Some((&number, oldest)) = self.finished.first_key_value() {
+        while let Some((&first, oldest)) = self.finished.first_key_value() {
             if self.finished.len() <= count_max && now <= oldest.at.after_ns(age_ns) {
                 break;
             }
-            let finished = self.finished.remove(&number).expect("it was there");
+            let finished = self.finished.remove(&first).expect("it was there");
             self.by_id.insert(finished.id.clone(), Entry::Expired);
             self.tombstones.push_back(finished.id);
         }
@@ -271,11 +273,8 @@ impl State {
     pub(crate) fn submit(&mut self, cx: &mut Context<'_>, id: RequestId, body: Body, from: u32) {
         match self.requests.by_id.get(&id) {
             Some(Entry::Expired) => {
-                self.refuse(
-                    cx,
-                    id,
-                    "expired: the stream was finished and is no longer kept; use a new id".into(),
-                );
+                let reason = "expired: the stream was finished and is no longer kept; use a new id".into();
+                self.refuse(cx, id, (Refusal::Expired, reason));
             }
             Some(Entry::Live(number)) => {
                 let request = &self.requests.live[number];
@@ -283,8 +282,8 @@ impl State {
                 let tokens = request.tokens.clone();
                 self.attach(cx, id, same, from, &tokens, None);
             }
-            Some(Entry::Finished(number)) => {
-                let finished = &self.requests.finished[number];
+            Some(Entry::Finished(at)) => {
+                let finished = &self.requests.finished[at];
                 let same = finished.body == Digest::of_value(&body);
                 let (tokens, reason) = (finished.tokens.clone(), finished.reason.clone());
                 self.attach(cx, id, same, from, &tokens, Some(reason));
@@ -294,13 +293,13 @@ impl State {
                     self.requests.accept(cx.now, id.clone(), body);
                     cx.say(Output::Accepted { id, generated: 0, after: cx.seq });
                 }
-                Err(reason) => self.refuse(cx, id, reason),
+                Err(refusal) => self.refuse(cx, id, refusal),
             },
         }
     }
 
-    fn refuse(&self, cx: &mut Context<'_>, id: RequestId, reason: String) {
-        cx.say(Output::Refuse { id: Some(id), reason, after: cx.seq });
+    fn refuse(&self, cx: &mut Context<'_>, id: RequestId, (refusal, reason): (Refusal, String)) {
+        cx.say(Output::Refuse { id, refusal, reason, after: cx.seq });
     }
 
     /// Sends a stream that exists again, from an offset on.
@@ -316,14 +315,11 @@ impl State {
         let generated = len32(tokens.len());
         if !same {
             let reason = "this id belongs to a request with another body; use a new id for a new request";
-            return self.refuse(cx, id, reason.into());
+            return self.refuse(cx, id, (Refusal::Invalid, reason.into()));
         }
         if from > generated {
-            return self.refuse(
-                cx,
-                id,
-                format!("offset {from} is beyond the {generated} tokens of the stream"),
-            );
+            let reason = format!("offset {from} is beyond the {generated} tokens of the stream");
+            return self.refuse(cx, id, (Refusal::Invalid, reason));
         }
         cx.say(Output::Accepted { id: id.clone(), generated, after: cx.seq });
         for (offset, &token) in (0..).zip(tokens).skip(index(from)) {
@@ -335,26 +331,32 @@ impl State {
     }
 
     /// Whether a new request can be served to its end.
-    fn admit(&self, body: &Body, from: u32) -> Result<(), String> {
+    fn admit(&self, body: &Body, from: u32) -> Result<(), (Refusal, String)> {
+        let not_serving = |reason: &str| Err((Refusal::NotServing, reason.into()));
         match self.lifecycle {
             Lifecycle::Active | Lifecycle::Reconfiguring => {}
-            Lifecycle::Draining | Lifecycle::Stopped => return Err("draining: no new requests".into()),
+            Lifecycle::Draining | Lifecycle::Stopped => return not_serving("draining: no new requests"),
             Lifecycle::Boot | Lifecycle::Loading | Lifecycle::Warm | Lifecycle::Recovering => {
-                return Err("not ready: submit again once the engine is".into());
+                return not_serving("not ready: submit again once the engine is");
             }
         }
         let limits = &self.config.limits;
         if self.requests.live.len() >= index(limits.requests_max) {
-            return Err(format!(
+            let reason = format!(
                 "busy: {} requests are unfinished (limits.requests_max); submit again later",
                 limits.requests_max
-            ));
+            );
+            return Err((Refusal::Busy, reason));
         }
+        self.check(body, from).map_err(|reason| (Refusal::Invalid, reason))
+    }
+
+    fn check(&self, body: &Body, from: u32) -> Result<(), String> {
         if from > 0 {
             return Err(format!("offset {from} of a stream that does not exist; submit with offset 0"));
         }
         let plan = self.plan();
-        check_body(body, plan)?;
+        body.check(plan.vocab, plan.context)?;
         let pages = plan.pages_for(positions_max(body, plan), 1);
         if pages > self.carving.pages {
             return Err(format!(
@@ -370,7 +372,10 @@ impl State {
         match self.requests.by_id.get(&id).copied() {
             Some(Entry::Live(number)) => self.end(cx, number, FinishReason::Cancelled),
             Some(Entry::Finished(_) | Entry::Expired) => {}
-            None => self.refuse(cx, id, "there is no such request to cancel".into()),
+            None => {
+                let reason = "there is no such request to cancel".into();
+                self.refuse(cx, id, (Refusal::Invalid, reason));
+            }
         }
     }
 
@@ -455,47 +460,4 @@ impl State {
         };
         self.finish(cx, row.request, reason);
     }
-}
-
-fn check_body(body: &Body, plan: &ModelPlan) -> Result<(), String> {
-    if body.prompt.is_empty() {
-        return Err("the prompt has no tokens; give at least one".into());
-    }
-    if let Some(token) = body.prompt.iter().find(|&&token| token >= plan.vocab) {
-        return Err(format!("token {token} of the prompt is not below the vocabulary of {}", plan.vocab));
-    }
-    if body.prompt.len() > index(plan.context) {
-        return Err(format!(
-            "the prompt has {} tokens, the model's context {}: shorten it",
-            body.prompt.len(),
-            plan.context
-        ));
-    }
-    if body.max_tokens == 0 {
-        return Err("max_tokens is 0; ask for at least one token".into());
-    }
-    if body.stop.len() > STOPS_MAX || body.stop.iter().any(|s| s.is_empty() || s.len() > STOP_BYTES_MAX) {
-        return Err(format!("stop takes up to {STOPS_MAX} texts of 1 to {STOP_BYTES_MAX} bytes"));
-    }
-    check_sampling(&body.sampling)
-}
-
-fn check_sampling(sampling: &Sampling) -> Result<(), String> {
-    let Sampling { temperature, top_k: _, top_p, min_p, repetition_penalty, seed: _ } = *sampling;
-    for (name, value, good, range) in [
-        ("temperature", temperature, (0.0..=100.0).contains(&temperature), "0 to 100"),
-        ("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0, up to 1"),
-        ("min_p", min_p, (0.0..=1.0).contains(&min_p), "0 to 1"),
-        (
-            "repetition_penalty",
-            repetition_penalty,
-            (0.01..=100.0).contains(&repetition_penalty),
-            "0.01 to 100",
-        ),
-    ] {
-        if !good {
-            return Err(format!("{name} is {value}; it must be {range}"));
-        }
-    }
-    Ok(())
 }

@@ -221,7 +221,7 @@ fn bad_requests_are_refused_with_the_reason() {
     let mut bad = body(&[3], 4);
     bad.sampling.top_p = f32::NAN;
     for (body, word) in [
-        (body(&[], 4), "no tokens"),
+        (body(&[], 4), "is empty"),
         (body(&[3, 50], 4), "token 50"),
         (body(&[3; 33], 4), "context"),
         (body(&[3], 0), "max_tokens"),
@@ -255,6 +255,22 @@ fn an_id_attaches_to_its_own_body_only() {
     );
     let again = feed(&mut engine, Input::Submit { id: id("a"), body: body(&[3, 4], 2), from: 1 });
     assert_eq!(again.len(), 3, "accepted, the second token, the end: {again:?}");
+}
+
+#[test]
+fn of_the_streams_that_ended_the_first_goes_first() {
+    let limits = lite_llm_core::config::Limits { finished_max: 1, ..Default::default() };
+    let mut engine = ready(Config { limits, ..config() });
+    let mut outputs = feed(&mut engine, submit("long", body(&[5], 3)));
+    outputs.extend(feed(&mut engine, submit("short", body(&[6], 1))));
+    while outputs.iter().any(|output| matches!(output, Output::Forward(_))) {
+        outputs = compute(&mut engine, &outputs, 9);
+    }
+    // The one that was accepted first ended last.
+    feed(&mut engine, Input::Tick);
+    assert!(refusal(&feed(&mut engine, submit("short", body(&[6], 1)))).contains("expired"));
+    let kept = feed(&mut engine, submit("long", body(&[5], 3)));
+    assert!(kept.iter().any(|output| matches!(output, Output::Finish { .. })), "{kept:?}");
 }
 
 #[test]

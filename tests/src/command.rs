@@ -137,7 +137,23 @@ pub fn wait_until(child: &mut std::process::Child, mut there: impl FnMut() -> bo
 }
 
 /// Sends a signal to a process.
+#[track_caller]
 pub fn signal(pid: u32, name: &str) {
-    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap();
-    assert!(status.success());
+    assert!(try_signal(pid, name));
+}
+
+/// Sends a signal to a process, which may have ended; says whether it had not.
+pub fn try_signal(pid: u32, name: &str) -> bool {
+    let mut kill = Command::new("kill");
+    kill.args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null());
+    kill.status().unwrap().success()
+}
+
+/// The process that a process has started and not yet waited for.
+pub fn child_of(parent: u32) -> Option<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{parent}/task")).ok()?;
+    let children = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok());
+    children
+        .flat_map(|list| list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
+        .next()
 }

@@ -39,6 +39,10 @@ fn a_configuration_is_refused_by_file_and_key() {
         ("memory = \"many\"", &["config.toml", "memory"]),
         ("drain_bound = \"soon\"", &["config.toml", "drain_bound"]),
         ("treads = 1", &["config.toml", "treads"]),
+        ("tierset = [\"fast\"]", &["config.toml", "unknown tier \"fast\"", "all"]),
+        ("mode = \"quick\"", &["config.toml", "unknown mode \"quick\"", "balanced"]),
+        ("[modes]\nx = [\"fast\"]", &["config.toml", "x: unknown tier \"fast\""]),
+        ("[placement]\nfast = \"hot\"", &["config.toml", "placement: unknown tier \"fast\""]),
     ] {
         std::fs::write(place.path("config.toml"), text).unwrap();
         let run = ["run", "model", "--prompt-tokens", "5", "--max-tokens", "1", "--config", "config.toml"];
@@ -86,4 +90,52 @@ fn help_of_a_supervised_run_is_no_mistake_and_a_negative_number_is_named() {
     assert_eq!(help.code, Some(0), "{}", help.stderr);
     assert!(help.stdout.contains("--max-tokens"), "{}", help.stdout);
     place.run(["run", "m", "--prompt", "a", "--max-tokens", "-1"]).refuses(2, &["invalid value '-1'"]);
+}
+
+#[test]
+fn a_request_is_refused_before_a_model_is_loaded() {
+    let place = place();
+    let stop = "x".repeat(257);
+    for (code, flags, parts) in [
+        (2, &["--max-tokens", "0"][..], &["max_tokens is 0"][..]),
+        (2, &["--top-p", "0"], &["top_p is 0", "above 0"]),
+        (2, &["--temperature", "1e9"], &["temperature is", "0 to 100"]),
+        (2, &["--stop", &stop], &["stop takes up to 16 texts"]),
+        (2, &["--from-offset", "3"], &["--state", "--request-id"]),
+        (1, &["--from-offset", "3", "--state", "new", "--request-id", "r"], &["new has no journal"]),
+        (1, &["--logits", "/dev/null"], &["/dev/null", "no file"]),
+        (1, &["--routes", "nowhere/routes"], &["nowhere/routes"]),
+        (2, &["--out", "o"], &["--out belongs to --batch"]),
+    ] {
+        let ran = place.run(["run", "model", "--prompt-tokens", "5"].iter().chain(flags));
+        ran.refuses(code, parts);
+        assert!(!ran.stderr.contains("memory at most"), "{}", ran.stderr);
+    }
+    assert!(place.private_states().is_empty());
+    std::fs::write(place.path("notes"), "hello").unwrap();
+    place.run(["inspect", "notes"]).refuses(1, &["notes is no checkpoint"]);
+    place.run(["inspect", "/dev/zero"]).refuses(1, &["/dev/zero is no checkpoint"]);
+}
+
+#[test]
+fn output_that_cannot_be_written_loses_nothing() {
+    let place = place();
+    let run = |more: &str| {
+        let line = format!("run model --prompt-tokens 5 --max-tokens 3 --state s --request-id r {more}");
+        let mut shell = place.command([] as [&str; 0]);
+        let program = shell.get_program().to_owned();
+        let mut command = std::process::Command::new("sh");
+        command.arg("-c").arg(format!("exec {} {line}", program.to_str().unwrap()));
+        command.current_dir(shell.get_current_dir().unwrap()).stdin(std::process::Stdio::null());
+        shell = command;
+        lite_llm_tests::command::Ran::from(shell.output().unwrap())
+    };
+    run(">/dev/full").refuses(1, &["--state s --request-id r goes on", "No space left"]);
+    // A closed end is no reason to fail, nor to write into whatever file has its number.
+    let quiet = run("2>&-");
+    assert_eq!(quiet.code, Some(0));
+    let again = run("");
+    assert_eq!((again.code, &again.stdout), (Some(0), &quiet.stdout));
+    assert_eq!(run(">&-").code, Some(0), "nobody wants to know");
+    assert_eq!(place.run(["replay", "s"]).code, Some(0));
 }

@@ -1,6 +1,9 @@
 //! The fuzz corpora as plain tests: every file as it is, and mutated by a seed. `MUTATIONS=N` asks for more than a few.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use lite_llm_core::LOGIC_VERSION;
+use lite_llm_core::engine::Engine;
+use lite_llm_core::journal::frame::{SNAPSHOT_HEADER_BYTES, SegmentHeader, SnapshotHeader};
 use lite_llm_sim::random::Choice;
 use lite_llm_tests::fuzzing::TARGETS;
 use std::path::Path;
@@ -52,4 +55,21 @@ fn every_corpus_file_and_its_mutants_are_taken() {
             }
         }
     }
+}
+
+/// A format that has changed would be fuzzed at its door only: then the seeds are to be made again, by a small run with
+/// `--snapshot-every 7`.
+#[test]
+fn the_seeds_are_of_this_version() {
+    let seed = |name: &str| {
+        std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(name)).unwrap()
+    };
+    let whole = seed("snapshot/file");
+    let header = SnapshotHeader::decode(&whole[..SNAPSHOT_HEADER_BYTES]).unwrap();
+    assert_eq!(header.header.logic_version, LOGIC_VERSION);
+    assert_eq!(whole[SNAPSHOT_HEADER_BYTES..], seed("snapshot/state"));
+    let engine = Engine::restore(&seed("snapshot/state")).unwrap();
+    assert_eq!(engine.view().requests().count(), 1);
+    let (header, _) = SegmentHeader::decode(&seed("journal/small")).unwrap();
+    assert_eq!(header.header.logic_version, LOGIC_VERSION);
 }

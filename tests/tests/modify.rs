@@ -66,7 +66,7 @@ fn changes() -> Vec<(ExpertKey, Vec<u8>)> {
 fn tokens(events: &Receiver<StreamEvent>, count: usize) -> Vec<u32> {
     let tokens = events.iter().filter_map(|event| match event {
         StreamEvent::Token { token, .. } => Some(token),
-        StreamEvent::Refused { reason } => panic!("refused: {reason}"),
+        StreamEvent::Refused { reason, .. } => panic!("refused: {reason}"),
         StreamEvent::Accepted { .. } | StreamEvent::Finish { .. } => None,
     });
     tokens.take(count).collect()

@@ -1,29 +1,34 @@
 //! `lite-llm run --batch`: many requests at once, results in order of completion.
 
-use crate::commands::run::{Opened, PriorityName, RunArgs};
-use crate::exit::{Exit, usage};
+use crate::commands::run::{Opened, RunArgs};
+use crate::exit::Exit;
 use crate::prompt::Prompt;
+use crate::request::PriorityName;
+use crate::results::Results;
 use crate::serve::Service;
 use crate::state::StateDir;
-use crate::stream::{finish_name, is_complete};
+use crate::stream::finish_name;
 use anyhow::{Context, bail};
 use clap::Args;
+use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::Body;
-use lite_llm_core::lifecycle::Lifecycle;
-use lite_llm_core::output::FinishReason;
+use lite_llm_core::output::{FinishReason, Refusal};
 use lite_llm_hw::node::{NodeHandle, StreamEvent};
 use lite_llm_model::tokenizer::{Detokenizer, Message};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Seek, Write};
+use std::collections::{BTreeSet, VecDeque};
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 /// Requests that are with the node at once.
 const IN_FLIGHT_MAX: usize = 64;
+/// How long a node without room is left alone.
+const BUSY_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes of the longest line of a batch.
 const LINE_BYTES_MAX: u64 = 64 << 20;
 
@@ -68,16 +73,26 @@ enum Chat {
     Several(Vec<Message>),
 }
 
+/// A request of the batch.
+#[derive(Debug)]
+struct Task {
+    /// What the batch calls it.
+    id: RequestId,
+    /// What the node calls it: by another name, if the node has forgotten the stream of that one.
+    name: RequestId,
+    body: Body,
+}
+
 /// How one request of a batch ended.
 struct Done {
-    id: RequestId,
+    task: Task,
     tokens: Vec<u32>,
-    end: Result<FinishReason, End>,
+    end: Result<FinishReason, NoResult>,
 }
 
 /// Why there is no result.
-enum End {
-    Refused(String),
+enum NoResult {
+    Refused(Refusal, String),
     /// The node stopped; the request is in the journal.
     Stopped,
 }
@@ -86,100 +101,127 @@ enum End {
 pub(crate) fn run(args: &RunArgs, opened: Opened) -> anyhow::Result<Exit> {
     let path = args.batch.batch.as_deref().context("a batch")?;
     let requests = read(args, &opened, path)?;
-    let mut results = Results::open(args.batch.out.as_deref(), args.state.is_some())?;
-    let left: Vec<(RequestId, Body)> =
-        requests.into_iter().filter(|(id, _)| !results.done.contains(id.as_str())).collect();
+    let digests = requests.iter().map(|(id, body)| (id.as_str(), Digest::of_value(body))).collect();
+    let mut results = Results::open(args.batch.out.as_deref(), args.state.as_deref(), &digests)?;
+    let left = requests.into_iter().filter(|(id, _)| !results.has(id.as_str()));
+    let left = left.map(|(id, body)| Task { name: id.clone(), id, body }).collect();
     let state = StateDir::choose(args.state.as_deref())?;
     let ended = serve(args, &opened, &state, left, &mut results);
-    state.end(matches!(ended, Ok(Exit::Ok)));
-    ended
+    state.end(ended.is_ok() && results.failed == 0);
+    ended?;
+    anyhow::ensure!(
+        results.failed == 0,
+        "{} requests of the batch failed; their lines say why",
+        results.failed
+    );
+    Ok(Exit::Ok)
 }
 
 fn serve(
     args: &RunArgs,
     opened: &Opened,
     state: &StateDir,
-    left: Vec<(RequestId, Body)>,
+    waiting: VecDeque<Task>,
     results: &mut Results,
-) -> anyhow::Result<Exit> {
-    if left.is_empty() {
-        return Ok(Exit::Ok);
+) -> anyhow::Result<()> {
+    if waiting.is_empty() {
+        return Ok(());
     }
     let service = Service::start(&args.model, state, &opened.settings, None)?;
     if args.beats {
         crate::beats::progress(service.node().handle())?;
     }
-    let window = IN_FLIGHT_MAX.min(opened.settings.config.limits.requests_max as usize);
-    let (sender, receiver) = channel();
-    let (mut waiting, mut running, mut failed) = (left.into_iter(), 0, 0u64);
-    loop {
-        while running < window
-            && let Some((id, body)) = waiting.next()
-        {
-            submit(&service.node().handle(), id, body, sender.clone())?;
-            running += 1;
-        }
-        if running == 0 {
-            break;
-        }
-        let Ok(mut done) = receiver.recv() else { break };
-        running -= 1;
-        // What a node that drains refuses is not done, and has no result: the next run of the batch asks again.
-        if matches!(done.end, Err(End::Refused(_))) && !serves(&service) {
-            done.end = Err(End::Stopped);
-        }
-        match &done.end {
-            Err(End::Stopped) => {
-                let report = service.wait()?;
-                bail!(
-                    "drained with {} unfinished requests; the same command with --state {} goes on",
-                    report.unfinished,
-                    state.path().display()
-                );
-            }
-            Ok(reason) if is_complete(reason) => {}
-            Ok(_) | Err(End::Refused(_)) => failed += 1,
-        }
-        results.write(&to_json(opened, &done))?;
+    if args.state.is_some() {
+        results.keep(state.path())?;
     }
-    service.stop()?;
-    anyhow::ensure!(failed == 0, "{failed} requests of the batch failed; their lines say why");
-    Ok(Exit::Ok)
+    ask(service, opened, waiting, results).with_context(|| state.goes_on(None))
 }
 
-/// Whether the node accepts requests.
-fn serves(service: &Service) -> bool {
-    let lifecycle = service.node().status().map(|status| status.lifecycle);
-    matches!(lifecycle, Ok(Lifecycle::Active | Lifecycle::Reconfiguring))
+/// Asks for everything, some requests at a time.
+fn ask(
+    service: Service,
+    opened: &Opened,
+    mut waiting: VecDeque<Task>,
+    results: &mut Results,
+) -> anyhow::Result<()> {
+    // What ends while its result is written, or lost by a crash, is to be kept until it is asked for again.
+    let limits = &opened.settings.config.limits;
+    let window = IN_FLIGHT_MAX.min(limits.requests_max.min(limits.finished_max) as usize);
+    let (sender, receiver) = channel();
+    let (mut running, mut busy) = (0, false);
+    while running > 0 || !waiting.is_empty() {
+        while running < window
+            && !busy
+            && let Some(task) = waiting.pop_front()
+        {
+            submit(&service.node().handle(), task, sender.clone())?;
+            running += 1;
+        }
+        busy = false;
+        if running == 0 {
+            // Requests that are none of the batch have all the room.
+            std::thread::sleep(BUSY_PAUSE);
+            continue;
+        }
+        let done = receiver.recv().context("a thread of a stream")?;
+        running -= 1;
+        match &done.end {
+            // What a node that drains refuses is not done, and has no result: the next run of the batch asks again.
+            Err(NoResult::Stopped | NoResult::Refused(Refusal::NotServing, _)) => {
+                return Err(service.unfinished());
+            }
+            Err(NoResult::Refused(Refusal::Busy, _)) => {
+                waiting.push_front(done.task);
+                busy = true;
+            }
+            Err(NoResult::Refused(Refusal::Expired, _)) if let Some(task) = renamed(&done.task) => {
+                waiting.push_front(task);
+            }
+            _ => results.write(&done.task.body, &to_json(opened, &done))?,
+        }
+    }
+    service.stop()?;
+    Ok(())
+}
+
+/// The same request under the next name: computed again, it has the same stream.
+fn renamed(task: &Task) -> Option<Task> {
+    let before =
+        task.name.as_str().strip_prefix(task.id.as_str()).and_then(|rest| rest.strip_prefix(".again-"));
+    let number: u64 = before.and_then(|number| number.parse().ok()).unwrap_or(0) + 1;
+    let name = RequestId::new(format!("{}.again-{number}", task.id)).ok()?;
+    Some(Task { id: task.id.clone(), name, body: task.body.clone() })
 }
 
 /// Collects a stream on a thread of its own: the node's channels cannot be waited for together.
-fn submit(node: &NodeHandle, id: RequestId, body: Body, done: Sender<Done>) -> anyhow::Result<()> {
-    let events = node.submit(id.clone(), body, 0);
+fn submit(node: &NodeHandle, task: Task, done: Sender<Done>) -> anyhow::Result<()> {
+    let events = node.submit(task.name.clone(), task.body.clone(), 0);
     let collect = move || {
         let (tokens, end) = collect(&events);
         // The receiver is gone only when the command has failed.
-        let _ = done.send(Done { id, tokens, end });
+        let _ = done.send(Done { task, tokens, end });
     };
     std::thread::Builder::new().name("stream".into()).spawn(collect).context("cannot start a thread")?;
     Ok(())
 }
 
-fn collect(events: &Receiver<StreamEvent>) -> (Vec<u32>, Result<FinishReason, End>) {
+fn collect(events: &Receiver<StreamEvent>) -> (Vec<u32>, Result<FinishReason, NoResult>) {
     let mut tokens = Vec::new();
     loop {
         match events.recv() {
             Ok(StreamEvent::Accepted { .. }) => {}
             Ok(StreamEvent::Token { token, .. }) => tokens.push(token),
             Ok(StreamEvent::Finish { reason, .. }) => return (tokens, Ok(reason)),
-            Ok(StreamEvent::Refused { reason }) => return (tokens, Err(End::Refused(reason))),
-            Err(_) => return (tokens, Err(End::Stopped)),
+            Ok(StreamEvent::Refused { refusal, reason }) => {
+                return (tokens, Err(NoResult::Refused(refusal, reason)));
+            }
+            Err(_) => return (tokens, Err(NoResult::Stopped)),
         }
     }
 }
 
 fn to_json(opened: &Opened, done: &Done) -> Value {
-    let id = done.id.as_str();
+    let id = done.task.id.as_str();
     match &done.end {
         Ok(reason) => {
             let mut text = Detokenizer::new(opened.tokenizer.as_ref());
@@ -196,8 +238,8 @@ fn to_json(opened: &Opened, done: &Done) -> Value {
             }
             value
         }
-        Err(End::Refused(reason)) => json!({ "id": id, "error": reason }),
-        Err(End::Stopped) => json!({ "id": id, "error": "unfinished" }),
+        Err(NoResult::Refused(_, reason)) => json!({ "id": id, "error": reason }),
+        Err(NoResult::Stopped) => json!({ "id": id, "error": "unfinished" }),
     }
 }
 
@@ -250,81 +292,6 @@ fn request(args: &RunArgs, opened: &Opened, line: Line, number: u64) -> anyhow::
     if opened.tokenizer.is_none() && !body.stop.is_empty() {
         bail!("stop needs a tokenizer, and this checkpoint has none");
     }
+    body.check(opened.vocab, opened.context).map_err(anyhow::Error::msg)?;
     Ok((id, body))
-}
-
-/// Where results go, and which are there.
-struct Results {
-    /// Standard output if `None`; it is locked for one result at a time, because beats go there too.
-    out: Option<File>,
-    done: BTreeSet<String>,
-}
-
-impl Results {
-    /// Opens the file of an earlier run of the same batch, without the line that a crash tore.
-    fn open(path: Option<&Path>, resumable: bool) -> anyhow::Result<Self> {
-        let Some(path) = path else {
-            return Ok(Self { out: None, done: BTreeSet::new() });
-        };
-        let cannot = || format!("cannot write the results {}", path.display());
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .with_context(cannot)?;
-        let (mut done, mut whole) = (BTreeSet::new(), 0u64);
-        for line in BufReader::new(&file).split(b'\n') {
-            let line = line.with_context(cannot)?;
-            let Ok(value) = serde_json::from_slice::<Value>(&line) else { break };
-            let Some(id) = value["id"].as_str() else { break };
-            done.insert(id.to_owned());
-            whole += line.len() as u64 + 1;
-        }
-        let bytes = file.metadata().with_context(cannot)?.len();
-        if bytes > 0 && !resumable {
-            return Err(usage(format!(
-                "{} is there already: name another file, or go on with the --state that wrote it",
-                path.display()
-            )));
-        }
-        let torn = bytes.saturating_sub(whole.min(bytes));
-        anyhow::ensure!(
-            torn == 0 || last_line_only(&file, whole)?,
-            "{} has lines that are no results: name another file",
-            path.display()
-        );
-        file.set_len(whole.min(bytes)).with_context(cannot)?;
-        file.seek(std::io::SeekFrom::End(0)).with_context(cannot)?;
-        if whole == bytes + 1 {
-            // The last line was whole but for its end.
-            file.write_all(b"\n").with_context(cannot)?;
-        }
-        Ok(Self { out: Some(file), done })
-    }
-
-    fn write(&mut self, value: &Value) -> anyhow::Result<()> {
-        let line = format!("{value}\n");
-        match &mut self.out {
-            None => {
-                let mut out = crate::terminal::stdout();
-                out.write_all(line.as_bytes()).and_then(|()| out.flush()).context("cannot write a result")
-            }
-            // A line that is lost after the journal has forgotten its request could not be had again.
-            Some(file) => file
-                .write_all(line.as_bytes())
-                .and_then(|()| file.sync_data())
-                .context("cannot write a result to --out"),
-        }
-    }
-}
-
-/// Whether what follows is one torn line, as a crash leaves it.
-fn last_line_only(file: &File, from: u64) -> anyhow::Result<bool> {
-    let mut file = file;
-    file.seek(std::io::SeekFrom::Start(from))?;
-    let mut rest = Vec::new();
-    BufReader::new(file).read_until(b'\n', &mut rest)?;
-    Ok(rest.last() != Some(&b'\n'))
 }

@@ -49,7 +49,8 @@ struct Score {
 impl PerplexityArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
         let checkpoint = Checkpoint::open(&self.model)?;
-        let mut settings = self.settle(&checkpoint)?;
+        let mut settings = self.runtime.settle(&checkpoint)?;
+        settings.expect_all_logits();
         let sets = self.sets(&checkpoint, &settings)?;
         settings.config.tier_set.clone_from(&sets[0]);
         let window = self.text.window(&checkpoint)?;
@@ -116,15 +117,6 @@ impl PerplexityArgs {
             writeln!(out, "{scored} of {all} tokens scored, windows of {window}, stride {stride}")?;
         }
         Ok(Exit::Ok)
-    }
-
-    fn settle(&self, checkpoint: &Checkpoint) -> anyhow::Result<Settings> {
-        let mut settings = self.runtime.settle(checkpoint)?;
-        // Every position of a step has logits, as if it were a row: the memory plan has to know.
-        let config = &mut settings.config;
-        let rows = config.prefill_chunk.min(config.limits.step_positions_max);
-        config.limits.rows_max = config.limits.rows_max.max(rows);
-        Ok(settings)
     }
 
     /// The TierSets that are tried, by their tiers' names; no names are all tiers.

@@ -6,7 +6,6 @@ use crate::history::{History, Moment};
 use crate::recompute::{OtherBits, Recompute};
 use crate::terminal;
 use clap::Args;
-use lite_llm_core::engine::Engine;
 use lite_llm_core::output::Output;
 use lite_llm_model::kernels::Isa;
 use serde_json::{Value, json};
@@ -86,9 +85,20 @@ pub(crate) fn prove(
 ) -> anyhow::Result<Proof> {
     let mut history = History::open(state)?;
     let first = history.engine.next_seq().0;
+    let last = history.scanned.records.last().map_or(first - 1, |record| record.seq);
+    anyhow::ensure!(
+        until.is_none_or(|until| (first..=last).contains(&until)),
+        "the journal has no record {}: it {}",
+        until.unwrap_or_default(),
+        if first <= last {
+            format!("has {first} to {last}")
+        } else {
+            format!("ends with its snapshot, at {last}")
+        }
+    );
     let mut recompute = None;
     if let (Some(dir), true) = (full, history.engine.view().plan().is_some()) {
-        let mut model = open(dir, state, &history.engine, threads)?;
+        let mut model = Recompute::of(&history.engine, dir, state, Isa::detect(), threads)?;
         model.begin(&history.engine)?;
         recompute = Some(model);
     }
@@ -100,7 +110,7 @@ pub(crate) fn prove(
             tokens += moment.outputs.iter().filter(|o| matches!(o, Output::Token { .. })).count() as u64;
         }
         if let (Some(dir), None, true) = (full, &recompute, moment.engine.view().plan().is_some()) {
-            recompute = Some(open(dir, state, moment.engine, threads)?);
+            recompute = Some(Recompute::of(moment.engine, dir, state, Isa::detect(), threads)?);
         }
         recompute.as_mut().map_or(Ok(()), |model| model.follow(moment))
     });
@@ -121,14 +131,6 @@ pub(crate) fn prove(
         torn_bytes: history.scanned.cut.as_ref().map_or(0, |cut| cut.bytes),
         recomputed: recompute.map(|model| (model.steps, model.rows, model.unknown)),
     })
-}
-
-fn open(dir: &Path, state: &Path, engine: &Engine, threads: usize) -> anyhow::Result<Recompute> {
-    let view = engine.view();
-    let (Some(plan), Some(seed)) = (view.plan(), view.routing_seed()) else {
-        anyhow::bail!("the journal ends before its model was read");
-    };
-    Recompute::open(dir, state, plan, seed, &view.config().limits, Isa::detect(), threads)
 }
 
 impl Proof {

@@ -10,8 +10,9 @@ use crate::state::{StateDir, unique};
 use crate::stream::{Format, Printer};
 use crate::terminal;
 use crate::terminal::tell;
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow};
 use clap::{Args, Parser};
+use lite_llm_core::ids::RequestId;
 use lite_llm_hw::supervisor::{
     Delivered, Exit as ProcessExit, Outcome, RestartBudget, Supervisor, SupervisorHandle, SupervisorOptions,
     WatchLimits,
@@ -43,20 +44,25 @@ impl SuperviseArgs {
                 "--out is there already: name another file, or give the --state that wrote it",
             ));
         }
+        let id = match (&run.batch.batch, &run.request_id) {
+            (Some(_), _) => None,
+            (None, Some(id)) => Some(id.clone()),
+            (None, None) => Some(RequestId::new(unique("request")).map_err(anyhow::Error::msg)?),
+        };
         let state = StateDir::choose(run.state.as_deref())?;
-        let ended = self.supervise(&run, &state);
+        let ended = self.supervise(&run, &state, id.as_ref());
         state.end(matches!(ended, Ok(Exit::Ok)));
         ended
     }
 
-    fn supervise(&self, run: &RunArgs, state: &StateDir) -> anyhow::Result<Exit> {
+    fn supervise(&self, run: &RunArgs, state: &StateDir, id: Option<&RequestId>) -> anyhow::Result<Exit> {
         // A directory that is there from the first moment can take the report of a life that died at once.
         state
             .make()
             .with_context(|| format!("cannot make the state directory {}", state.path().display()))?;
         let prompt = stdin_prompt(run)?;
         let program = std::env::current_exe().context("cannot find this program")?;
-        let arguments = arguments(run, state, &self.command[1..], prompt.as_ref());
+        let arguments = arguments(run, (state, id), &self.command[1..], prompt.as_ref());
         let supervisor = Supervisor::new(SupervisorOptions {
             state_dir: state.path().to_path_buf(),
             budget: RestartBudget { restarts_max: self.max_restarts, ..RestartBudget::default() },
@@ -78,17 +84,17 @@ impl SuperviseArgs {
         if let Some(error) = client.contradiction.take() {
             return Err(corrupt(error));
         }
-        end(&outcome?)
+        end(&outcome?, state.goes_on(id))
     }
 }
 
 /// How the command ends when supervision is over.
-fn end(outcome: &Outcome) -> anyhow::Result<Exit> {
+fn end(outcome: &Outcome, goes_on: String) -> anyhow::Result<Exit> {
     for report in &outcome.reports {
         tell!("crash report: {}", report.display());
     }
     if let Some(why) = &outcome.gave_up {
-        bail!("the run is given up: {why}");
+        return Err(anyhow!("the run is given up: {why}").context(goes_on));
     }
     Ok(match outcome.exit {
         ProcessExit::Code(0) => Exit::Ok,
@@ -127,7 +133,7 @@ fn stdin_prompt(run: &RunArgs) -> anyhow::Result<Option<tempfile::NamedTempFile>
 /// What each life is started with: the same, but with the state, the id and the form that a supervisor reads.
 fn arguments(
     run: &RunArgs,
-    state: &StateDir,
+    (state, id): (&StateDir, Option<&RequestId>),
     given: &[OsString],
     prompt: Option<&tempfile::NamedTempFile>,
 ) -> Vec<OsString> {
@@ -135,9 +141,9 @@ fn arguments(
     if run.state.is_none() {
         all.extend(["--state".into(), state.path().into()]);
     }
-    if run.batch.batch.is_none() {
+    if let Some(id) = id {
         if run.request_id.is_none() {
-            all.extend(["--request-id".into(), unique("request").into()]);
+            all.extend(["--request-id".into(), id.to_string().into()]);
         }
         if !run.stream {
             all.push("--stream".into());

@@ -29,7 +29,7 @@ use lite_llm_core::event::Event;
 use lite_llm_core::ids::{ExpertKey, Generation, Incarnation, RequestId, Seq};
 use lite_llm_core::input::{Body, SwitchTarget};
 use lite_llm_core::lifecycle::Lifecycle;
-use lite_llm_core::output::{Carving, FinishReason};
+use lite_llm_core::output::{Carving, FinishReason, Refusal};
 use lite_llm_core::plan::Identity;
 use lite_llm_model::Capture;
 use lite_llm_model::kernels::{DType, Isa};
@@ -109,7 +109,9 @@ pub enum StreamEvent {
     },
     /// The request is not accepted.
     Refused {
-        /// Why, and what to do.
+        /// What may be done about it.
+        refusal: Refusal,
+        /// Why, and what to do, for people.
         reason: String,
     },
 }
@@ -334,7 +336,8 @@ impl NodeHandle {
         let late = events.clone();
         if !self.send(Command::Submit { id, body: Box::new(body), from, events }) {
             // The receiver is in our hands, so there is somebody to hear it.
-            let _ = late.send(StreamEvent::Refused { reason: NodeError::Ended.to_string() });
+            let refusal = Refusal::NotServing;
+            let _ = late.send(StreamEvent::Refused { refusal, reason: NodeError::Ended.to_string() });
         }
         receiver
     }

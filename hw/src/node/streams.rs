@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::Sender;
 
 use lite_llm_core::ids::{RequestId, Seq};
-use lite_llm_core::output::FinishReason;
+use lite_llm_core::output::{FinishReason, Refusal};
 
 use super::{GenerationSpan, StreamEvent};
 
@@ -63,12 +63,12 @@ impl Streams {
         });
     }
 
-    pub(super) fn refused(&mut self, id: &RequestId, reason: &str, after: Seq) {
+    pub(super) fn refused(&mut self, id: &RequestId, refusal: Refusal, reason: &str, after: Seq) {
         self.keep(id, |listener| {
             if listener.since != after {
                 return true;
             }
-            let _ = listener.events.send(StreamEvent::Refused { reason: reason.into() });
+            let _ = listener.events.send(StreamEvent::Refused { refusal, reason: reason.into() });
             false
         });
     }
@@ -131,9 +131,10 @@ mod tests {
         assert!(streams.listeners.is_empty());
         let (other, events) = channel();
         streams.listen(id.clone(), Seq(2), 0, other);
-        streams.refused(&id, "no", Seq(1));
-        streams.refused(&id, "yes", Seq(2));
-        assert_eq!(events.recv().unwrap(), StreamEvent::Refused { reason: "yes".into() });
+        streams.refused(&id, Refusal::Busy, "no", Seq(1));
+        streams.refused(&id, Refusal::Busy, "yes", Seq(2));
+        let refused = StreamEvent::Refused { refusal: Refusal::Busy, reason: "yes".into() };
+        assert_eq!(events.recv().unwrap(), refused);
         assert!(streams.listeners.is_empty());
     }
 }

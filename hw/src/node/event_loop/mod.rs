@@ -1,5 +1,10 @@
 //! The event loop: one message, one input, its record, its outputs.
 
+mod commands;
+mod release;
+
+pub(super) use commands::Command;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -8,11 +13,9 @@ use std::time::{Duration, Instant};
 
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
-use lite_llm_core::event::Event;
-use lite_llm_core::ids::{ExpertKey, Generation, RequestId, Seq};
-use lite_llm_core::input::{Body, Fault, Input, RowResult, SwitchTarget};
+use lite_llm_core::ids::{Generation, Seq};
+use lite_llm_core::input::{Fault, Input, RowResult};
 use lite_llm_core::journal::Record;
-use lite_llm_core::journal::frame::PAYLOAD_BYTES_MAX;
 use lite_llm_core::output::{Carving, Output};
 use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::replay::encode_input;
@@ -25,7 +28,7 @@ use super::error::panic_message;
 use super::journal::Journal;
 use super::loaders::{Job, Loaders};
 use super::streams::Streams;
-use super::{ExitReport, GenerationSpan, NodeError, OnEvent, Status, StreamEvent, report, stop};
+use super::{ExitReport, NodeError, OnEvent, stop};
 use crate::arena::Arena;
 use crate::blobs::Blobs;
 use crate::memory;
@@ -44,20 +47,6 @@ pub(super) enum Message {
     Wake,
     /// A thread found a bug.
     Panicked { thread: &'static str, message: String },
-}
-
-/// What a handle asks for.
-#[derive(Debug)]
-pub(super) enum Command {
-    Submit { id: RequestId, body: Box<Body>, from: u32, events: Sender<StreamEvent> },
-    Cancel { id: RequestId, reply: Sender<Result<(), String>> },
-    Switch { target: SwitchTarget, at: Option<(RequestId, u32)>, reply: Sender<Result<Generation, String>> },
-    Modify { experts: Vec<(ExpertKey, Vec<u8>)>, reply: Sender<Result<Generation, String>> },
-    Drain { bound_ns: Option<u64> },
-    Snapshot { reply: Sender<Seq> },
-    Status { reply: Sender<Status> },
-    Generations { id: RequestId, reply: Sender<Option<Vec<GenerationSpan>>> },
-    Abandon,
 }
 
 /// The core's time: nanoseconds since 1970 at the start, monotone from there, never before the journal's last.
@@ -120,9 +109,8 @@ pub(super) struct EventLoop {
     /// Bytes of the journal after which a snapshot is asked for, and whether it was.
     snapshot_bytes: Option<u64>,
     snapshot_asked: bool,
-    /// The engine's alarm, and the last that rang.
+    /// The engine's alarm, always in the future when it is set.
     until: Option<Time>,
-    rang: Option<Time>,
     /// The requests of the running step's rows.
     rows: Vec<u64>,
     phase_began: Instant,
@@ -161,7 +149,6 @@ impl EventLoop {
             snapshot_bytes: None,
             snapshot_asked: false,
             until: None,
-            rang: None,
             rows: Vec::new(),
             phase_began: Instant::now(),
             end: None,
@@ -235,18 +222,15 @@ impl EventLoop {
         }
     }
 
-    /// The next message; `None` when the engine's alarm rings. One alarm rings once: the engine may show it for longer.
+    /// The next message; `None` when the engine's alarm rings.
     fn receive(&mut self, messages: &Receiver<Message>) -> Option<Message> {
-        let Some(until) = self.until.filter(|until| self.rang != Some(*until)) else {
+        let Some(until) = self.until else {
             return Some(messages.recv().unwrap_or(Message::Command(Command::Abandon)));
         };
         let wait = Duration::from_nanos(until.0.saturating_sub(self.clock.now().0));
         match messages.recv_timeout(wait) {
             Ok(message) => Some(message),
-            Err(RecvTimeoutError::Timeout) => {
-                self.rang = Some(until);
-                None
-            }
+            Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => Some(Message::Command(Command::Abandon)),
         }
     }
@@ -398,184 +382,6 @@ impl EventLoop {
             if let (Some(token), Some(request)) = (row.token, view.request(number)) {
                 row.stop = stop::stops(tokenizer, &request.body.stop, request.tokens, token);
             }
-        }
-    }
-
-    fn command(&mut self, parts: &Parts, command: Command) -> Result<(), NodeError> {
-        match command {
-            Command::Submit { id, body, from, events } => self.submit(parts, id, *body, from, events)?,
-            Command::Cancel { id, reply } => {
-                let seq = self.handle(parts, Input::Cancel { id })?;
-                self.done.insert(seq, reply);
-            }
-            Command::Switch { target, at, reply } => {
-                // The outcome may already be among the outputs: they are held until after this.
-                let seq = self.handle(parts, Input::Switch { target, at })?;
-                self.switches.insert(seq, reply);
-            }
-            Command::Modify { experts, reply } => self.modify(parts, experts, reply)?,
-            Command::Drain { bound_ns } => {
-                self.handle(parts, Input::Drain { bound_ns })?;
-            }
-            Command::Snapshot { reply } => {
-                let seq = self.handle(parts, Input::SnapshotWanted)?;
-                self.snapshots.push((seq, reply));
-            }
-            // Whoever asked and went away wants no answer.
-            Command::Status { reply } => {
-                let status = report::status(&self.engine, self.durable, self.telemetry.dropped());
-                let _ = reply.send(status);
-            }
-            Command::Generations { id, reply } => drop(reply.send(report::generations(&self.engine, &id))),
-            Command::Abandon => unreachable!("taken by the caller"),
-        }
-        Ok(())
-    }
-
-    fn submit(
-        &mut self,
-        parts: &Parts,
-        id: RequestId,
-        body: Body,
-        from: u32,
-        events: Sender<StreamEvent>,
-    ) -> Result<(), NodeError> {
-        let stops = !body.stop.is_empty();
-        let input = Input::Submit { id: id.clone(), body, from };
-        let payload = encode_input(&input);
-        // What no journal could hold or no text could end is refused before it is an input.
-        let refusal = if payload.len() > PAYLOAD_BYTES_MAX {
-            Some(format!(
-                "the request is {} bytes long, above the journal's bound of {PAYLOAD_BYTES_MAX}: shorten the prompt",
-                payload.len()
-            ))
-        } else if stops && self.tokenizer.is_none() {
-            Some("stop texts need a tokenizer, and this checkpoint has none: leave them out".into())
-        } else {
-            None
-        };
-        if let Some(reason) = refusal {
-            let _ = events.send(StreamEvent::Refused { reason });
-            return Ok(());
-        }
-        let seq = self.handle_encoded(parts, input, payload)?;
-        self.streams.listen(id, seq, from, events);
-        Ok(())
-    }
-
-    /// Modified bytes must fill a slot. The engine names them by their digests.
-    fn modify(
-        &mut self,
-        parts: &Parts,
-        experts: Vec<(ExpertKey, Vec<u8>)>,
-        reply: Sender<Result<Generation, String>>,
-    ) -> Result<(), NodeError> {
-        let slot_bytes = self.plan.slot_bytes;
-        if let Some((key, bytes)) = experts.iter().find(|(_, bytes)| bytes.len() as u64 != slot_bytes) {
-            let reason = format!("expert {key:?} has {} bytes, a slot has {slot_bytes}", bytes.len());
-            let _ = reply.send(Err(reason));
-            return Ok(());
-        }
-        let named: Vec<_> = experts.iter().map(|(key, bytes)| (*key, Digest::of(bytes))).collect();
-        self.staged =
-            named.iter().map(|(_, blob)| *blob).zip(experts.into_iter().map(|(_, bytes)| bytes)).collect();
-        let seq = self.handle(parts, Input::Modify { experts: named })?;
-        // Refused, nobody asks for them.
-        self.staged.clear();
-        self.switches.insert(seq, reply);
-        Ok(())
-    }
-
-    /// Lets go of what has become durable, and takes note of a durable snapshot.
-    fn release(&mut self, parts: &Parts) -> Result<(), NodeError> {
-        let (durable, snapshot, bytes, flushes) = {
-            let mut progress = parts.journal.progress();
-            if let Some(error) = progress.failed.take() {
-                return Err(error.into());
-            }
-            let flushes = std::mem::take(&mut progress.flushes);
-            (progress.durable, progress.snapshot.take(), progress.bytes, flushes)
-        };
-        self.durable = durable;
-        for flush in flushes {
-            self.telemetry.timing(Timing::Flush, flush);
-        }
-        while self.held.front().is_some_and(|(after, _)| *after <= durable) {
-            let (_, output) = self.held.pop_front().expect("it was there");
-            self.tell(output);
-        }
-        let waiting = self.done.split_off(&Seq(durable.0 + 1));
-        for (_, reply) in std::mem::replace(&mut self.done, waiting) {
-            let _ = reply.send(Ok(()));
-        }
-        if self.snapshot_bytes.is_some_and(|most| bytes > most) && !self.snapshot_asked {
-            self.snapshot_asked = true;
-            self.inbox.push_back(Input::SnapshotWanted);
-        }
-        if let Some(next) = snapshot {
-            self.snapshot_asked = false;
-            self.inbox.push_back(Input::SnapshotDurable { next });
-            self.snapshots.retain(|(asked, reply)| *asked >= next || reply.send(next).is_err());
-        }
-        if self.held.is_empty() {
-            self.telemetry.flush();
-        }
-        Ok(())
-    }
-
-    /// What leaves the node.
-    fn tell(&mut self, output: Output) {
-        match output {
-            Output::Accepted { id, generated, after } => self.streams.accepted(&id, generated, after),
-            Output::Token { id, offset, token, after } => self.streams.token(&id, offset, token, after),
-            Output::Finish { id, reason, generated, after } => {
-                // Said with the end, because the node may be gone when somebody asks.
-                let generations = report::generations(&self.engine, &id).unwrap_or_default();
-                self.streams.finish(&id, (&reason, generated), &generations, after);
-            }
-            Output::Refuse { id, reason, after } => match (self.done.remove(&after), id) {
-                (Some(reply), _) => drop(reply.send(Err(reason))),
-                (None, Some(id)) => self.streams.refused(&id, &reason, after),
-                (None, None) => {}
-            },
-            Output::Retire { blob, .. } => {
-                self.blobs.remove(blob);
-                self.inbox.push_back(Input::Retired { blob });
-            }
-            Output::Switched { asked, outcome, .. } | Output::Modified { asked, outcome, .. } => {
-                if let Some(reply) = self.switches.remove(&asked) {
-                    let _ = reply.send(outcome);
-                }
-            }
-            Output::Event { seq, event } => self.event(seq, &event),
-            Output::Ready { .. } => {
-                if let Some(ready) = self.ready.take() {
-                    let _ = ready.send(());
-                }
-            }
-            Output::FlushTelemetry => {
-                // Telemetry that cannot be written is dropped and counted, and keeps nobody from stopping.
-                let _ = self.telemetry.sync();
-                self.inbox.push_back(Input::TelemetryFlushed);
-            }
-            Output::Exit { error, .. } => {
-                self.end = Some(match error {
-                    None => Ok(report::exit(&self.engine)),
-                    Some(error) => Err(NodeError::Boot(error)),
-                });
-            }
-            other => unreachable!("{other:?} is not held"),
-        }
-    }
-
-    fn event(&mut self, seq: Seq, event: &Event) {
-        self.telemetry.event(seq, event);
-        if let Event::PhaseDone { phase, .. } = event {
-            let began = std::mem::replace(&mut self.phase_began, Instant::now());
-            self.telemetry.timing(Timing::Phase(*phase), began.elapsed());
-        }
-        if let Some(on_event) = &mut self.on_event {
-            on_event(seq, event);
         }
     }
 }
