@@ -285,7 +285,13 @@ impl Machine {
         let mut snapshot = false;
         loop {
             match self.engine.poll() {
-                Output::Wait { .. } => break,
+                Output::Wait { until, .. } => {
+                    assert!(
+                        until.is_none_or(|until| until > self.now),
+                        "an alarm that has rung would ring for ever"
+                    );
+                    break;
+                }
                 Output::Snapshot => snapshot = true,
                 output => self.obey(output),
             }

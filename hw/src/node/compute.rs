@@ -95,9 +95,18 @@ struct Machine {
     model: Model,
     capture: Option<Box<dyn Capture + Send>>,
     messages: SyncSender<Message>,
-    memory: Option<(Arc<Arena>, KvCache, Workspace)>,
+    memory: Option<Memory>,
     /// A step of the boot sequence failed: the engine has heard it once and wants no more.
     failed: bool,
+}
+
+/// What is carved once, so that no step allocates it.
+struct Memory {
+    arena: Arc<Arena>,
+    cache: KvCache,
+    workspace: Workspace,
+    /// The slots that may be read now.
+    readers: Vec<Option<SlotReader>>,
 }
 
 impl Machine {
@@ -105,7 +114,10 @@ impl Machine {
         while let Ok(next) = work.recv() {
             match next {
                 Work::Carve { arena, pages } => match KvCache::new(&self.model, pages) {
-                    Ok(cache) => self.memory = Some((arena, cache, Workspace::default())),
+                    Ok(cache) => {
+                        let readers = (0..arena.slots()).map(|_| None).collect();
+                        self.memory = Some(Memory { arena, cache, workspace: Workspace::default(), readers });
+                    }
                     Err(error) => self.boot_failed(&error),
                 },
                 Work::LoadBase { shard } => {
@@ -153,12 +165,13 @@ impl Machine {
 
     fn forward(&mut self, forward: &Forward, work: &Receiver<Work>) -> Input {
         let (step, attempt) = (forward.step, forward.attempt);
-        let (arena, cache, workspace) = self.memory.as_mut().expect("memory is carved before the first step");
+        let Memory { arena, cache, workspace, readers } =
+            self.memory.as_mut().expect("memory is carved before the first step");
         let mut source = Source {
             step,
             attempt,
             arena,
-            readers: (0..arena.slots()).map(|_| None).collect(),
+            readers,
             wave: Vec::new(),
             layer: 0,
             work,
@@ -174,7 +187,7 @@ impl Machine {
         };
         let result = self.model.forward(forward, cache, workspace, &mut source, capture);
         // Every slot is let go before the engine hears that the step is over.
-        drop(source);
+        readers.fill_with(|| None);
         let duration_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let fault = match result {
             Ok(rows) => return Input::Finished { step, attempt, rows, duration_ns },
@@ -195,8 +208,7 @@ struct Source<'a> {
     step: StepId,
     attempt: u32,
     arena: &'a Arc<Arena>,
-    /// The slots that may be read now.
-    readers: Vec<Option<SlotReader>>,
+    readers: &'a mut [Option<SlotReader>],
     /// Those of them that the wave under way provided.
     wave: Vec<Slot>,
     layer: u32,
