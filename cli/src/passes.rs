@@ -10,7 +10,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::{Body, Priority, Sampling, SwitchTarget};
-use lite_llm_core::output::FinishReason;
+use lite_llm_core::output::{FinishReason, Refusal};
 use lite_llm_core::plan::Identity;
 use lite_llm_hw::node::StreamEvent;
 use lite_llm_model::tokenizer::Tokenizer;
@@ -153,9 +153,11 @@ impl Passes {
                 }
                 Ok(StreamEvent::Finish { reason: FinishReason::Length, .. }) => break,
                 Ok(StreamEvent::Finish { reason, .. }) => bail!("window {number} ended early: {reason:?}"),
+                Ok(StreamEvent::Refused { refusal: Refusal::NotServing, .. }) | Err(_) => {
+                    bail!("stopped before the text was through");
+                }
                 Ok(StreamEvent::Refused { reason, .. }) => bail!("window {number} is refused: {reason}"),
                 Ok(StreamEvent::Accepted { .. } | StreamEvent::Token { .. }) => {}
-                Err(_) => bail!("stopped before the text was through"),
             }
         }
         self.done.set(number + 1);

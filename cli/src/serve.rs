@@ -9,7 +9,7 @@ use crate::terminal::tell;
 use anyhow::{Context, anyhow};
 use indicatif::{ProgressBar, ProgressStyle};
 use lite_llm_core::event::{Event, Phase};
-use lite_llm_hw::node::{ExitReport, Node, NodeHandle, NodeOptions, Status};
+use lite_llm_hw::node::{ExitReport, Node, NodeError, NodeHandle, NodeOptions, Status};
 use lite_llm_model::Capture;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -66,7 +66,7 @@ impl Service {
                     tell!("model {}, state {}", model.display(), state.path().display());
                 });
             }
-            node.ready()?;
+            node.ready().map_err(|error| in_state(error, state))?;
             Ok((node, socket, status.and_then(|status| status.routing_seed)))
         });
         progress.finish_and_clear();
@@ -80,7 +80,7 @@ impl Service {
         drain_bound: Duration,
     ) -> anyhow::Result<(Node, Option<ControlSocket>)> {
         let drainer = Drainer::listen(drain_bound)?;
-        let node = Node::launch(options)?;
+        let node = Node::launch(options).map_err(|error| in_state(error, state))?;
         drainer.attach(node.handle());
         // A private directory has no one who knows where to connect.
         let socket =
@@ -115,6 +115,14 @@ impl Service {
         drop(self.socket);
         Ok(report?)
     }
+}
+
+/// An error of the journal names its files; this is where they are.
+fn in_state(error: NodeError, state: &StateDir) -> anyhow::Error {
+    let of_journal =
+        matches!(error, NodeError::Journal(_) | NodeError::Replay(_) | NodeError::Snapshot { .. });
+    let error = anyhow::Error::from(error);
+    if of_journal { error.context(format!("in {}", state.path().display())) } else { error }
 }
 
 fn memory_plan(status: &Status) -> String {

@@ -1,7 +1,7 @@
 //! What the command refuses before it does anything: each with its exit code, what it is about and the remedy.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use lite_llm_tests::command::Place;
+use lite_llm_tests::command::{Place, Ran, signal, wait_until};
 use std::os::unix::fs::PermissionsExt;
 
 /// A place with a small model in it.
@@ -128,7 +128,7 @@ fn output_that_cannot_be_written_loses_nothing() {
         command.arg("-c").arg(format!("exec {} {line}", program.to_str().unwrap()));
         command.current_dir(shell.get_current_dir().unwrap()).stdin(std::process::Stdio::null());
         shell = command;
-        lite_llm_tests::command::Ran::from(shell.output().unwrap())
+        Ran::from(shell.output().unwrap())
     };
     run(">/dev/full").refuses(1, &["--state s --request-id r goes on", "No space left"]);
     // A closed end is no reason to fail, nor to write into whatever file has its number.
@@ -138,4 +138,20 @@ fn output_that_cannot_be_written_loses_nothing() {
     assert_eq!((again.code, &again.stdout), (Some(0), &quiet.stdout));
     assert_eq!(run(">&-").code, Some(0), "nobody wants to know");
     assert_eq!(place.run(["replay", "s"]).code, Some(0));
+}
+
+#[test]
+fn an_interrupted_text_leaves_nothing() {
+    let place = place();
+    let tokens = vec!["5"; 20_000].join(",");
+    for command in ["trace", "perplexity"] {
+        let line = [command, "model", "--tokens", &tokens, "--window", "2000"];
+        let mut child = place.command(line).spawn().unwrap();
+        // Locked, it listens.
+        wait_until(&mut child, || place.private_states().iter().any(|state| state.join("lock").exists()));
+        signal(child.id(), "INT");
+        let ended = Ran::from(child.wait_with_output().unwrap());
+        ended.refuses(1, &["stopped before the text was through"]);
+        assert!(ended.stdout.is_empty() && place.private_states().is_empty());
+    }
 }
