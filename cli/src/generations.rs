@@ -25,6 +25,11 @@ impl GenerationMap {
         self.0.iter().skip(1).map(|span| (span.from, span.tiers.as_slice()))
     }
 
+    /// All tiers that it names.
+    pub(crate) fn tiers(&self) -> impl Iterator<Item = &String> {
+        self.0.iter().flat_map(|span| &span.tiers)
+    }
+
     /// The JSON form of what a node tells.
     pub(crate) fn report(spans: &[GenerationSpan]) -> Value {
         let mut from = 0;

@@ -293,7 +293,8 @@ impl RuntimeArgs {
     }
 }
 
-fn no_tier(name: &str, known: &[String]) -> String {
+/// The words for a tier that is not there.
+pub(crate) fn no_tier(name: &str, known: &[String]) -> String {
     format!("unknown tier {name:?}; this checkpoint has {}", known.join(", "))
 }
 

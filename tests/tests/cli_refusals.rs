@@ -105,6 +105,11 @@ fn a_request_is_refused_before_a_model_is_loaded() {
         (1, &["--from-offset", "3", "--state", "new", "--request-id", "r"], &["new has no journal"]),
         (1, &["--logits", "/dev/null"], &["/dev/null", "no file"]),
         (1, &["--routes", "nowhere/routes"], &["nowhere/routes"]),
+        (
+            2,
+            &["--generations", r#"[{"from":0,"tiers":["all"]},{"from":9,"tiers":["x"]}]"#],
+            &["unknown tier \"x\""],
+        ),
         (2, &["--out", "o"], &["--out belongs to --batch"]),
     ] {
         let ran = place.run(["run", "model", "--prompt-tokens", "5"].iter().chain(flags));

@@ -8,7 +8,7 @@ use crate::prompt::PromptArgs;
 use crate::recompute::Recompute;
 use crate::request::{RequestArgs, request_id};
 use crate::serve::Service;
-use crate::settings::{RuntimeArgs, Settings};
+use crate::settings::{RuntimeArgs, Settings, no_tier};
 use crate::state::{StateDir, unique};
 use crate::stream::{Format, Printer, finish_name, is_complete};
 use crate::tensors::{Recorder, Wanted};
@@ -107,6 +107,10 @@ impl RunArgs {
         let checkpoint = Checkpoint::open(&self.model)?;
         let mut settings = self.runtime.settle(&checkpoint)?;
         if let Some(map) = &self.generations {
+            let known: Vec<String> = checkpoint.tiers().iter().map(|tier| tier.name.clone()).collect();
+            if let Some(unknown) = map.tiers().find(|tier| !known.contains(tier)) {
+                return Err(usage(format!("--generations: {}", no_tier(unknown, &known))));
+            }
             settings.config.tier_set = map.first().to_vec();
         }
         if self.logits.is_some() {
