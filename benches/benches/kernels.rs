@@ -20,6 +20,41 @@ fn weights(dtype: DType, outputs: usize, inputs: usize) -> Vec<u8> {
     (0..len).map(|i| if i % dtype.bytes() == dtype.bytes() - 1 { 0x3c } else { i as u8 }).collect()
 }
 
+/// Four streams at once, as a product has them: one alone waits for memory.
+fn sum_of_streams(all: &[u64]) -> [u64; 8] {
+    let mut sums = [0u64; 8];
+    for block in all.chunks_exact(4 << 13) {
+        let mut streams = block.chunks_exact(1 << 13).map(|stream| stream.chunks_exact(8));
+        let mut streams: [_; 4] = std::array::from_fn(|_| streams.next().expect("four quarters"));
+        for _ in 0..1 << 10 {
+            for stream in &mut streams {
+                let line = stream.next().expect("as long as the others");
+                sums.iter_mut().zip(line).for_each(|(sum, x)| *sum = sum.wrapping_add(*x));
+            }
+        }
+    }
+    sums
+}
+
+/// What decode is held against: memory, read once.
+fn memory(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("memory");
+    let all: Vec<u64> = (0..1 << 27).collect();
+    for threads in THREADS {
+        group.throughput(Throughput::Bytes(size_of_val(&*all) as u64));
+        group.bench_function(BenchmarkId::new("read", threads), |bencher| {
+            bencher.iter(|| {
+                std::thread::scope(|scope| {
+                    for part in all.chunks(all.len() / threads) {
+                        scope.spawn(|| black_box(sum_of_streams(part)));
+                    }
+                });
+            });
+        });
+    }
+    group.finish();
+}
+
 /// A decode step reads every weight once: matrices rotate through more memory than any cache has.
 fn gemv(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("gemv");
@@ -125,5 +160,5 @@ fn rows(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(kernels, gemv, gemm, attend, rows);
+criterion_group!(kernels, memory, gemv, gemm, attend, rows);
 criterion_main!(kernels);
