@@ -56,7 +56,8 @@ pub struct Body {
     pub deadline_ns: Option<u64>,
     /// Whether to go on past the checkpoint's end-of-stream tokens.
     pub ignore_eos: bool,
-    /// Texts that end the stream; the driver, which has the tokenizer, reports them in [`RowResult::stop`].
+    /// Texts that end the stream; the driver, which has the tokenizer, reports them in
+    /// [`RowResult::stop`](crate::input::RowResult::stop).
     pub stop: Vec<String>,
 }
 
