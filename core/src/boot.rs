@@ -210,7 +210,7 @@ impl State {
     /// Goes on from the expert phase once the arena is filled.
     pub(crate) fn fill_experts(&mut self, cx: &mut Context<'_>) {
         if self.boot == Boot::Experts && !self.residency.loading() {
-            let bytes = u64::from(self.residency.ready()) * self.carving.slot_bytes;
+            let bytes = u64::from(self.residency.hot.ready()) * self.carving.slot_bytes;
             cx.event(Event::PhaseDone { phase: Phase::Experts, bytes });
             self.boot = Boot::Router;
             cx.say(Output::LoadRouters);

@@ -87,7 +87,7 @@ impl State {
     pub(crate) fn resources_released(&mut self, cx: &mut Context<'_>) {
         let drain = self.drain.take().expect("ResourcesReleased answers Release");
         assert_eq!(drain.phase, Phase::Resources, "ResourcesReleased answers Release");
-        assert!(self.residency.slots().all(|(_, slot): (Slot, _)| slot.pins == 0), "nothing is in use");
+        assert!(self.residency.hot.slots().all(|(_, slot): (Slot, _)| slot.pins == 0), "nothing is in use");
         self.residency = Residency::new(0, 0, self.residency.next_load());
         self.requests.forget_pages();
         self.carving = Carving::default();

@@ -176,7 +176,7 @@ impl State {
     fn resident(&self, tiers: &[u32], generation: Generation) -> Option<Vec<(ExpertKey, Slot)>> {
         self.plan()
             .experts(tiers)
-            .map(|key| match self.residency.slot_of(self.held(key, generation)) {
+            .map(|key| match self.residency.hot.slot_of(self.held(key, generation)) {
                 Some((slot, true)) => Some((key, slot)),
                 _ => None,
             })

@@ -109,8 +109,8 @@ impl State {
         let generation = step.generation;
         let mut members = BTreeMap::new();
         for key in &remaining {
-            if let Some((slot, _)) = self.residency.slot_of(self.held(*key, generation)) {
-                self.residency.pin(slot);
+            if let Some((slot, _)) = self.residency.hot.slot_of(self.held(*key, generation)) {
+                self.residency.hot.pin(slot);
                 members.insert(*key, slot);
             }
         }
@@ -124,7 +124,7 @@ impl State {
             }
             match self.demand(self.held(*key, generation)) {
                 Some(slot) => {
-                    self.residency.pin(slot);
+                    self.residency.hot.pin(slot);
                     members.insert(*key, slot);
                 }
                 None => full |= shelf,
@@ -156,7 +156,7 @@ impl State {
         let Some(need) = &step.need else { return };
         let (expert, _) = held;
         let Some(&slot) = need.members.get(&expert) else { return };
-        if self.residency.slot_of(held) == Some((slot, true)) {
+        if self.residency.hot.slot_of(held) == Some((slot, true)) {
             let shelf = self.shelf(expert);
             let wave_len = match self.shelves() {
                 1 => need.members.len(),
@@ -187,7 +187,7 @@ impl State {
         assert!(need.layer == layer && need.wave == wave, "only the wave under way is released");
         for (key, slot) in core::mem::take(&mut need.members) {
             need.remaining.remove(&key);
-            self.residency.unpin(slot);
+            self.residency.hot.unpin(slot);
         }
         if !need.remaining.is_empty() {
             need.wave += 1;
@@ -236,7 +236,7 @@ impl State {
         assert_eq!(results.len(), step.rows.len(), "a result for each row");
         self.measure(&step, duration_ns);
         if (step.id.0 + 1).is_multiple_of(AGE_EVERY) {
-            self.residency.age();
+            self.residency.hot.age();
         }
         let positions = step.rows.iter().map(|row| row.len).sum();
         cx.event(Event::StepDone { step: step.id, positions, hits: step.hits, misses: step.misses });

@@ -224,7 +224,8 @@ impl State {
         let tiers = switch.tiers.clone();
         let missing: VecDeque<Held> =
             self.plan().experts(&tiers).map(|key| (key, self.current_blob(key))).collect();
-        let missing = missing.into_iter().filter(|&held| self.residency.slot_of(held).is_none()).collect();
+        let missing =
+            missing.into_iter().filter(|&held| self.residency.hot.slot_of(held).is_none()).collect();
         self.residency.want(missing);
         if self.lifecycle == Lifecycle::Active {
             self.move_to(cx, Lifecycle::Reconfiguring);

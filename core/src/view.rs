@@ -169,7 +169,7 @@ impl<'a> View<'a> {
 
     /// The slots of the hot arena.
     pub fn slots(&self) -> impl Iterator<Item = SlotView> + use<'a> {
-        self.0.residency.slots().map(|(slot, state)| {
+        self.0.residency.hot.slots().map(|(slot, state)| {
             let (expert, ready) = match state.content {
                 Content::Empty => (None, false),
                 Content::Coming((key, _)) => (Some(key), false),
