@@ -116,7 +116,7 @@ impl Driven {
             Output::ReadManifest => Input::ManifestRead { plan: plan() },
             Output::LoadBase { shard } => Input::BaseLoaded { shard },
             Output::LoadRouters => Input::RoutersLoaded,
-            Output::Load { load, .. } => Input::Loaded { load, fault: None },
+            Output::Load { load, .. } | Output::Stage { load, .. } => Input::Loaded { load, fault: None },
             Output::Forward(forward) if forward.resident.is_some() => finished(&forward),
             Output::Forward(forward) => {
                 let step = self.step.insert(Step { forward, layer: 0, left: 0, wave_left: 0 });

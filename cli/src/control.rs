@@ -243,6 +243,8 @@ fn status(node: &NodeHandle) -> anyhow::Result<Value> {
         "resident_bytes": status.resident_bytes,
         "slots": status.carving.slots,
         "slots_ready": status.slots_ready,
+        "warm_slots": status.carving.warm_slots,
+        "warm_slots_ready": status.warm_slots_ready,
         "pages": status.carving.pages,
         "pages_free": status.pages_free,
         "telemetry_dropped": status.telemetry_dropped,

@@ -129,8 +129,15 @@ fn memory_plan(status: &Status) -> String {
     let carving = &status.carving;
     let experts = u64::from(carving.slots).saturating_mul(carving.slot_bytes);
     let cache = u64::from(carving.pages).saturating_mul(carving.page_bytes);
+    let warm = match carving.warm_slots {
+        0 => String::new(),
+        slots => {
+            let bytes = u64::from(slots).saturating_mul(carving.slot_bytes);
+            format!("{} in {slots} warm ones, ", Size(bytes))
+        }
+    };
     format!(
-        "memory at most {}: {} in {} expert slots, up to {} in {} pages of KV cache, the rest for base \
+        "memory at most {}: {} in {} expert slots, {warm}up to {} in {} pages of KV cache, the rest for base \
          parameters and buffers",
         Size(status.memory_bytes),
         Size(experts),

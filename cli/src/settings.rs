@@ -42,6 +42,9 @@ pub(crate) struct RuntimeArgs {
     /// Memory that the process may use, in bytes or with KiB, MiB, GiB; three quarters of what is available if left out
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<Size>,
+    /// Memory, of that, for experts that are verified and near at hand, but not where steps read them [default: 0]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) warm: Option<Size>,
     /// Compute threads; one per core if left out
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(THREADS_MAX)))]
     pub(crate) threads: Option<u16>,
@@ -103,6 +106,7 @@ impl From<KvType> for DType {
 #[serde(deny_unknown_fields, default)]
 struct File {
     memory: Option<toml::Value>,
+    warm: Option<toml::Value>,
     threads: Option<u16>,
     isa: Option<IsaName>,
     kv_type: Option<KvType>,
@@ -227,6 +231,11 @@ impl RuntimeArgs {
             let measured =
                 memory::measure().context("cannot tell how much memory there is; give --memory")?;
             config.memory_bytes = measured.available / 4 * 3;
+        }
+        if let Some(warm) = self.warm {
+            config.warm_bytes = warm.0;
+        } else if let Some(value) = &file.warm {
+            config.warm_bytes = self.size("warm", value)?.0;
         }
         config.routing_seed = self.routing_seed.or(file.routing_seed).or(config.routing_seed);
         config.prefill_chunk = self.prefill_chunk.or(file.prefill_chunk).unwrap_or(config.prefill_chunk);

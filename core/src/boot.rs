@@ -28,7 +28,7 @@ pub(crate) enum Boot {
     Manifest,
     /// `BaseLoaded` of this shard.
     Base(u32),
-    /// The hot arena to fill.
+    /// The arenas to fill.
     Experts,
     /// `RoutersLoaded`.
     Router,
@@ -119,7 +119,8 @@ impl State {
             Err(error) => return self.exit_with(cx, error),
         };
         self.carving = carving;
-        self.residency = Residency::new(carving.slots, self.shelves(), self.residency.next_load());
+        self.residency =
+            Residency::new(carving.slots, carving.warm_slots, self.shelves(), self.residency.next_load());
         self.pages = Pages::new(carving.pages);
         cx.event(Event::PhaseDone { phase: Phase::Manifest, bytes: 0 });
         cx.say(Output::Carve(carving));
@@ -191,7 +192,7 @@ impl State {
             .filter(|(placement, _)| *placement != Placement::Cold)
             .collect();
         experts.sort_by_key(|&(placement, key)| (core::cmp::Reverse(placement), key));
-        let mut room = alloc::vec![self.carving.slots; index(self.shelves())];
+        let mut room = alloc::vec![self.carving.slots + self.carving.warm_slots; index(self.shelves())];
         experts.retain(|&(_, key)| {
             let room = &mut room[index(self.shelf(key))];
             let fits = *room > 0;
@@ -207,10 +208,10 @@ impl State {
         self.config.placement.get(&plan.name).copied().unwrap_or(plan.placement)
     }
 
-    /// Goes on from the expert phase once the arena is filled.
+    /// Goes on from the expert phase once the arenas are filled.
     pub(crate) fn fill_experts(&mut self, cx: &mut Context<'_>) {
         if self.boot == Boot::Experts && !self.residency.loading() {
-            let bytes = u64::from(self.residency.hot.ready()) * self.carving.slot_bytes;
+            let bytes = u64::from(self.residency.ready()) * self.carving.slot_bytes;
             cx.event(Event::PhaseDone { phase: Phase::Experts, bytes });
             self.boot = Boot::Router;
             cx.say(Output::LoadRouters);
@@ -249,7 +250,8 @@ fn experts_of_rank(config: &Config, plan: &ModelPlan) -> u32 {
     layers.max().unwrap_or(0) * experts
 }
 
-/// Divides the memory of each rank: what must be there, KV pages, then slots for as many experts as there are.
+/// Divides the memory of each rank: what must be there, the warm arena, KV pages, then hot slots for as many experts as
+/// there are. No expert is in both arenas.
 ///
 /// # Errors
 /// The number of bytes that would do.
@@ -263,12 +265,26 @@ fn carve(config: &Config, plan: &ModelPlan, pages_min: u32) -> Result<Carving, S
     let slots_min = plan.top_k.min(experts);
     let pages_bytes = |pages: u32| u64::from(pages).saturating_mul(plan.page_bytes);
     let slots_bytes = |slots: u32| u64::from(slots).saturating_mul(plan.slot_bytes);
+    let fit = |bytes: u64, each: u64| u32::try_from(bytes / each.max(1)).unwrap_or(u32::MAX);
 
-    let needed = fixed.saturating_add(pages_bytes(pages_min)).saturating_add(slots_bytes(slots_min));
+    if config.warm_bytes > 0 && config.warm_bytes < plan.slot_bytes {
+        return Err(format!(
+            "warm_bytes is {}, but an expert of this model has {}: give that or more, or 0 for no warm arena",
+            config.warm_bytes, plan.slot_bytes
+        ));
+    }
+    let warm_slots = fit(config.warm_bytes, plan.slot_bytes).min(experts - slots_min);
+    let needed = [fixed, pages_bytes(pages_min), slots_bytes(slots_min), slots_bytes(warm_slots)]
+        .into_iter()
+        .fold(0u64, u64::saturating_add);
     if config.memory_bytes < needed {
+        let warm = match warm_slots {
+            0 => String::new(),
+            _ => format!(", {} for the warm arena (warm_bytes)", slots_bytes(warm_slots)),
+        };
         return Err(format!(
             "memory_bytes is {}, but this model needs at least {needed}: {fixed} for base parameters and buffers, {} for \
-             {pages_min} pages of KV cache, {} for {slots_min} experts",
+             {pages_min} pages of KV cache, {} for {slots_min} experts{warm}",
             config.memory_bytes,
             pages_bytes(pages_min),
             slots_bytes(slots_min)
@@ -278,13 +294,15 @@ fn carve(config: &Config, plan: &ModelPlan, pages_min: u32) -> Result<Carving, S
     let chunk = config.prefill_chunk.min(config.limits.step_positions_max).max(1);
     let context_pages = plan.pages_for(plan.context, chunk);
     let pages_max = context_pages.saturating_mul(config.limits.rows_max).max(pages_min);
-    let fit = |bytes: u64, each: u64| u32::try_from(bytes / each.max(1)).unwrap_or(u32::MAX);
 
     // A quarter for the cache while experts do not all fit; what the experts leave goes to the cache.
-    let share = fit(free / 4, plan.page_bytes).min(fit(free - slots_bytes(slots_min), plan.page_bytes));
+    let left = free - slots_bytes(warm_slots);
+    let share = fit(left / 4, plan.page_bytes).min(fit(left - slots_bytes(slots_min), plan.page_bytes));
     let pages = share.clamp(pages_min, pages_max);
-    let slots = if experts == 0 { 0 } else { fit(free - pages_bytes(pages), plan.slot_bytes).min(experts) };
-    let pages = fit(free - slots_bytes(slots), plan.page_bytes).clamp(pages_min, pages_max);
-    assert!(slots >= slots_min && pages_bytes(pages) + slots_bytes(slots) <= free, "the carving fits");
-    Ok(Carving { slots, slot_bytes: plan.slot_bytes, pages, page_bytes: plan.page_bytes })
+    let slots = if experts == 0 { 0 } else { fit(left - pages_bytes(pages), plan.slot_bytes).min(experts) };
+    let warm_slots = warm_slots.min(experts - slots);
+    let left = free - slots_bytes(warm_slots) - slots_bytes(slots);
+    let pages = fit(left, plan.page_bytes).clamp(pages_min, pages_max);
+    assert!(slots >= slots_min && pages_bytes(pages) <= left, "the carving fits");
+    Ok(Carving { slots, warm_slots, slot_bytes: plan.slot_bytes, pages, page_bytes: plan.page_bytes })
 }

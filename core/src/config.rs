@@ -60,6 +60,8 @@ pub enum Placement {
 pub struct Config {
     /// Bytes that the whole process may use.
     pub memory_bytes: u64,
+    /// Bytes, of those, for experts that are near at hand but not where steps read them; 0 for no warm arena.
+    pub warm_bytes: u64,
     /// The routing seed; `None` draws one from the entropy of the boot input.
     pub routing_seed: Option<u64>,
     /// The tiers to activate at start, by name; empty means every tier of the checkpoint.
@@ -84,6 +86,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             memory_bytes: u64::MAX,
+            warm_bytes: 0,
             routing_seed: Some(0),
             tier_set: Vec::new(),
             modes: BTreeMap::new(),

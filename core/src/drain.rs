@@ -1,7 +1,6 @@
 //! Graceful shutdown (spec 002): quiesce, finish what is there or what the bound allows, flush, release, stop.
 
 use crate::engine::Context;
-use crate::ids::Slot;
 use crate::lifecycle::Lifecycle;
 use crate::output::{Carving, Output};
 use crate::pages::Pages;
@@ -87,8 +86,8 @@ impl State {
     pub(crate) fn resources_released(&mut self, cx: &mut Context<'_>) {
         let drain = self.drain.take().expect("ResourcesReleased answers Release");
         assert_eq!(drain.phase, Phase::Resources, "ResourcesReleased answers Release");
-        assert!(self.residency.hot.slots().all(|(_, slot): (Slot, _)| slot.pins == 0), "nothing is in use");
-        self.residency = Residency::new(0, 0, self.residency.next_load());
+        assert!(!self.residency.in_use(), "nothing is in use");
+        self.residency = Residency::new(0, 0, 0, self.residency.next_load());
         self.requests.forget_pages();
         self.carving = Carving::default();
         self.pages = Pages::default();

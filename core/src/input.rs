@@ -111,7 +111,8 @@ pub enum Input {
         /// Why.
         fault: Fault,
     },
-    /// An expert is in its slot, its checksum verified; or it is not.
+    /// `Load` or `Stage` was obeyed: the expert is in its slot, its checksum verified. Or it is not, and there may be
+    /// anything in the slots that the load was given.
     Loaded {
         /// Which load.
         load: LoadId,

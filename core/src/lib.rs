@@ -42,4 +42,4 @@ pub mod topology;
 pub mod view;
 
 /// Version of the fold: a core that would fold a journal differently has another.
-pub const LOGIC_VERSION: u32 = 3;
+pub const LOGIC_VERSION: u32 = 4;

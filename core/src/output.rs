@@ -88,12 +88,42 @@ pub enum FinishReason {
 pub struct Carving {
     /// Slots of the hot arena of each rank.
     pub slots: u32,
+    /// Slots of the warm arena of each rank.
+    pub warm_slots: u32,
     /// Bytes of a slot.
     pub slot_bytes: u64,
     /// Pages of KV cache.
     pub pages: u32,
     /// Bytes of a page.
     pub page_bytes: u64,
+}
+
+/// Where an expert comes from into a slot of the hot arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Origin {
+    /// From the disk.
+    Disk {
+        /// The slot of the warm arena to which what is in the hot slot is copied first.
+        keep: Option<Slot>,
+    },
+    /// From the warm arena.
+    Warm {
+        /// The slot in which it is.
+        slot: Slot,
+        /// Whether it changes places with what is in the hot slot.
+        exchange: bool,
+    },
+}
+
+impl Origin {
+    /// The same, with the slot of the warm arena, if any, mapped.
+    #[must_use]
+    pub fn map(self, to: impl FnOnce(Slot) -> Slot) -> Self {
+        match self {
+            Self::Disk { keep } => Self::Disk { keep: keep.map(to) },
+            Self::Warm { slot, exchange } => Self::Warm { slot: to(slot), exchange },
+        }
+    }
 }
 
 /// Something to do or to tell. Whatever has `after` may leave only when the journal is durable up to it.
@@ -115,8 +145,21 @@ pub enum Output {
     },
     /// Load and verify router parameters; answer `RoutersLoaded` or `BootFailed`.
     LoadRouters,
-    /// Copy an expert into a slot and verify it; answer `Loaded`.
+    /// Bring an expert into a slot of the hot arena and verify it; answer `Loaded`.
     Load {
+        /// Names the load.
+        load: LoadId,
+        /// Which expert.
+        expert: ExpertKey,
+        /// Its parameters as modified, or those of the checkpoint.
+        blob: Option<Digest>,
+        /// Where to.
+        slot: Slot,
+        /// Where from.
+        origin: Origin,
+    },
+    /// Read an expert into a slot of the warm arena and verify it; answer `Loaded`.
+    Stage {
         /// Names the load.
         load: LoadId,
         /// Which expert.

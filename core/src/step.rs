@@ -236,7 +236,7 @@ impl State {
         assert_eq!(results.len(), step.rows.len(), "a result for each row");
         self.measure(&step, duration_ns);
         if (step.id.0 + 1).is_multiple_of(AGE_EVERY) {
-            self.residency.hot.age();
+            self.residency.age();
         }
         let positions = step.rows.iter().map(|row| row.len).sum();
         cx.event(Event::StepDone { step: step.id, positions, hits: step.hits, misses: step.misses });

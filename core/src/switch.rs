@@ -217,7 +217,7 @@ impl State {
         }
     }
 
-    /// Loads the new tiers into slots that are free; what does not fit is loaded on demand.
+    /// Loads the new tiers into slots that are free, of either arena; what does not fit is loaded on demand.
     fn prepare(&mut self, cx: &mut Context<'_>) {
         let switch = self.generations.waiting.front_mut().expect("a switch waits");
         switch.begun = true;

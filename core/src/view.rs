@@ -10,7 +10,7 @@ use crate::pages::PageRun;
 use crate::plan::ModelPlan;
 use crate::request::Request;
 pub use crate::request::Segment;
-use crate::residency::Content;
+use crate::residency::{Content, SlotState};
 use crate::state::State;
 use crate::switch;
 use alloc::collections::BTreeMap;
@@ -50,7 +50,7 @@ pub struct Stream<'a> {
     pub segments: &'a [Segment],
 }
 
-/// A slot of the hot arena.
+/// A slot of an arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotView {
     /// Which.
@@ -59,8 +59,19 @@ pub struct SlotView {
     pub expert: Option<ExpertKey>,
     /// Whether it is there.
     pub ready: bool,
-    /// Waves that may read it.
+    /// Waves, or loads into the other arena, that may read it.
     pub pins: u32,
+}
+
+impl SlotView {
+    const fn of((slot, state): (Slot, &SlotState)) -> Self {
+        let (expert, ready) = match state.content {
+            Content::Empty => (None, false),
+            Content::Coming((key, _)) => (Some(key), false),
+            Content::Ready((key, _)) => (Some(key), true),
+        };
+        Self { slot, expert, ready, pins: state.pins }
+    }
 }
 
 impl<'a> RequestView<'a> {
@@ -169,14 +180,12 @@ impl<'a> View<'a> {
 
     /// The slots of the hot arena.
     pub fn slots(&self) -> impl Iterator<Item = SlotView> + use<'a> {
-        self.0.residency.hot.slots().map(|(slot, state)| {
-            let (expert, ready) = match state.content {
-                Content::Empty => (None, false),
-                Content::Coming((key, _)) => (Some(key), false),
-                Content::Ready((key, _)) => (Some(key), true),
-            };
-            SlotView { slot, expert, ready, pins: state.pins }
-        })
+        self.0.residency.hot.slots().map(SlotView::of)
+    }
+
+    /// The slots of the warm arena.
+    pub fn warm_slots(&self) -> impl Iterator<Item = SlotView> + use<'a> {
+        self.0.residency.warm.slots().map(SlotView::of)
     }
 
     /// The running step.

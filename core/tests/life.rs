@@ -67,7 +67,9 @@ fn load(engine: &mut Engine, plan: &ModelPlan, mut outputs: Vec<Output>) -> Vec<
                 Output::Reserve { .. } => Some(Input::Reserved),
                 Output::ReadManifest => Some(Input::ManifestRead { plan: plan.clone() }),
                 Output::LoadBase { shard } => Some(Input::BaseLoaded { shard: *shard }),
-                Output::Load { load, .. } => Some(Input::Loaded { load: *load, fault: None }),
+                Output::Load { load, .. } | Output::Stage { load, .. } => {
+                    Some(Input::Loaded { load: *load, fault: None })
+                }
                 Output::LoadRouters => Some(Input::RoutersLoaded),
                 _ => None,
             };

@@ -12,7 +12,7 @@ use lite_llm_core::engine::Engine;
 use lite_llm_core::ids::{ExpertKey, Incarnation, RequestId, Seq, Slot};
 use lite_llm_core::input::{Body, Fault, Input, RowResult};
 use lite_llm_core::journal::{Record, Snapshot};
-use lite_llm_core::output::{Forward, Output};
+use lite_llm_core::output::{Forward, Origin, Output};
 use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
 use lite_llm_core::replay::fold;
 use lite_llm_core::time::Time;
@@ -95,6 +95,7 @@ struct Node {
     records: Vec<Record>,
     durable: usize,
     slots: Vec<Option<ExpertKey>>,
+    warm: Vec<Option<ExpertKey>>,
     answers: Vec<Input>,
     compute: Option<Compute>,
     /// Data for a step that this rank has not begun.
@@ -132,9 +133,12 @@ fn settings(topology: Topology, config: &Config, member: Member) -> PeerConfig {
 
 impl Rig {
     fn new(topology: Topology, seed: u64) -> Self {
-        let memory_bytes = 100 + 20 * 30 + 100 * 2;
+        // Every other rig has a warm arena.
+        let warm_bytes = seed % 2 * 200;
+        let memory_bytes = 100 + 20 * 30 + 100 * 2 + warm_bytes;
         let config = Config {
             memory_bytes,
+            warm_bytes,
             topology,
             prefill_chunk: 2,
             snapshot_every: 40,
@@ -149,6 +153,7 @@ impl Rig {
             records: Vec::new(),
             durable: 0,
             slots: Vec::new(),
+            warm: Vec::new(),
             answers: Vec::new(),
             compute: None,
             early: Vec::new(),
@@ -205,6 +210,7 @@ impl Rig {
                 node.early.clear();
                 node.compute = None;
                 node.slots.clear();
+                node.warm.clear();
             }
             PeerOutput::ReadLog { from } => {
                 let records = node.records[usize::try_from(from.0).unwrap() - 1..].to_vec();
@@ -269,12 +275,34 @@ impl Rig {
         match output {
             Output::Reserve { .. } => node.answers.push(Input::Reserved),
             Output::ReadManifest => node.answers.push(Input::ManifestRead { plan: plan() }),
-            Output::Carve(carving) => node.slots = vec![None; carving.slots as usize],
+            Output::Carve(carving) => {
+                node.slots = vec![None; carving.slots as usize];
+                node.warm = vec![None; carving.warm_slots as usize];
+            }
             Output::LoadBase { shard } => node.answers.push(Input::BaseLoaded { shard }),
             Output::LoadRouters => node.answers.push(Input::RoutersLoaded),
-            Output::Load { load, expert, slot, .. } => {
+            Output::Load { load, expert, slot, origin, .. } => {
                 assert!(node.peer.has_expert(expert), "only its own experts come to a rank");
-                node.slots[slot.0 as usize] = Some(expert);
+                let old = node.slots[slot.0 as usize].replace(expert);
+                match origin {
+                    Origin::Disk { keep: None } => {}
+                    Origin::Disk { keep: Some(keep) } => {
+                        assert!(old.is_some(), "what is demoted is there");
+                        node.warm[keep.0 as usize] = old;
+                    }
+                    Origin::Warm { slot, exchange } => {
+                        assert!(old.is_some() || !exchange, "what is demoted is there");
+                        let staged =
+                            core::mem::replace(&mut node.warm[slot.0 as usize], old.filter(|_| exchange));
+                        assert_eq!(staged, Some(expert), "an expert is where it is promoted from");
+                    }
+                }
+                let fault = (self.dice.below(30) == 0).then(|| Fault::Io("EIO".into()));
+                node.answers.push(Input::Loaded { load, fault });
+            }
+            Output::Stage { load, expert, slot, .. } => {
+                assert!(node.peer.has_expert(expert), "only its own experts come to a rank");
+                node.warm[slot.0 as usize] = Some(expert);
                 let fault = (self.dice.below(30) == 0).then(|| Fault::Io("EIO".into()));
                 node.answers.push(Input::Loaded { load, fault });
             }
@@ -413,6 +441,7 @@ impl Rig {
         node.early.clear();
         node.compute = None;
         node.slots.clear();
+        node.warm.clear();
         self.membership.members[at] = member;
         self.membership.epoch.0 += 1;
         self.membership.leader = u32::try_from(self.dice.below(u64::from(self.topology.ranks()))).unwrap();

@@ -1,7 +1,7 @@
-//! The hot arena: slots of one size in one anonymous map, which is all the memory that experts ever get.
+//! An arena: slots of one size in one anonymous map. The hot and the warm one are all the memory that experts get.
 //!
-//! The engine says who may use a slot when: a slot is written only by the loader that has its `Load`, and read only
-//! between `Provide` and `Released`. The arena does not take its word for it. Each slot counts its readers and knows
+//! The engine says who may use a slot when: a slot is written only by the loader that has its `Load` or
+//! `Stage`, and read only between `Provide` and `Released`. The arena does not take its word for it. Each slot counts its readers and knows
 //! its writer, and a use that breaks the protocol panics before a byte is touched.
 
 use std::ops::{Deref, DerefMut};
@@ -43,7 +43,7 @@ pub enum ArenaError {
     },
 }
 
-/// The slots of the hot arena.
+/// The slots of an arena.
 #[derive(Debug)]
 pub struct Arena {
     map: MmapRaw,

@@ -51,6 +51,8 @@ pub enum Timing {
     Step(u64, usize),
     /// Reading an expert into a slot: the number of the load.
     Load(u64),
+    /// Bringing an expert from the warm arena into the hot one: the number of the load.
+    Promote(u64),
     /// Making modified experts durable: the record that asked for it.
     Persist(u64),
     /// Writing a commit group of the journal.

@@ -208,6 +208,32 @@ fn the_smallest_arena_gives_the_same_tokens() {
 }
 
 #[test]
+fn a_warm_arena_gives_the_same_tokens() {
+    let oracle = Oracle::of("olmoe");
+    let slot_bytes = {
+        let state = tempfile::tempdir().unwrap();
+        oracle.start(state.path()).status().unwrap().carving.slot_bytes
+    };
+    for warm in [1, 3] {
+        let state = tempfile::tempdir().unwrap();
+        let mut options = oracle.options(state.path());
+        options.config.memory_bytes = oracle.memory_min() + warm * slot_bytes;
+        options.config.warm_bytes = warm * slot_bytes;
+        let node = Node::start(options).unwrap();
+        let status = node.status().unwrap();
+        assert_eq!((status.carving.slots, u64::from(status.carving.warm_slots)), (2, warm));
+        assert_eq!(u64::from(status.warm_slots_ready), warm, "the boot sequence stages what is not hot");
+        for prompt in [2, 0] {
+            let events = node.submit(id(&format!("p{prompt}")), oracle.body(prompt), 0);
+            assert_eq!(collect(&events, 0).0, oracle.greedy[prompt]);
+        }
+        drop(node);
+        let timings = std::fs::read_to_string(state.path().join(telemetry::TIMINGS_NAME)).unwrap();
+        assert!(timings.contains("{\"Promote\":"), "experts came from the warm arena");
+    }
+}
+
+#[test]
 fn a_batch_gives_what_each_gives_alone() {
     let oracle = Oracle::of("olmoe");
     let state = tempfile::tempdir().unwrap();

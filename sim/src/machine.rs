@@ -1,20 +1,22 @@
-//! One machine: an engine with its journal, arena, cache, loads, compute and clients, all in the hands of a seed.
+//! One machine: an engine with its journal, arenas, cache, loads, compute and clients, all in the hands of a seed.
 //!
 //! Rules of the faults. A crash keeps every durable record and any number of those that were written but not yet known
 //! to be durable; slots, pages, loads and the running step are gone. Loads end in any order, some with an error. A
 //! step may fail as a whole. Nothing that has an `after` is seen before that record is durable.
 
+mod arenas;
 mod clients;
 mod compute;
 
 use crate::model::{self, Setting};
 use crate::random::Choice;
+use arenas::{Arenas, Load, Path};
 use compute::Compute;
 use lite_llm_core::config::Config;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::event::Event;
-use lite_llm_core::ids::{ExpertKey, Generation, Incarnation, LoadId, RequestId, Seq, Slot};
+use lite_llm_core::ids::{ExpertKey, Generation, Incarnation, RequestId, Seq};
 use lite_llm_core::input::{Body, Fault, Input};
 use lite_llm_core::journal::Record;
 use lite_llm_core::lifecycle::Lifecycle;
@@ -37,6 +39,8 @@ pub struct Scenario {
     pub crash_per_mille: u64,
     /// Faults in a thousand loads and steps.
     pub fault_per_mille: u64,
+    /// Slots of the warm arena.
+    pub warm_slots: u64,
 }
 
 impl Scenario {
@@ -50,6 +54,7 @@ impl Scenario {
             choices: 200 + choice.below(1500),
             crash_per_mille: choice.below(3) * 4,
             fault_per_mille: choice.below(3) * 15,
+            warm_slots: choice.below(2) * (1 + choice.below(4)),
         }
     }
 }
@@ -79,6 +84,12 @@ pub struct Report {
     pub waves: u64,
     /// Loads and steps tried again.
     pub retries: u64,
+    /// Loads into the warm arena.
+    pub staged: u64,
+    /// Experts from the warm arena into the hot one.
+    pub promoted: u64,
+    /// Experts from the hot arena into the warm one.
+    pub demoted: u64,
     /// Snapshots restored from.
     pub restored: u64,
 }
@@ -107,12 +118,11 @@ pub struct Machine {
     snapshot_writing: Option<(Seq, Vec<u8>)>,
     held: VecDeque<(Seq, Output)>,
     inbox: VecDeque<Input>,
-    loads: Vec<(LoadId, ExpertKey, Option<Digest>, Slot)>,
+    arenas: Arenas,
     /// Modified bytes on disk.
     blobs: BTreeSet<Digest>,
     /// Modified bytes on their way there.
     persisting: Option<(Seq, Vec<(ExpertKey, Digest)>)>,
-    slots: Vec<Option<u64>>,
     pages: Vec<Vec<u64>>,
     compute: Option<Compute>,
     clients: BTreeMap<RequestId, Client>,
@@ -158,7 +168,8 @@ impl Machine {
         let slots = if choice.chance(400) { 2 } else { 2 + choice.below(all) };
         let pages = u64::from(plan.pages_for(plan.context, 1)) + choice.below(35);
         let config = Config {
-            memory_bytes: fixed + plan.page_bytes * pages + 1000 * slots,
+            memory_bytes: fixed + plan.page_bytes * pages + 1000 * (slots + scenario.warm_slots),
+            warm_bytes: 1000 * scenario.warm_slots,
             routing_seed: None,
             tier_set: if choice.chance(500) { vec![] } else { vec!["small".into()] },
             modes: [("fast", vec!["small"]), ("max", vec!["small", "large"])]
@@ -180,10 +191,9 @@ impl Machine {
             snapshot_writing: None,
             held: VecDeque::new(),
             inbox: VecDeque::new(),
-            loads: Vec::new(),
+            arenas: Arenas::default(),
             blobs: BTreeSet::new(),
             persisting: None,
-            slots: Vec::new(),
             pages: Vec::new(),
             compute: None,
             clients: BTreeMap::new(),
@@ -252,7 +262,7 @@ impl Machine {
         let seed = self.scenario.seed;
         assert!(self.stopped, "seed {seed}: a drain ends");
         assert!(
-            self.slots.is_empty() && self.pages.is_empty(),
+            self.arenas.is_empty() && self.pages.is_empty(),
             "seed {seed}: a clean stop leaves nothing behind"
         );
         assert_eq!(self.engine.view().requests().count(), 0, "seed {seed}: nothing accepted is left");
@@ -306,18 +316,19 @@ impl Machine {
             Output::Reserve { .. } => self.inbox.push_back(Input::Reserved),
             Output::ReadManifest => self.inbox.push_back(Input::ManifestRead { plan: self.plan.clone() }),
             Output::Carve(carving) => {
-                let bytes =
-                    u64::from(carving.slots) * 1000 + u64::from(carving.pages) * carving.page_bytes + 1900;
+                let slots = u64::from(carving.slots + carving.warm_slots);
+                let bytes = slots * 1000 + u64::from(carving.pages) * carving.page_bytes + 1900;
                 assert!(bytes <= self.config.memory_bytes, "arenas stay within the budget");
-                self.slots = vec![None; carving.slots as usize];
+                self.arenas = Arenas::of(carving);
                 self.pages = vec![vec![0; 4]; carving.pages as usize];
             }
             Output::LoadBase { shard } => self.inbox.push_back(Input::BaseLoaded { shard }),
             Output::LoadRouters => self.inbox.push_back(Input::RoutersLoaded),
-            Output::Load { load, expert, blob, slot } => {
-                self.check_unused(slot);
-                self.slots[slot.0 as usize] = None;
-                self.loads.push((load, expert, blob, slot));
+            Output::Load { load, expert, blob, slot, origin } => {
+                self.begin_load(Load { load, expert, blob, path: Path::Heat(slot, origin) });
+            }
+            Output::Stage { load, expert, blob, slot } => {
+                self.begin_load(Load { load, expert, blob, path: Path::Stage(slot) });
             }
             Output::Persist { asked, experts } => {
                 assert!(self.persisting.is_none(), "one modification at a time");
@@ -329,7 +340,7 @@ impl Machine {
                 assert!(compute.forward.step == step && compute.forward.attempt == attempt, "of this step");
                 let blob = self.settings[&compute.forward.generation].1.blobs.get(&expert).copied();
                 let content = Some(model::content(expert, blob));
-                assert_eq!(self.slots[slot.0 as usize], content, "what is provided is there");
+                assert_eq!(self.arenas.hot[slot.0 as usize], content, "what is provided is there");
                 (compute.wave, compute.wave_len) = (wave, wave_len);
                 compute.provided.push((expert, slot));
             }
@@ -349,8 +360,8 @@ impl Machine {
             }
             Output::FlushTelemetry => self.inbox.push_back(Input::TelemetryFlushed),
             Output::Release => {
-                assert!(self.loads.is_empty() && self.compute.is_none(), "nothing is in use any more");
-                self.slots.clear();
+                assert!(self.arenas.loads.is_empty() && self.compute.is_none(), "nothing is in use any more");
+                self.arenas = Arenas::default();
                 self.pages.clear();
                 self.inbox.push_back(Input::ResourcesReleased);
             }
@@ -389,16 +400,6 @@ impl Machine {
         let (_, known) = self.settings.entry(generation).or_insert_with(|| (seq, setting.clone()));
         assert_eq!(*known, setting, "a generation never changes");
         self.entered.push((seq, generation));
-    }
-
-    /// A slot that the running step may read is never overwritten.
-    fn check_unused(&self, slot: Slot) {
-        if let Some(compute) = &self.compute {
-            let resident = compute.forward.resident.iter().flatten();
-            let mut used = resident.chain(&compute.provided).map(|&(_, slot)| slot);
-            assert!(used.all(|used| used != slot), "slot {slot} is overwritten while in use");
-        }
-        assert!(self.loads.iter().all(|&(.., other)| other != slot), "slot {slot} has two loads");
     }
 
     fn deliver(&mut self) {
@@ -453,23 +454,6 @@ impl Machine {
         }
     }
 
-    fn end_load(&mut self) {
-        if self.loads.is_empty() {
-            return;
-        }
-        let at = self.choice.index(self.loads.len());
-        let (load, expert, blob, slot) = self.loads.swap_remove(at);
-        assert!(
-            blob.is_none_or(|blob| self.blobs.contains(&blob)),
-            "a blob lives while anything refers to it"
-        );
-        let fault = self.fault("read failed");
-        if fault.is_none() {
-            self.slots[slot.0 as usize] = Some(model::content(expert, blob));
-        }
-        self.handle(Input::Loaded { load, fault });
-    }
-
     fn fault(&mut self, what: &str) -> Option<Fault> {
         (self.faulty && self.choice.chance(self.scenario.fault_per_mille)).then(|| Fault::Io(what.into()))
     }
@@ -512,7 +496,7 @@ impl Machine {
         self.snapshot_writing = None;
         self.held.clear();
         self.inbox.clear();
-        self.loads.clear();
+        self.arenas.loads.clear();
         self.compute = None;
         self.stopped = false;
         self.engine = self.fold();

@@ -91,7 +91,8 @@ pub fn input(bytes: &[u8]) {
 
 /// Choices of clients, faults, crashes and completions against the reference model.
 pub fn engine(bytes: &[u8]) {
-    let scenario = Scenario { choices: bytes.len() as u64, ..Scenario::of(0) };
+    let length = bytes.len() as u64;
+    let scenario = Scenario { choices: length, warm_slots: length / 2 % 3, ..Scenario::of(0) };
     let _ = run_with(&Scenario { crash_per_mille: 8, fault_per_mille: 15, ..scenario }, Choice::given(bytes));
 }
 

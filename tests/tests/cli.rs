@@ -120,6 +120,8 @@ fn the_bits_do_not_depend_on_how() {
         let number = refused.stderr.split("at least ").nth(1).unwrap();
         number.split(|c: char| !c.is_ascii_digit()).next().unwrap().to_owned()
     };
+    let warm = 192 << 10;
+    let with_warm = (minimum.parse::<u64>().unwrap() + warm).to_string();
     for how in [
         &["--threads", "1", "--isa", "scalar"][..],
         &["--threads", "2"],
@@ -127,6 +129,7 @@ fn the_bits_do_not_depend_on_how() {
         &["--prefill-chunk", "7", "--snapshot-every", "10"],
         &["--journal-max", "256KiB"],
         &["--memory", &minimum],
+        &["--memory", &with_warm, "--warm", &warm.to_string()],
     ] {
         let more = ["--json", "--temperature", "0.9", "--seed", "3", "--logits", "l", "--routes", "r"];
         let ran = run(&place, &[how, &more].concat());

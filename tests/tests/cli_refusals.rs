@@ -37,6 +37,7 @@ fn a_configuration_is_refused_by_file_and_key() {
         ("[modes]\nx = []", &["config.toml", "modes.x has no tiers"]),
         ("journal_max = 1", &["config.toml", "journal_max", "give at least"]),
         ("memory = \"many\"", &["config.toml", "memory"]),
+        ("warm = -1", &["config.toml", "warm"]),
         ("drain_bound = \"soon\"", &["config.toml", "drain_bound"]),
         ("treads = 1", &["config.toml", "treads"]),
         ("tierset = [\"fast\"]", &["config.toml", "unknown tier \"fast\"", "all"]),

@@ -23,6 +23,9 @@ fn streams_survive_everything_and_every_branch_is_taken() {
         total.retired += report.retired;
         total.waves += report.waves;
         total.retries += report.retries;
+        total.staged += report.staged;
+        total.promoted += report.promoted;
+        total.demoted += report.demoted;
         total.restored += report.restored;
     }
     println!("{total:#?}");
@@ -37,6 +40,9 @@ fn streams_survive_everything_and_every_branch_is_taken() {
         ("retired", total.retired),
         ("waves", total.waves),
         ("retries", total.retries),
+        ("staged", total.staged),
+        ("promoted", total.promoted),
+        ("demoted", total.demoted),
         ("restored", total.restored),
     ] {
         assert!(count > 0, "no seed ever had {name}");

@@ -57,8 +57,8 @@ fn every_corpus_file_and_its_mutants_are_taken() {
     }
 }
 
-/// A format that has changed would be fuzzed at its door only: then the seeds are to be made again, by a small run with
-/// `--snapshot-every 7`.
+/// A format that has changed would be fuzzed at its door only: then the seeds are to be made again, by two small runs into
+/// one state with a warm arena and `--snapshot-every 25`, so that the snapshot falls into the second.
 #[test]
 fn the_seeds_are_of_this_version() {
     let seed = |name: &str| {

@@ -22,6 +22,7 @@ pub(crate) enum Content {
 pub(crate) struct SlotState {
     pub(crate) content: Content,
     pub(crate) pins: u32,
+    /// How often it was released, halved now and then. Goes with an expert from arena to arena.
     uses: u32,
 }
 
@@ -59,6 +60,20 @@ impl Table {
         self.slots.iter().filter(|slot| matches!(slot.content, Content::Coming(_))).count()
     }
 
+    /// Slots that are in use.
+    pub(super) fn pinned(&self) -> usize {
+        self.slots.iter().filter(|slot| slot.pins > 0).count()
+    }
+
+    /// Experts that are there or coming.
+    pub(super) fn held(&self) -> impl Iterator<Item = (Held, Slot)> {
+        self.by_held.iter().map(|(&held, &slot)| (held, slot))
+    }
+
+    pub(super) fn uses(&self, slot: Slot) -> u32 {
+        self.slots[index(slot.0)].uses
+    }
+
     /// The slot of an expert that is there (`true`) or coming.
     pub(crate) fn slot_of(&self, held: Held) -> Option<(Slot, bool)> {
         let slot = *self.by_held.get(&held)?;
@@ -93,14 +108,15 @@ impl Table {
     }
 
     /// Halves all counts of use, so that what was popular long ago can go.
-    pub(crate) fn age(&mut self) {
+    pub(super) fn age(&mut self) {
         for slot in &mut self.slots {
             slot.uses /= 2;
         }
     }
 
-    /// Of the unpinned slots with an expert, the one whose expert is the least worth keeping. Of equals, the first.
-    pub(super) fn least<K: Ord>(&self, shelf: u32, worth: impl Fn(Held, u32) -> K) -> Option<Slot> {
+    /// Of the unpinned slots with an expert, the one whose expert is the least worth keeping, and how much it is. Of
+    /// equals, the first.
+    pub(super) fn least<K: Ord>(&self, shelf: u32, worth: impl Fn(Held, u32) -> K) -> Option<(K, Slot)> {
         let mut least: Option<(K, Slot)> = None;
         for (slot, state) in self.shelf(shelf) {
             if let Content::Ready(held) = state.content
@@ -112,26 +128,28 @@ impl Table {
                 }
             }
         }
-        least.map(|(_, slot)| slot)
+        least
     }
 
     pub(super) fn free(&self, shelf: u32) -> Option<Slot> {
         self.shelf(shelf).find(|(_, state)| state.content == Content::Empty).map(|(slot, _)| slot)
     }
 
-    /// Gives a slot to an expert that is to come.
-    pub(super) fn assign(&mut self, slot: Slot, held: Held) {
+    /// Gives a slot to an expert that is to come; returns the one that has to go, with its count of use.
+    pub(super) fn assign(&mut self, slot: Slot, held: Held, uses: u32) -> Option<(Held, u32)> {
         let state = &mut self.slots[index(slot.0)];
         assert_eq!(state.pins, 0, "a pinned slot is never overwritten");
-        match state.content {
-            Content::Empty => {}
+        let old = match state.content {
+            Content::Empty => None,
             Content::Ready(old) => {
                 self.by_held.remove(&old);
+                Some((old, state.uses))
             }
             Content::Coming(old) => unreachable!("slot {slot} still waits for {old:?}"),
-        }
-        *state = SlotState { content: Content::Coming(held), pins: 0, uses: 0 };
+        };
+        *state = SlotState { content: Content::Coming(held), pins: 0, uses };
         assert!(self.by_held.insert(held, slot).is_none(), "an expert has one slot of an arena");
+        old
     }
 
     /// The expert that was to come is there.

@@ -1,4 +1,5 @@
-//! Loaders: a few threads that copy experts into slots, each packed and verified, and write modified ones.
+//! Loaders: a few threads that read experts into slots, each packed and verified, move them between the arenas, and write
+//! modified ones.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
@@ -21,8 +22,10 @@ use crate::telemetry::Timing;
 /// Something to do with the bytes of experts.
 #[derive(Debug)]
 pub(super) enum Job {
-    /// Copy an expert, of the checkpoint or as modified, into a slot.
-    Load { load: LoadId, expert: ExpertKey, blob: Option<Digest>, slot: SlotWriter },
+    /// Read an expert, of the checkpoint or as modified, into a slot of either arena; what is there goes to `keep` first.
+    Load { load: LoadId, expert: ExpertKey, blob: Option<Digest>, slot: SlotWriter, keep: Option<SlotWriter> },
+    /// Bring an expert from its warm slot into a hot one, or have it change places with what is there.
+    Promote { load: LoadId, slot: SlotWriter, warm: SlotWriter, exchange: bool },
     /// Make modified experts durable.
     Persist { asked: Seq, experts: Vec<(Digest, Vec<u8>)> },
 }
@@ -88,12 +91,23 @@ fn run(loader: &ExpertLoader, blobs: &Blobs, jobs: &Mutex<Receiver<Job>>, messag
 
 fn work(loader: &ExpertLoader, blobs: &Blobs, job: Job) -> (Input, Timing) {
     match job {
-        Job::Load { load, expert, blob, mut slot } => {
+        Job::Load { load, expert, blob, mut slot, keep } => {
+            if let Some(mut keep) = keep {
+                keep.copy_from_slice(&slot);
+            }
             let result = match blob {
                 Some(blob) => blobs.read(blob, &mut slot),
                 None => loader.load(expert, &mut slot).map_err(|error| fault_of(expert, &error)),
             };
             (Input::Loaded { load, fault: result.err() }, Timing::Load(load.0))
+        }
+        Job::Promote { load, mut slot, mut warm, exchange } => {
+            if exchange {
+                slot.swap_with_slice(&mut warm);
+            } else {
+                slot.copy_from_slice(&warm);
+            }
+            (Input::Loaded { load, fault: None }, Timing::Promote(load.0))
         }
         Job::Persist { asked, experts } => {
             let result = experts.iter().try_for_each(|(blob, bytes)| blobs.write(*blob, bytes));

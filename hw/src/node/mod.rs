@@ -156,8 +156,10 @@ pub struct Status {
     pub resident_bytes: Option<u64>,
     /// The carved memory.
     pub carving: Carving,
-    /// Slots with an expert in them.
+    /// Slots of the hot arena with an expert in them.
     pub slots_ready: u32,
+    /// Slots of the warm arena with an expert in them.
+    pub warm_slots_ready: u32,
     /// Free pages of KV cache.
     pub pages_free: u32,
     /// Whether a step runs.

@@ -49,6 +49,7 @@ pub(super) fn status(engine: &Engine, durable: Seq, telemetry_dropped: u64) -> S
         resident_bytes: memory::resident_bytes(),
         carving: view.carving(),
         slots_ready: view.slots().filter(|slot| slot.ready).count() as u32,
+        warm_slots_ready: view.warm_slots().filter(|slot| slot.ready).count() as u32,
         pages_free: view.pages_free() as u32,
         stepping: view.step().is_some(),
         telemetry_dropped,

@@ -76,7 +76,7 @@ impl Machine {
         }
         if let Some(resident) = compute.forward.resident.clone() {
             for (key, slot) in resident {
-                let content = self.slots[slot.0 as usize].expect("a resident expert is there");
+                let content = self.arenas.hot[slot.0 as usize].expect("a resident expert is there");
                 compute.read.insert(key, content);
             }
             return self.finish();
@@ -95,7 +95,7 @@ impl Machine {
             return;
         }
         for (key, slot) in compute.provided.drain(..) {
-            let content = self.slots[slot.0 as usize].expect("a provided expert is there");
+            let content = self.arenas.hot[slot.0 as usize].expect("a provided expert is there");
             compute.read.insert(key, content);
             assert!(compute.wanted.remove(&key), "only what is needed is provided");
         }

@@ -4,7 +4,7 @@ use super::{Held, Peer, PeerOutput, end_of};
 use crate::cluster::gather::{Asked, GIVEN_UP, Gathered, everybody, of_stage, on_shelf};
 use crate::cluster::message::Payload;
 use crate::cluster::orders::LogEnd;
-use crate::ids::{ExpertKey, Seq, Slot, StepId, index};
+use crate::ids::{ExpertKey, LoadId, Seq, Slot, StepId, index};
 use crate::input::{Fault, Input};
 use crate::journal::{Record, Snapshot};
 use crate::output::{Forward, Output};
@@ -71,6 +71,13 @@ impl Peer {
         }
     }
 
+    /// Expects the answers to a load; returns whether this rank is to give one.
+    fn ask_shelf(&mut self, load: LoadId, expert: ExpertKey) -> bool {
+        let shelf = self.engine.view().shelf(expert);
+        self.ask(Asked::Load(load), on_shelf(self.topology(), shelf));
+        self.holds(shelf)
+    }
+
     /// Takes of an output what concerns this rank.
     fn share(&mut self, output: Output) {
         let all = everybody(self.topology());
@@ -79,12 +86,17 @@ impl Peer {
                 self.ask(Asked::Boot, all);
                 self.obey(output);
             }
-            Output::Load { load, expert, blob, slot } => {
-                let shelf = self.engine.view().shelf(expert);
-                self.ask(Asked::Load(load), on_shelf(self.topology(), shelf));
-                if self.holds(shelf) {
+            Output::Load { load, expert, blob, slot, origin } => {
+                if self.ask_shelf(load, expert) {
                     let slot = self.own(slot);
-                    self.obey(Output::Load { load, expert, blob, slot });
+                    let origin = origin.map(|slot| self.own_warm(slot));
+                    self.obey(Output::Load { load, expert, blob, slot, origin });
+                }
+            }
+            Output::Stage { load, expert, blob, slot } => {
+                if self.ask_shelf(load, expert) {
+                    let slot = self.own_warm(slot);
+                    self.obey(Output::Stage { load, expert, blob, slot });
                 }
             }
             Output::Provide { step, attempt, layer, wave, wave_len, expert, slot } => {
@@ -140,9 +152,14 @@ impl Peer {
         on_shelf(self.topology(), shelf) & (1 << self.rank) != 0
     }
 
-    /// A slot of the whole replica as this rank counts its own.
+    /// A hot slot of the whole replica as this rank counts its own.
     fn own(&self, slot: Slot) -> Slot {
         Slot(slot.0 % self.engine.view().carving().slots)
+    }
+
+    /// A warm slot of the whole replica as this rank counts its own.
+    fn own_warm(&self, slot: Slot) -> Slot {
+        Slot(slot.0 % self.engine.view().carving().warm_slots)
     }
 
     /// A command of a client or operator.

@@ -16,7 +16,7 @@ use lite_llm_core::engine::Engine;
 use lite_llm_core::ids::{Generation, Seq};
 use lite_llm_core::input::{Fault, Input, RowResult};
 use lite_llm_core::journal::Record;
-use lite_llm_core::output::{Carving, Output};
+use lite_llm_core::output::{Carving, Origin, Output};
 use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::replay::encode_input;
 use lite_llm_core::time::Time;
@@ -29,7 +29,7 @@ use super::journal::Journal;
 use super::loaders::{Job, Loaders};
 use super::streams::Streams;
 use super::{ExitReport, NodeError, OnEvent, stop};
-use crate::arena::Arena;
+use crate::arena::{Arena, ArenaError};
 use crate::blobs::Blobs;
 use crate::memory;
 use crate::telemetry::{Telemetry, Timing};
@@ -74,6 +74,21 @@ pub(super) struct Parts {
     pub(super) journal: Journal,
 }
 
+/// Where experts are: in the hot arena steps read them, in the warm one they are near at hand.
+struct Arenas {
+    hot: Arc<Arena>,
+    warm: Arc<Arena>,
+}
+
+impl Arenas {
+    fn of(carving: Carving, budget: u64) -> Result<Self, ArenaError> {
+        let Carving { slots, warm_slots, slot_bytes, pages: _, page_bytes: _ } = carving;
+        let hot = Arena::new(slots, slot_bytes, budget)?;
+        let warm = Arena::new(warm_slots, slot_bytes, budget - u64::from(slots) * slot_bytes)?;
+        Ok(Self { hot, warm })
+    }
+}
+
 /// How the loop ends.
 enum End {
     Stopped(Result<ExitReport, NodeError>),
@@ -89,7 +104,7 @@ pub(super) struct EventLoop {
     telemetry: Telemetry,
     on_event: Option<OnEvent>,
     ready: Option<Sender<()>>,
-    arena: Option<Arc<Arena>>,
+    arenas: Option<Arenas>,
     /// The boot sequence was given up by the driver: what the engine still asked for is not done.
     boot_failed: bool,
     /// Answers of the event loop itself, not yet handled.
@@ -136,7 +151,7 @@ impl EventLoop {
             telemetry,
             on_event,
             ready: Some(ready),
-            arena: None,
+            arenas: None,
             boot_failed: false,
             inbox: VecDeque::new(),
             held: VecDeque::new(),
@@ -287,9 +302,21 @@ impl EventLoop {
                 let routing_seed = self.engine.view().routing_seed().expect("decided in the first phase");
                 parts.compute.send(Work::LoadRouters { routing_seed });
             }
-            Output::Load { load, expert, blob, slot } => {
-                let slot = self.arena.as_ref().expect("carved before any load").write(slot);
-                parts.loaders.send(Job::Load { load, expert, blob, slot });
+            Output::Load { load, expert, blob, slot, origin } => {
+                let Arenas { hot, warm } = self.arenas.as_ref().expect("carved before any load");
+                let slot = hot.write(slot);
+                parts.loaders.send(match origin {
+                    Origin::Disk { keep } => {
+                        Job::Load { load, expert, blob, slot, keep: keep.map(|keep| warm.write(keep)) }
+                    }
+                    Origin::Warm { slot: from, exchange } => {
+                        Job::Promote { load, slot, warm: warm.write(from), exchange }
+                    }
+                });
+            }
+            Output::Stage { load, expert, blob, slot } => {
+                let slot = self.arenas.as_ref().expect("carved before any load").warm.write(slot);
+                parts.loaders.send(Job::Load { load, expert, blob, slot, keep: None });
             }
             Output::Persist { asked, .. } => {
                 let experts = std::mem::take(&mut self.staged);
@@ -321,7 +348,7 @@ impl EventLoop {
                 self.held.push_back((last, Output::FlushTelemetry));
             }
             Output::Release => {
-                self.arena = None;
+                self.arenas = None;
                 parts.compute.send(Work::Release);
             }
             Output::Snapshot | Output::Wait { .. } => unreachable!("taken by the caller"),
@@ -351,11 +378,10 @@ impl EventLoop {
     }
 
     fn carve(&mut self, parts: &Parts, carving: Carving) {
-        let Carving { slots, slot_bytes, pages, page_bytes: _ } = carving;
-        match Arena::new(slots, slot_bytes, self.engine.view().config().memory_bytes) {
-            Ok(arena) => {
-                self.arena = Some(Arc::clone(&arena));
-                parts.compute.send(Work::Carve { arena, pages });
+        match Arenas::of(carving, self.engine.view().config().memory_bytes) {
+            Ok(arenas) => {
+                parts.compute.send(Work::Carve { arena: Arc::clone(&arenas.hot), pages: carving.pages });
+                self.arenas = Some(arenas);
             }
             Err(error) => {
                 self.boot_failed = true;
