@@ -11,5 +11,6 @@ pub mod membership;
 pub mod message;
 pub mod orders;
 pub mod peer;
+pub mod supervisor;
 
 pub use link::LinkHeader;

@@ -57,6 +57,8 @@ pub struct Beat {
     pub facts: Facts,
     /// Where its log ends.
     pub log: LogEnd,
+    /// Up to where it knows every member of its epoch to have the log durable.
+    pub committed: Seq,
     /// The newest epoch that it has joined; 0 for none.
     pub epoch: Epoch,
     /// It leads the epoch, and the logs of all members are as its own.

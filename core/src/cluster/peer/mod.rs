@@ -298,6 +298,7 @@ impl Peer {
             sent: now,
             facts: self.settings.facts.clone(),
             log: self.durable,
+            committed: self.committed(),
             epoch: self.epoch().filter(|_| in_epoch).unwrap_or_default(),
             synced: self.synced(),
             activity: self.activity(),

@@ -1,0 +1,327 @@
+//! The supervisor by hand: who is refused, who is not started again, who may lead, and what is said of it.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use lite_llm_core::cluster::membership::{Epoch, Member, NodeId};
+use lite_llm_core::cluster::orders::{Activity, Beat, Facts, LogEnd, Orders};
+use lite_llm_core::cluster::supervisor::{
+    Cause, ClusterConfig, Ending, Restarts, Standing, Supervisor, SupervisorEvent, SupervisorInput,
+    SupervisorOutput,
+};
+use lite_llm_core::digest::Digest;
+use lite_llm_core::ids::{Incarnation, Seq};
+use lite_llm_core::time::Time;
+use lite_llm_core::topology::Topology;
+
+const SECOND: u64 = 1_000_000_000;
+
+/// Two tensor ranks.
+fn config(nodes: u32) -> ClusterConfig {
+    let topology = Topology { tensor: 2, ..Topology::SINGLE };
+    ClusterConfig { topology, nodes, ..ClusterConfig::default() }
+}
+
+struct Rig {
+    supervisor: Supervisor,
+    now: Time,
+    lives: Vec<u64>,
+}
+
+impl Rig {
+    fn new(config: ClusterConfig) -> Self {
+        let lives = vec![1; config.nodes as usize];
+        let mut rig = Self { supervisor: Supervisor::new(), now: Time(SECOND), lives };
+        let started = rig.give(SupervisorInput::Started { incarnation: Incarnation(1), config });
+        assert_eq!(count(&started, |o| matches!(o, SupervisorOutput::Start { .. })), rig.lives.len());
+        rig
+    }
+
+    fn give(&mut self, input: SupervisorInput) -> Vec<SupervisorOutput> {
+        self.now = self.now.after_ns(1);
+        self.supervisor.handle(self.now, input);
+        let mut said = Vec::new();
+        loop {
+            match self.supervisor.poll() {
+                SupervisorOutput::Wait { .. } => return said,
+                output => said.push(output),
+            }
+        }
+    }
+
+    fn member(&self, node: u32) -> Member {
+        Member { node: NodeId(node), incarnation: Incarnation(self.lives[node as usize]) }
+    }
+
+    fn beat_of(&self, node: u32) -> Beat {
+        let view = self.supervisor.view();
+        let member = self.member(node);
+        let membership = view.memberships().find(|(membership, _)| membership.rank_of(member).is_some());
+        Beat {
+            member,
+            sent: self.now,
+            facts: Facts::default(),
+            log: LogEnd { last: Seq(9), digest: Digest::default() },
+            committed: Seq(9),
+            epoch: membership.map_or(Epoch(0), |(membership, _)| membership.epoch),
+            synced: membership.is_some_and(|(membership, _)| membership.leading() == member),
+            activity: Activity::Idle,
+            progress: self.now.0,
+            diverged: 0,
+            drained: false,
+        }
+    }
+
+    fn beat(&mut self, node: u32) -> Vec<SupervisorOutput> {
+        let beat = self.beat_of(node);
+        self.give(SupervisorInput::Beat(Box::new(beat)))
+    }
+
+    /// Both ranks are heard, join, and begin.
+    fn serve(&mut self) {
+        for _ in 0..2 {
+            for node in 0..self.lives.len() as u32 {
+                self.beat(node);
+            }
+        }
+        assert!(self.supervisor.view().memberships().all(|(_, active)| active));
+    }
+
+    /// A node ends, is recorded, and starts again after its pause.
+    fn lose(&mut self, node: u32, ending: Ending) -> Vec<SupervisorOutput> {
+        let member = self.member(node);
+        let mut said = self.give(SupervisorInput::Ended { member, ending });
+        assert!(said.iter().any(|o| matches!(o, SupervisorOutput::Capture { .. })), "{said:?}");
+        assert!(
+            !said.iter().any(|o| matches!(o, SupervisorOutput::Start { .. })),
+            "not before it is recorded"
+        );
+        said.extend(self.give(SupervisorInput::Captured { member, tail: Ok(None) }));
+        self.now = self.now.after_ns(31 * SECOND);
+        said.extend(self.give(SupervisorInput::Tick));
+        for output in &said {
+            if let SupervisorOutput::Start { member, .. } = output {
+                self.lives[member.node.0 as usize] = member.incarnation.0;
+            }
+        }
+        said
+    }
+
+    fn standing(&self, node: u32) -> Standing {
+        self.supervisor.view().nodes().nth(node as usize).unwrap().1
+    }
+}
+
+fn count(said: &[SupervisorOutput], what: impl Fn(&SupervisorOutput) -> bool) -> usize {
+    said.iter().filter(|output| what(output)).count()
+}
+
+fn orders(said: &[SupervisorOutput]) -> Vec<&Orders> {
+    let mut all = Vec::new();
+    for output in said {
+        if let SupervisorOutput::Orders { orders, .. } = output {
+            all.push(orders.as_ref());
+        }
+    }
+    all
+}
+
+fn events(said: &[SupervisorOutput]) -> Vec<&SupervisorEvent> {
+    let mut all = Vec::new();
+    for output in said {
+        if let SupervisorOutput::Event { event, .. } = output {
+            all.push(event);
+        }
+    }
+    all
+}
+
+fn gave_up_for(said: &[SupervisorOutput], words: &str) -> bool {
+    let gave_up = |event: &&SupervisorEvent| match event {
+        SupervisorEvent::GaveUp { reason, .. } => reason.contains(words),
+        _ => false,
+    };
+    events(said).iter().any(gave_up)
+}
+
+#[test]
+fn impossible_clusters_are_refused_with_the_remedy() {
+    let good = config(2);
+    for (bad, words) in [
+        (ClusterConfig { nodes: 1, ..good.clone() }, "the topology has 2 ranks"),
+        (ClusterConfig { nodes: 0, ..good.clone() }, "nodes is 0"),
+        (ClusterConfig { lease_ns: 0, ..good.clone() }, "lease_ns is 0"),
+        (ClusterConfig { drift_per_mille: 500, ..good.clone() }, "drift_per_mille is 500"),
+        (
+            ClusterConfig { topology: Topology { data: 0, ..good.topology }, ..good.clone() },
+            "topology.data is 0",
+        ),
+    ] {
+        let mut supervisor = Supervisor::new();
+        supervisor.handle(Time(1), SupervisorInput::Started { incarnation: Incarnation(1), config: bad });
+        let SupervisorOutput::Exit { error: Some(error), .. } = supervisor.poll() else {
+            panic!("not refused")
+        };
+        assert!(error.contains(words), "{error}");
+    }
+    let mut rig = Rig::new(good.clone());
+    let other = ClusterConfig { topology: Topology { pipeline: 2, ..Topology::SINGLE }, ..good };
+    let said = rig.give(SupervisorInput::Started { incarnation: Incarnation(2), config: other });
+    assert!(
+        matches!(&said[..], [SupervisorOutput::Exit { error: Some(error), .. }] if error.contains("was begun with"))
+    );
+}
+
+#[test]
+fn a_node_of_another_kind_is_named_and_takes_no_part() {
+    let mut rig = Rig::new(config(3));
+    let mut beat = rig.beat_of(1);
+    beat.facts.model = Digest([7; 32]);
+    let said = rig.give(SupervisorInput::Beat(Box::new(beat)));
+    let reason = orders(&said)[0].refused.clone().unwrap();
+    assert!(reason.contains("node 1") && reason.contains("model 0707"), "{reason}");
+    let said = rig.lose(1, Ending::Code(1));
+    let gave_up = |event: &&SupervisorEvent| matches!(event, SupervisorEvent::GaveUp { node: NodeId(1), .. });
+    assert!(events(&said).iter().any(gave_up), "the next life would be the same: {said:?}");
+    assert_eq!(rig.standing(1), Standing::GivenUp);
+    // The stand-by takes its place.
+    rig.beat(0);
+    rig.beat(2);
+    let (membership, _) = rig.supervisor.view().memberships().next().unwrap();
+    assert_eq!(membership.members.iter().map(|m| m.node.0).collect::<Vec<_>>(), [0, 2]);
+    // Who is unknown, or of a former life, is told so.
+    for (node, incarnation, words) in [(7, 1, "none of this cluster's"), (0, 9, "is over")] {
+        let mut beat = rig.beat_of(0);
+        beat.member = Member { node: NodeId(node), incarnation: Incarnation(incarnation) };
+        let said = rig.give(SupervisorInput::Beat(Box::new(beat)));
+        assert!(orders(&said)[0].refused.as_ref().unwrap().contains(words), "{said:?}");
+    }
+}
+
+#[test]
+fn a_leader_has_a_lease_and_its_followers_have_none() {
+    let mut rig = Rig::new(config(2));
+    rig.serve();
+    let (membership, _) = rig.supervisor.view().memberships().next().unwrap();
+    let leader = membership.leading().node.0;
+    let sent = rig.now;
+    let said = rig.beat(leader);
+    assert_eq!(orders(&said)[0].lease.unwrap().sent, sent, "it begins with the beat that it answers");
+    assert!(orders(&rig.beat(1 - leader))[0].lease.is_none());
+    // A beat that comes late brings nothing.
+    let mut late = rig.beat_of(leader);
+    late.sent = Time(1);
+    assert_eq!(rig.give(SupervisorInput::Beat(Box::new(late))), []);
+}
+
+#[test]
+fn the_leader_goes_on_when_a_follower_is_lost_and_the_other_way_round() {
+    for lost in [0, 1] {
+        let mut rig = Rig::new(config(2));
+        rig.serve();
+        rig.lose(lost, Ending::Signal(9));
+        rig.beat(0);
+        rig.beat(1);
+        let view = rig.supervisor.view();
+        let (membership, active) = view.memberships().next().unwrap();
+        assert_eq!((membership.epoch, active), (Epoch(2), false), "a new life is another member");
+        assert_eq!(membership.leading().node, NodeId(0), "of equals, the first: both have everything");
+        assert_eq!(membership.members[lost as usize].incarnation, Incarnation(2), "everybody keeps his seat");
+    }
+}
+
+#[test]
+fn a_disk_that_lost_what_was_told_never_leads() {
+    let mut rig = Rig::new(config(2));
+    rig.serve();
+    rig.lose(0, Ending::Signal(9));
+    rig.lose(1, Ending::Signal(9));
+    let empty = |rig: &Rig, node| Beat { log: LogEnd::default(), committed: Seq(0), ..rig.beat_of(node) };
+    let (first, second) = (empty(&rig, 0), empty(&rig, 1));
+    rig.give(SupervisorInput::Beat(Box::new(first)));
+    let said = rig.give(SupervisorInput::Beat(Box::new(second)));
+    let waiting = SupervisorEvent::Waiting { replica: 0, nodes: vec![NodeId(0), NodeId(1)] };
+    assert!(events(&said).contains(&&waiting), "both are empty: {said:?}");
+    // One of them comes back with its disk.
+    rig.now = rig.now.after_ns(1);
+    rig.beat(1);
+    let (membership, _) = rig.supervisor.view().memberships().next().unwrap();
+    assert_eq!(membership.leading().node, NodeId(1));
+}
+
+#[test]
+fn ranks_that_diverge_are_ended_by_name() {
+    let mut rig = Rig::new(config(2));
+    rig.serve();
+    let (membership, _) = rig.supervisor.view().memberships().next().unwrap();
+    let leader = membership.leading().node.0;
+    let beat = Beat { diverged: 0b10, ..rig.beat_of(leader) };
+    let said = rig.give(SupervisorInput::Beat(Box::new(beat)));
+    let killed: Vec<NodeId> = said
+        .iter()
+        .filter_map(|output| match output {
+            SupervisorOutput::Kill { member, cause: Cause::Diverged, .. } => Some(member.node),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(killed, [NodeId(1)], "{said:?}");
+}
+
+#[test]
+fn a_panic_at_the_same_record_is_not_repeated_for_ever() {
+    let mut rig = Rig::new(config(2));
+    rig.serve();
+    let ending = Ending::Panic { record: Seq(41) };
+    rig.lose(1, ending.clone());
+    rig.serve();
+    let said = rig.lose(1, ending);
+    assert!(gave_up_for(&said, "record 41"), "{said:?}");
+}
+
+#[test]
+fn restarts_have_a_budget_that_the_operator_can_renew() {
+    let restarts = Restarts { most: 2, window_ns: 3600 * SECOND, ..Restarts::default() };
+    let mut rig = Rig::new(ClusterConfig { restarts, ..config(2) });
+    rig.serve();
+    for life in 1..=2 {
+        rig.lose(1, Ending::Signal(11));
+        assert_eq!(rig.member(1).incarnation, Incarnation(life + 1));
+        rig.serve();
+    }
+    let said = rig.lose(1, Ending::Signal(11));
+    assert!(gave_up_for(&said, "restarts.most"), "{said:?}");
+    let said = rig.give(SupervisorInput::Restart { node: NodeId(1) });
+    assert!(
+        said.iter().any(|o| matches!(o, SupervisorOutput::Start { member, .. } if member.incarnation.0 == 4))
+    );
+}
+
+#[test]
+fn a_drain_that_cannot_finish_says_so() {
+    let mut rig = Rig::new(config(2));
+    let mut beat = rig.beat_of(1);
+    beat.facts.contract = 99;
+    rig.give(SupervisorInput::Beat(Box::new(beat)));
+    rig.lose(1, Ending::Code(1));
+    rig.beat(0);
+    let said = rig.give(SupervisorInput::Drain { bound_ns: None });
+    assert!(
+        said.iter().any(|o| matches!(o, SupervisorOutput::Kill { cause: Cause::Drained, .. })),
+        "{said:?}"
+    );
+    let said = rig.give(SupervisorInput::Ended { member: rig.member(0), ending: Ending::Signal(15) });
+    let error = said.iter().find_map(|output| match output {
+        SupervisorOutput::Exit { error, .. } => error.clone(),
+        _ => None,
+    });
+    assert!(error.unwrap().contains("replica 0 did not finish: too few"));
+}
+
+#[test]
+fn what_was_asked_for_is_asked_for_again_in_the_next_life() {
+    let mut rig = Rig::new(config(2));
+    rig.serve();
+    rig.give(SupervisorInput::Restart { node: NodeId(0) });
+    rig.give(SupervisorInput::Ended { member: rig.member(1), ending: Ending::Unknown });
+    let said = rig.give(SupervisorInput::Started { incarnation: Incarnation(2), config: config(2) });
+    assert_eq!(count(&said, |o| matches!(o, SupervisorOutput::Kill { .. })), 1, "{said:?}");
+    assert_eq!(count(&said, |o| matches!(o, SupervisorOutput::Capture { .. })), 1, "{said:?}");
+}
