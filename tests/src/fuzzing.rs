@@ -15,6 +15,8 @@ use lite_llm_sim::machine::{Scenario, run_with};
 use lite_llm_sim::random::Choice;
 use std::path::Path;
 
+use crate::supervised::anything_said;
+
 /// A target: its name, which is that of its corpus, and what it does.
 pub type Target = (&'static str, fn(&[u8]));
 
@@ -28,6 +30,7 @@ pub const TARGETS: &[Target] = &[
     ("input", input),
     ("engine", engine),
     ("decisions", decisions),
+    ("supervisor", supervisor),
 ];
 
 /// `config.json` of a checkpoint.
@@ -94,6 +97,11 @@ pub fn engine(bytes: &[u8]) {
     let length = bytes.len() as u64;
     let scenario = Scenario { choices: length, warm_slots: length / 2 % 3, ..Scenario::of(0) };
     let _ = run_with(&Scenario { crash_per_mille: 8, fault_per_mille: 15, ..scenario }, Choice::given(bytes));
+}
+
+/// Choices of what a supervisor of a cluster hears.
+pub fn supervisor(bytes: &[u8]) {
+    anything_said(Choice::given(bytes), bytes.len() / 4);
 }
 
 /// A decision log of a simulated run.
