@@ -22,6 +22,29 @@ const FLUSH_OPERATIONS: u64 = 6;
 #[derive(Clone, Debug, Default)]
 pub struct Platter(Rc<RefCell<SimDisk>>);
 
+impl Platter {
+    /// A disk to be shared.
+    #[must_use]
+    pub fn new(disk: SimDisk) -> Self {
+        Self(Rc::new(RefCell::new(disk)))
+    }
+
+    /// Nanoseconds that the disk has taken since the last call.
+    pub fn take_ns(&mut self) -> u64 {
+        self.0.borrow_mut().take_ns()
+    }
+
+    /// The machine dies, in the middle of a flush of this store if `flushing` says how far it had got.
+    pub fn die(&mut self, store: Option<Store<Self>>, flushing: Option<u64>) {
+        if let (Some(mut store), Some(far)) = (store, flushing) {
+            self.0.borrow_mut().fail_at(far % FLUSH_OPERATIONS, Fault::Crash);
+            // It is not acknowledged, whatever it says.
+            drop(store.flush());
+        }
+        self.0.borrow_mut().crash(&mut Ending::Decided);
+    }
+}
+
 /// Why a node has no log.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -48,7 +71,7 @@ impl NodeJournal {
     /// The journal of a node on a disk, not opened.
     #[must_use]
     pub fn new(node: u32, disk: SimDisk) -> Self {
-        Self { platter: Platter(Rc::new(RefCell::new(disk))), node, store: None }
+        Self { platter: Platter::new(disk), node, store: None }
     }
 
     /// Opens it for a life and folds what is there.
@@ -141,18 +164,12 @@ impl NodeJournal {
 
     /// The process dies; `flushing` says how far a flush had got, if one was under way.
     pub fn die(&mut self, flushing: Option<u64>) {
-        if let (Some(store), Some(far)) = (&mut self.store, flushing) {
-            self.platter.0.borrow_mut().fail_at(far % FLUSH_OPERATIONS, Fault::Crash);
-            // It is not acknowledged, whatever it says.
-            drop(store.flush());
-        }
-        self.store = None;
-        self.platter.0.borrow_mut().crash(&mut Ending::Decided);
+        self.platter.die(self.store.take(), flushing);
     }
 
     /// Nanoseconds that the disk has taken since the last call.
     pub fn take_ns(&mut self) -> u64 {
-        self.platter.0.borrow_mut().take_ns()
+        self.platter.take_ns()
     }
 
     /// A new disk in the place of the old one.

@@ -3,3 +3,4 @@
 
 pub mod journal;
 pub mod message;
+pub mod supervisor;

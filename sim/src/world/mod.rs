@@ -53,6 +53,8 @@ pub enum Happening<M> {
         child: ActorId,
         /// The argument of its life.
         argument: u64,
+        /// Its exit code, if it ended by itself.
+        code: Option<i32>,
     },
 }
 
@@ -83,7 +85,7 @@ enum Event<M> {
     Start { actor: ActorId, argument: u64 },
     Arrive { to: ActorId, from: ActorId, connection: u32, number: u64, tampered: bool, message: M },
     Wake { actor: ActorId, life: u32, token: u64 },
-    Ended { parent: ActorId, life: u32, child: ActorId, argument: u64 },
+    Ended { parent: ActorId, life: u32, child: ActorId, argument: u64, code: Option<i32> },
     Weather { nth: u64 },
 }
 
@@ -95,6 +97,8 @@ struct Process {
     /// Grows with every death and start.
     life: u32,
     argument: u64,
+    /// The argument of a start that is on its way, unless it was killed before.
+    wanted: Option<u64>,
     parent: Option<ActorId>,
     paused_until: u64,
 }
@@ -149,6 +153,7 @@ impl<A: Actor> World<A> {
                 up: false,
                 life: 0,
                 argument: 0,
+                wanted: None,
                 parent: None,
                 paused_until: 0,
             })
@@ -173,6 +178,7 @@ impl<A: Actor> World<A> {
 
     /// Starts an actor that nobody else starts.
     pub fn start(&mut self, actor: ActorId, argument: u64) {
+        self.inner.processes[actor as usize].wanted = Some(argument);
         self.inner.queue.push(self.inner.now, Event::Start { actor, argument });
     }
 
@@ -208,7 +214,7 @@ impl<A: Actor> World<A> {
             Event::Weather { nth } => return self.weather(nth),
             Event::Start { actor, argument } => {
                 let process = &mut self.inner.processes[actor as usize];
-                if process.up {
+                if process.up || process.wanted.take_if(|wanted| *wanted == argument).is_none() {
                     return;
                 }
                 (process.up, process.argument) = (true, argument);
@@ -247,12 +253,12 @@ impl<A: Actor> World<A> {
                 }
                 (actor, Happening::Woken { token })
             }
-            Event::Ended { parent, life, child, argument } => {
+            Event::Ended { parent, life, child, argument, code } => {
                 let process = &self.inner.processes[parent as usize];
                 if process.life != life || !process.up {
                     return;
                 }
-                (parent, Happening::Ended { child, argument })
+                (parent, Happening::Ended { child, argument, code })
             }
         };
         self.actors[actor as usize].handle(&mut Context { inner: &mut self.inner, me: actor }, happening);
@@ -431,15 +437,30 @@ impl<M: Wire> Context<'_, M> {
 
     /// Starts a process after some nanoseconds, and hears of its end.
     pub fn start(&mut self, actor: ActorId, argument: u64, in_ns: u64) {
-        self.inner.processes[actor as usize].parent = Some(self.me);
+        let process = &mut self.inner.processes[actor as usize];
+        (process.parent, process.wanted) = (Some(self.me), Some(argument));
         self.inner.queue.push(self.inner.now + in_ns, Event::Start { actor, argument });
     }
 
-    /// Kills a process at once; whether there was one.
+    /// Kills a process at once, or one that is about to start; whether there was one.
     pub fn kill(&mut self, actor: ActorId) -> bool {
+        self.end(actor, None)
+    }
+
+    /// This process ends here, as one that crashed.
+    pub fn exit(&mut self) {
+        self.kill(self.me);
+    }
+
+    /// This process ends here, and says why.
+    pub fn exit_with(&mut self, code: i32) {
+        self.end(self.me, Some(code));
+    }
+
+    fn end(&mut self, actor: ActorId, code: Option<i32>) -> bool {
         let process = &mut self.inner.processes[actor as usize];
         if !process.up {
-            return false;
+            return process.wanted.take().is_some();
         }
         process.up = false;
         process.life += 1;
@@ -449,21 +470,30 @@ impl<M: Wire> Context<'_, M> {
         self.inner.chronicle.add(self.inner.now, actor, || What::State("down".into()));
         if let Some(parent) = parent {
             let life = self.inner.processes[parent as usize].life;
-            let event = Event::Ended { parent, life, child: actor, argument };
+            let event = Event::Ended { parent, life, child: actor, argument, code };
             self.inner.queue.push(self.inner.now + 100_000, event);
         }
         true
     }
 
-    /// This process ends here.
-    pub fn exit(&mut self) {
-        self.kill(self.me);
-    }
-
-    /// Whether a process runs.
+    /// Whether a process runs, or is about to.
     #[must_use]
     pub fn is_up(&self, actor: ActorId) -> bool {
-        self.inner.processes[actor as usize].up
+        let process = &self.inner.processes[actor as usize];
+        process.up || process.wanted.is_some()
+    }
+
+    /// Whether a process runs that was started with this argument, or is about to.
+    #[must_use]
+    pub fn runs(&self, actor: ActorId, argument: u64) -> bool {
+        let process = &self.inner.processes[actor as usize];
+        process.wanted == Some(argument) || (process.up && process.argument == argument)
+    }
+
+    /// This actor.
+    #[must_use]
+    pub const fn me(&self) -> ActorId {
+        self.me
     }
 
     /// Adds to the timeline.

@@ -1,0 +1,326 @@
+//! The supervisor of a simulated cluster: the production state machine with a journal on a simulated disk, starting, ending
+//! and hearing nodes as a driver of real processes does.
+//!
+//! Node n is actor n. A `Start` of a life that was begun already, and a `Kill` of one that is over, are answered with its end:
+//! that is what an init system knows of its processes.
+
+use super::journal::Platter;
+use super::message::Said;
+use crate::chronicle::What;
+use crate::disk::SimDisk;
+use crate::hazard::Hazard;
+use crate::world::{ActorId, Context, Happening};
+use lite_llm_core::LOGIC_VERSION;
+use lite_llm_core::cluster::membership::{Member, NodeId};
+use lite_llm_core::cluster::supervisor::{
+    ClusterConfig, Ending, Failure, Supervisor, SupervisorEvent, SupervisorInput, SupervisorOutput,
+};
+use lite_llm_core::ids::{Incarnation, Seq};
+use lite_llm_core::journal::{Header, JournalError, Store};
+use lite_llm_core::replay::{encode_input, fold};
+use lite_llm_core::time::Time;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Tokens of wakes.
+const FLUSHED: u64 = 0;
+const TICK: u64 = 1;
+const CAPTURED: u64 = 2;
+
+/// Nanoseconds that a flush takes, a capture, and a start, at least and by how much more.
+const FLUSH_NS: (u64, u64) = (50_000, 300_000);
+const CAPTURE_NS: u64 = 2_000_000;
+const START_NS: (u64, u64) = (5_000_000, 20_000_000);
+/// Nanoseconds until a supervisor that died is started again.
+const RESTART_NS: u64 = 200_000_000;
+/// Records between two snapshots.
+const SNAPSHOT_EVERY: u64 = 2_000;
+
+/// A supervisor's process and machine.
+#[derive(Debug)]
+pub struct SupervisorActor {
+    config: ClusterConfig,
+    platter: Platter,
+    /// What happens to others is counted, so that it is decided by its own number.
+    nth: BTreeMap<Hazard, u64>,
+    /// The newest life of each node that was ever begun: the init system's knowledge.
+    begun: BTreeMap<NodeId, Incarnation>,
+    /// Failures that were written down.
+    failures: Vec<Failure>,
+    /// Events of all lives that became durable.
+    events: Vec<(Seq, SupervisorEvent)>,
+    /// Its last word, if it has ended by itself.
+    exited: Option<Option<String>>,
+    process: Option<Process>,
+}
+
+/// What dies with the process.
+#[derive(Debug)]
+struct Process {
+    incarnation: u64,
+    supervisor: Supervisor,
+    store: Store<Platter>,
+    durable: Seq,
+    flushing: bool,
+    held: VecDeque<(Seq, SupervisorOutput)>,
+    inbox: VecDeque<SupervisorInput>,
+    capturing: VecDeque<Member>,
+    alarm: Option<Time>,
+    snapshot: Seq,
+}
+
+impl SupervisorActor {
+    /// A supervisor that was never started.
+    #[must_use]
+    pub fn new(config: ClusterConfig, disk: SimDisk) -> Self {
+        Self {
+            config,
+            platter: Platter::new(disk),
+            nth: BTreeMap::new(),
+            begun: BTreeMap::new(),
+            failures: Vec::new(),
+            events: Vec::new(),
+            exited: None,
+            process: None,
+        }
+    }
+
+    /// The state machine, while its process runs.
+    #[must_use]
+    pub fn supervisor(&self) -> Option<&Supervisor> {
+        self.process.as_ref().map(|process| &process.supervisor)
+    }
+
+    /// Its last word, if it has ended by itself.
+    #[must_use]
+    pub const fn exited(&self) -> Option<&Option<String>> {
+        self.exited.as_ref()
+    }
+
+    /// Failures that were written down, in order.
+    #[must_use]
+    pub fn failures(&self) -> &[Failure] {
+        &self.failures
+    }
+
+    /// What was said to be happening, in order.
+    #[must_use]
+    pub fn events(&self) -> &[(Seq, SupervisorEvent)] {
+        &self.events
+    }
+
+    /// The operator wishes something.
+    pub fn wish(&mut self, cx: &mut Context<'_, Said>, input: SupervisorInput) {
+        if let Some(process) = &mut self.process {
+            process.inbox.push_back(input);
+            self.work(cx);
+        }
+    }
+
+    /// Deals with what happened.
+    pub fn handle(&mut self, cx: &mut Context<'_, Said>, happening: Happening<Said>) {
+        if let Happening::Started { argument } = happening {
+            return self.start(cx, argument);
+        }
+        let hidden =
+            matches!(happening, Happening::Ended { .. }) && self.befalls(cx, Hazard::UnseenExit).is_some();
+        let Some(process) = &mut self.process else { return };
+        match happening {
+            Happening::Message { message: Said::Beat(beat), .. } => {
+                process.inbox.push_back(SupervisorInput::Beat(beat));
+            }
+            Happening::Ended { child, argument, code } if !hidden => {
+                let member = Member { node: NodeId(child), incarnation: Incarnation(argument) };
+                let ending = match code {
+                    Some(0) => Ending::Clean,
+                    Some(code) => Ending::Code(code),
+                    None => Ending::Signal(9),
+                };
+                process.inbox.push_back(SupervisorInput::Ended { member, ending });
+            }
+            Happening::Woken { token: FLUSHED } => {
+                process.flushing = false;
+                if process.flush().is_err() {
+                    // What is on disk is only known when it is opened again.
+                    return cx.exit();
+                }
+            }
+            Happening::Woken { token: CAPTURED } => {
+                if let Some(member) = process.capturing.pop_front() {
+                    process.inbox.push_back(SupervisorInput::Captured { member, tail: Ok(None) });
+                }
+            }
+            Happening::Woken { .. } => {
+                if process.alarm.take_if(|alarm| *alarm <= cx.clock()).is_some() {
+                    process.inbox.push_back(SupervisorInput::Tick);
+                }
+            }
+            Happening::Started { .. }
+            | Happening::Message { .. }
+            | Happening::Tampered { .. }
+            | Happening::Ended { .. } => {}
+        }
+        self.work(cx);
+    }
+
+    /// It has died: what was not durable is torn, and its init system starts it again.
+    pub fn died(&mut self, cx: &mut Context<'_, Said>, me: ActorId) {
+        let Some(process) = self.process.take() else { return };
+        let flushing = process.flushing.then_some(process.supervisor.next_seq().0);
+        self.platter.die(Some(process.store), flushing);
+        if self.exited.is_none() {
+            cx.start(me, process.incarnation + 1, RESTART_NS);
+        }
+    }
+
+    fn befalls(&mut self, cx: &mut Context<'_, Said>, hazard: Hazard) -> Option<u64> {
+        let nth = self.nth.entry(hazard).or_default();
+        *nth += 1;
+        cx.fault(hazard, *nth - 1)
+    }
+
+    fn start(&mut self, cx: &mut Context<'_, Said>, incarnation: u64) {
+        let header = Header { logic_version: LOGIC_VERSION, node: u32::MAX, incarnation, identity: [0; 32] };
+        let opened = Store::open(self.platter.clone(), &header);
+        // A disk that fails now may not fail the next time.
+        let Ok((store, found)) = opened else { return self.end_unopened(cx, incarnation) };
+        let restored = found
+            .snapshot
+            .as_ref()
+            .map_or_else(|| Ok(Supervisor::new()), |snapshot| Supervisor::restore(&snapshot.bytes));
+        let mut supervisor = restored.expect("a snapshot with a good checksum is the one that was written");
+        fold(&mut supervisor, &found.records, |_, _| {}).expect("a journal without damage folds");
+        let durable = Seq(supervisor.next_seq().0 - 1);
+        let config = self.config.clone();
+        let started = SupervisorInput::Started { incarnation: Incarnation(incarnation), config };
+        self.process = Some(Process {
+            incarnation,
+            supervisor,
+            store,
+            durable,
+            flushing: false,
+            held: VecDeque::new(),
+            inbox: VecDeque::from([started]),
+            capturing: VecDeque::new(),
+            alarm: None,
+            snapshot: durable,
+        });
+        self.work(cx);
+    }
+
+    fn end_unopened(&mut self, cx: &mut Context<'_, Said>, incarnation: u64) {
+        self.platter.die(None, None);
+        let me = cx.me();
+        cx.exit();
+        cx.start(me, incarnation + 1, RESTART_NS);
+    }
+
+    /// Handles what there is, obeys what is durable, and has the rest made so.
+    fn work(&mut self, cx: &mut Context<'_, Said>) {
+        loop {
+            let Some(process) = &mut self.process else { return };
+            if let Some(input) = process.inbox.pop_front() {
+                process.take(cx, input);
+                continue;
+            }
+            let ready = process.held.iter().position(|(after, _)| *after <= process.durable);
+            let Some((_, output)) = ready.and_then(|at| process.held.remove(at)) else { break };
+            if self.befalls(cx, Hazard::CrashSupervisor).is_some() {
+                return cx.exit();
+            }
+            self.obey(cx, output);
+        }
+        let decisions = cx.decisions();
+        let Some(process) = &mut self.process else { return };
+        if !process.flushing && process.durable.0 + 1 < process.supervisor.next_seq().0 {
+            process.flushing = true;
+            let more = decisions.ordinary(FLUSHED, u64::MAX, process.supervisor.next_seq().0) % FLUSH_NS.1;
+            cx.wake_in(FLUSH_NS.0 + more + self.platter.take_ns(), FLUSHED);
+        }
+    }
+
+    fn obey(&mut self, cx: &mut Context<'_, Said>, output: SupervisorOutput) {
+        let process = self.process.as_mut().expect("only a running process obeys");
+        let ended = |member, ending| SupervisorInput::Ended { member, ending };
+        match output {
+            SupervisorOutput::Orders { orders, .. } => cx.send(orders.to.node.0, Said::Orders(orders)),
+            SupervisorOutput::Start { member, .. } => {
+                let begun = self.begun.entry(member.node).or_default();
+                if *begun < member.incarnation {
+                    *begun = member.incarnation;
+                    let more = cx.decisions().ordinary(TICK, u64::from(member.node.0), member.incarnation.0);
+                    cx.start(member.node.0, member.incarnation.0, START_NS.0 + more % START_NS.1);
+                } else if !cx.runs(member.node.0, member.incarnation.0) {
+                    process.inbox.push_back(ended(member, Ending::Unknown));
+                }
+            }
+            SupervisorOutput::Kill { member, .. } => {
+                if cx.runs(member.node.0, member.incarnation.0) {
+                    cx.kill(member.node.0);
+                }
+                process.inbox.push_back(ended(member, Ending::Signal(9)));
+            }
+            SupervisorOutput::Capture { failure, .. } => {
+                process.capturing.push_back(failure.member);
+                self.failures.push(failure);
+                cx.wake_in(CAPTURE_NS, CAPTURED);
+            }
+            SupervisorOutput::Event { seq, event } => {
+                cx.note(|| What::State(format!("{event:?}")));
+                self.events.push((seq, event));
+            }
+            SupervisorOutput::Exit { error, .. } => {
+                self.exited = Some(error);
+                cx.exit_with(0);
+            }
+            SupervisorOutput::Wait { .. } => unreachable!("taken when the input was handled"),
+        }
+    }
+}
+
+impl Process {
+    /// Journals an input and lets the state machine handle it.
+    fn take(&mut self, cx: &mut Context<'_, Said>, input: SupervisorInput) {
+        let time = cx.clock().max(self.supervisor.now());
+        let (seq, digest) = (self.supervisor.next_seq(), self.supervisor.digest());
+        if self.store.push(seq.0, time.0, digest.0, encode_input(&input)).is_err() {
+            return cx.exit();
+        }
+        self.supervisor.handle(time, input);
+        loop {
+            let output = self.supervisor.poll();
+            let after = match &output {
+                SupervisorOutput::Wait { until } => {
+                    if let Some(until) = *until
+                        && self.alarm != Some(until)
+                    {
+                        cx.wake_at(until, TICK);
+                    }
+                    self.alarm = *until;
+                    break;
+                }
+                SupervisorOutput::Orders { after, .. }
+                | SupervisorOutput::Start { after, .. }
+                | SupervisorOutput::Kill { after, .. }
+                | SupervisorOutput::Capture { after, .. }
+                | SupervisorOutput::Exit { after, .. } => *after,
+                SupervisorOutput::Event { seq, .. } => *seq,
+            };
+            self.held.push_back((after, output));
+        }
+    }
+
+    /// Makes everything durable; lets go of records, now and then, that a snapshot makes unneeded.
+    fn flush(&mut self) -> Result<(), JournalError> {
+        self.durable = Seq(self.store.flush()?);
+        let next = self.supervisor.next_seq();
+        if self.durable.0 + 1 == next.0 && next.0 >= self.snapshot.0 + SNAPSHOT_EVERY {
+            self.snapshot = next;
+            self.store.write_snapshot(next.0, self.supervisor.digest().0, &self.supervisor.snapshot())?;
+            self.store.trim(next.0)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
