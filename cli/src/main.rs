@@ -6,6 +6,7 @@
 mod beats;
 mod commands;
 mod control;
+mod debugger;
 mod divergence;
 mod exit;
 mod generations;

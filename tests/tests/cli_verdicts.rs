@@ -74,6 +74,14 @@ fn a_journal_of_another_fold_diverges_where_it_differs() {
     assert!(!difference.is_empty() && difference.iter().all(|line| line.starts_with(['-', '+'])));
     assert_eq!(place.run(["replay", "other", "--until", "19"]).code, Some(0));
     place.run(["inspect", "other"]).refuses(3, &["record 20"]);
+    let shown = place.run(["debug", "other", "--print"]);
+    assert_eq!(shown.code, Some(0), "{}", shown.stderr);
+    assert!(shown.stdout.starts_with("record  19 "), "it opens up to there: {}", shown.stdout);
+    assert!(
+        shown.stdout.contains("the tape ends at 19: replay diverges before record 20"),
+        "{}",
+        shown.stdout
+    );
     place.run(RUN.iter().chain(&["--state", "other"])).refuses(3, &["record 20"]);
 }
 
@@ -125,6 +133,40 @@ fn a_panic_is_reported_as_the_bug_that_it_is() {
     let record = format!("record {}", inputs.len());
     assert!(supervised.stderr.contains(&record), "{record} is not in: {}", supervised.stderr);
     assert_eq!(supervised.stderr.matches("crash report: ").count(), 2, "{}", supervised.stderr);
+    // The debugger goes up to the bug; a report takes it to where it was written.
+    let last = inputs.len() - 1;
+    let report = std::fs::read_dir(place.path("bug")).unwrap().map(|entry| entry.unwrap().path());
+    let report = report.filter(|path| path.extension().is_some_and(|end| end == "json")).min().unwrap();
+    for path in [place.path("bug"), report] {
+        let shown = place.run(["debug", path.to_str().unwrap(), "--print", "--at", &last.to_string()]);
+        assert!(shown.stdout.starts_with(&format!("record  {last} ")), "{}", shown.stdout);
+        assert!(shown.stdout.contains(&format!("the engine panics at {record}")), "{}", shown.stdout);
+    }
+}
+
+#[test]
+fn a_debugger_prints_what_a_record_made_of_the_state() {
+    let place = place();
+    let records = place.run(["inspect", "state", "--records", "--json"]).json()["records"].clone();
+    let records = records.as_array().unwrap();
+    let finished = |record: &&serde_json::Value| record["input"].as_str().unwrap().starts_with("Finished");
+    let record = records.iter().find(finished).unwrap();
+    let (seq, digest) = (record["seq"].to_string(), record["digest"].as_str().unwrap());
+    let shown = place.run(["debug", "state", "--at", &seq, "--print"]).stdout;
+    for part in [&format!("record  {seq} at"), digest, "output  Token", "\nstate\n", "\n+ ", "\n- "] {
+        assert!(shown.contains(part), "{part:?} is not in: {shown}");
+    }
+    let beginning = place.run(["debug", "state", "--at", "0", "--print"]).stdout;
+    assert!(beginning.starts_with("the beginning"), "{beginning}");
+    let both = place.run(["debug", "state", "state", "--print"]).stdout;
+    assert_eq!(both.lines().filter(|line| *line == "state").count(), 4, "a name and a state each");
+
+    place
+        .run(["debug", "state", "--at", "100000", "--print"])
+        .refuses(1, &["there is no record 100000", "it has 1 to"]);
+    place.run(["debug", "m", "--print"]).refuses(1, &["holds no journal"]);
+    place.run(["debug", "state"]).refuses(1, &["no terminal", "--print"]);
+    place.run([&["debug"][..], &["state"; 9]].concat()).refuses(2, &["9 journals", "up to 8"]);
 }
 
 #[test]

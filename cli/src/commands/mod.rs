@@ -3,6 +3,7 @@
 mod batch;
 mod completions;
 mod ctl;
+mod debug;
 mod demo;
 mod import;
 mod inspect;
@@ -39,6 +40,8 @@ pub(crate) enum Command {
     Ctl(ctl::CtlArgs),
     /// Verify a journal: fold it again and compare every digest
     Replay(replay::ReplayArgs),
+    /// Step through journals, forward and back, and see what each record made of the state
+    Debug(debug::DebugArgs),
     /// Say what a checkpoint, state directory, journal segment, snapshot or crash report holds
     Inspect(inspect::InspectArgs),
     /// Turn a Hugging Face directory into a native checkpoint, whole or in tiers
@@ -62,6 +65,7 @@ impl Command {
             Self::Supervise(args) => args.run(),
             Self::Ctl(args) => args.run(),
             Self::Replay(args) => args.run(),
+            Self::Debug(args) => args.run(),
             Self::Inspect(args) => args.run(),
             Self::Import(args) => args.run(),
             Self::Trace(args) => args.run(),
