@@ -2,8 +2,8 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use lite_llm_model::kernels::{
-    AttentionParams, DType, Isa, KvPage, KvShape, PAGE_POSITIONS, PackedView, PagedKv, Pool, attention,
-    linear, math, packed_len, rms_norm,
+    AttentionParams, DType, Isa, KvPage, KvShape, PAGE_POSITIONS, PackedView, PagedKv, Pool, Storage,
+    attention, linear, math, packed_len, rms_norm,
 };
 use std::hint::black_box;
 
@@ -14,11 +14,20 @@ fn values(len: usize) -> Vec<f32> {
     (0..len as u32).map(|i| i.wrapping_mul(2_654_435_761) as i32 as f32 / 2_147_483_648.0).collect()
 }
 
-/// Bytes that are small finite numbers in every type.
-fn weights(dtype: DType, outputs: usize, inputs: usize) -> Vec<u8> {
-    let len = packed_len(dtype, outputs, inputs).expect("the shape is small");
-    (0..len).map(|i| if i % dtype.bytes() == dtype.bytes() - 1 { 0x3c } else { i as u8 }).collect()
+/// Bytes that are small finite numbers in every storage.
+fn weights(storage: Storage, outputs: usize, inputs: usize) -> Vec<u8> {
+    let len = packed_len(storage, outputs, inputs).expect("the shape is small");
+    let size = storage.dtype().bytes();
+    (0..len).map(|i| if i % size == size - 1 { 0x3c } else { i as u8 & 0x3f }).collect()
 }
+
+const STORAGES: [(&str, Storage); 5] = [
+    ("bf16", Storage::Plain(DType::Bf16)),
+    ("f16", Storage::Plain(DType::F16)),
+    ("f32", Storage::Plain(DType::F32)),
+    ("mxfp4", Storage::Mxfp4),
+    ("e4m3", Storage::E4m3),
+];
 
 /// Four streams at once, as a product has them: one alone waits for memory.
 fn sum_of_streams(all: &[u64]) -> [u64; 8] {
@@ -59,9 +68,9 @@ fn memory(criterion: &mut Criterion) {
 fn gemv(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("gemv");
     let (outputs, inputs) = (2048, 2048);
-    for (name, dtype) in [("bf16", DType::Bf16), ("f16", DType::F16), ("f32", DType::F32)] {
-        let one = packed_len(dtype, outputs, inputs).expect("the shape is small");
-        let all = weights(dtype, outputs * (512 << 20) / one, inputs);
+    for (name, storage) in STORAGES {
+        let one = packed_len(storage, outputs, inputs).expect("the shape is small");
+        let all = weights(storage, outputs * ((512 << 20) / one), inputs);
         let x = values(inputs);
         let mut out = vec![0.0; outputs];
         for threads in THREADS {
@@ -72,7 +81,7 @@ fn gemv(criterion: &mut Criterion) {
                 bencher.iter(|| {
                     let bytes = matrices.next().expect("the cycle has no end");
                     let view =
-                        PackedView::new(dtype, outputs, inputs, bytes).expect("the length is the shape's");
+                        PackedView::new(storage, outputs, inputs, bytes).expect("the length is the shape's");
                     linear(&pool, Isa::detect(), black_box(&x), 1, &view, None, &mut out);
                 });
             });
@@ -85,9 +94,9 @@ fn gemv(criterion: &mut Criterion) {
 fn gemm(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("gemm");
     let (outputs, inputs) = (1024, 2048);
-    for (name, dtype) in [("bf16", DType::Bf16), ("f16", DType::F16), ("f32", DType::F32)] {
-        let bytes = weights(dtype, outputs, inputs);
-        let view = PackedView::new(dtype, outputs, inputs, &bytes).expect("the length is the shape's");
+    for (name, storage) in STORAGES {
+        let bytes = weights(storage, outputs, inputs);
+        let view = PackedView::new(storage, outputs, inputs, &bytes).expect("the length is the shape's");
         for rows in [4, 32, 256] {
             let x = values(rows * inputs);
             let mut out = vec![0.0; rows * outputs];

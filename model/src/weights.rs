@@ -4,7 +4,7 @@ use crate::arch::{Arch, Latent, Norm};
 use crate::checkpoint::{
     Checkpoint, Gated, Tensor, expert_parts, latent_projections, projections, qk_norm_sizes,
 };
-use crate::kernels::{DType, Isa, PackedView, convert, pack, packed_len};
+use crate::kernels::{DType, Isa, PackedView, Storage, convert, pack, packed_len};
 use crate::model::ModelError;
 use memmap2::{Advice, MmapMut};
 use std::borrow::Cow;
@@ -178,7 +178,7 @@ impl Router {
 #[derive(Clone, Debug)]
 pub(crate) struct ExpertLayout {
     /// As published, of each part.
-    pub(crate) dtypes: Vec<DType>,
+    pub(crate) storages: Vec<Storage>,
     pub(crate) hidden: usize,
     pub(crate) width: usize,
     matrices: [usize; 3],
@@ -186,17 +186,17 @@ pub(crate) struct ExpertLayout {
 
 impl ExpertLayout {
     /// `None` where a size cannot be said.
-    pub(crate) fn new(dtypes: &[DType], arch: &Arch) -> Option<Self> {
+    pub(crate) fn new(storages: &[Storage], arch: &Arch) -> Option<Self> {
         let (width, hidden) = (arch.moe.as_ref()?.intermediate, arch.hidden);
-        let gate = packed_len(dtypes[0], width, hidden)?;
-        let up = gate.checked_add(packed_len(dtypes[1], width, hidden)?)?;
-        let down = up.checked_add(packed_len(dtypes[2], hidden, width)?)?;
-        let layout = Self { dtypes: dtypes.into(), hidden, width, matrices: [gate, up, down] };
+        let gate = packed_len(storages[0], width, hidden)?;
+        let up = gate.checked_add(packed_len(storages[1], width, hidden)?)?;
+        let down = up.checked_add(packed_len(storages[2], hidden, width)?)?;
+        let layout = Self { storages: storages.into(), hidden, width, matrices: [gate, up, down] };
         down.checked_add(layout.bias_bytes()).map(|_| layout)
     }
 
     fn bias_bytes(&self) -> usize {
-        if self.dtypes.len() > 3 { 4 * (2 * self.width + self.hidden) } else { 0 }
+        if self.storages.len() > 3 { 4 * (2 * self.width + self.hidden) } else { 0 }
     }
 
     /// Bytes of an expert.
@@ -208,10 +208,10 @@ impl ExpertLayout {
     pub(crate) fn views<'a>(&self, slot: &'a [u8]) -> GatedViews<'a> {
         let [gate, up, down] = self.matrices;
         let view = |i: usize, outputs, inputs, start: usize, end: usize| {
-            PackedView::new(self.dtypes[i], outputs, inputs, &slot[start..end])
+            PackedView::new(self.storages[i], outputs, inputs, &slot[start..end])
                 .expect("a slot of this layout")
         };
-        let biases = (self.dtypes.len() > 3).then(|| {
+        let biases = (self.storages.len() > 3).then(|| {
             let bytes = &slot[down..self.bytes()];
             // In place where the slot is aligned, as those of an arena are.
             let there = bytemuck::try_cast_slice(bytes).map(Cow::Borrowed);
@@ -232,8 +232,7 @@ impl ExpertLayout {
 pub(crate) fn pack_expert(checkpoint: &Checkpoint, gated: &Gated, layout: &ExpertLayout, slot: &mut [u8]) {
     let mut start = 0;
     for (tensor, end) in [&gated.gate, &gated.up, &gated.down].into_iter().zip(layout.matrices) {
-        let bytes = checkpoint.row_major(tensor);
-        pack(tensor.dtype, tensor.shape[0], tensor.shape[1], &bytes, &mut slot[start..end]);
+        checkpoint.pack(tensor, &mut slot[start..end]);
         checkpoint.forget(tensor);
         start = end;
     }
@@ -249,29 +248,29 @@ pub(crate) fn pack_expert(checkpoint: &Checkpoint, gated: &Gated, layout: &Exper
 pub(crate) fn expert_layout(checkpoint: &Checkpoint) -> Result<Option<ExpertLayout>, ModelError> {
     let arch = checkpoint.arch();
     let Some(moe) = &arch.moe else { return Ok(None) };
-    let layout = |dtypes: &[DType]| {
+    let layout = |storages: &[Storage]| {
         let too_large = ModelError::Memory { what: "an expert", bytes: u64::MAX };
-        ExpertLayout::new(dtypes, arch).ok_or(too_large).map(Some)
+        ExpertLayout::new(storages, arch).ok_or(too_large).map(Some)
     };
     if let Some(native) = checkpoint.native() {
-        return layout(native.expert_dtypes());
+        return layout(native.expert_storages());
     }
-    let mut first: Option<Vec<DType>> = None;
+    let mut first: Option<Vec<Storage>> = None;
     for layer in arch.moe_layers() {
         for ordinal in 0..moe.experts {
             let gated = checkpoint.expert(layer as usize, ordinal)?;
-            let dtypes: Vec<DType> = gated.parts().map(|part| part.dtype).collect();
-            debug_assert_eq!(dtypes.len(), expert_parts(moe, arch.hidden).len());
+            let storages: Vec<Storage> = gated.parts().map(Tensor::storage).collect();
+            debug_assert_eq!(storages.len(), expert_parts(moe, arch.hidden).len());
             match &first {
-                None => first = Some(dtypes),
-                Some(first) if *first != dtypes => {
+                None => first = Some(storages),
+                Some(first) if *first != storages => {
                     return Err(ModelError::MixedTypes(checkpoint.key(layer, ordinal as u32)));
                 }
                 Some(_) => {}
             }
         }
     }
-    first.map_or(Ok(None), |dtypes| layout(&dtypes))
+    first.map_or(Ok(None), |storages| layout(&storages))
 }
 
 /// Loads the base parameters, routers apart.

@@ -36,6 +36,20 @@ pub const GOLDEN: [&str; 14] = [
     "qwen3_moe_bf16",
 ];
 
+/// Small checkpoints of quantised experts, in `tests/oracles`.
+pub const QUANTISED: [&str; 2] = ["fp8", "mxfp4"];
+
+/// The directory of a small oracle.
+pub fn oracle(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("oracles").join(name)
+}
+
+/// The golden checkpoints, and those of quantised experts, with their directories.
+pub fn every_form() -> impl Iterator<Item = (&'static str, PathBuf)> {
+    let quantised = QUANTISED.into_iter().map(|name| (name, oracle(name)));
+    GOLDEN.into_iter().map(|name| (name, folder(name))).chain(quantised)
+}
+
 /// The directory of a golden checkpoint.
 pub fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)

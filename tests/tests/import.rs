@@ -6,7 +6,7 @@ use lite_llm_model::checkpoint::import::{Imported, import};
 use lite_llm_model::checkpoint::tiers::parse_tiers;
 use lite_llm_model::kernels::Isa;
 use lite_llm_model::{Checkpoint, Model, ModelOptions};
-use lite_llm_tests::harness::{GOLDEN, PLAIN, folder, open, run};
+use lite_llm_tests::harness::{PLAIN, every_form, folder, open, oracle, run};
 use proptest::prelude::*;
 use std::fs;
 use std::path::Path;
@@ -15,20 +15,45 @@ use std::sync::Arc;
 const PROMPT: [u32; 9] = [265, 338, 449, 471, 56, 294, 193, 318, 99];
 
 fn imported(name: &str, into: &Path, tiers: Option<&str>) -> Imported {
+    imported_from(&folder(name), into, tiers)
+}
+
+fn imported_from(source: &Path, into: &Path, tiers: Option<&str>) -> Imported {
     let tiers = tiers.map(|spec| parse_tiers(spec).unwrap());
-    import(&folder(name), into, tiers.as_ref(), 2, |_, _| {}).unwrap()
+    import(source, into, tiers.as_ref(), 2, |_, _| {}).unwrap()
 }
 
 #[test]
 fn an_import_has_the_digest_and_the_bits_of_its_source() {
-    for name in GOLDEN {
+    let prompt = PROMPT.map(|token| token % 64);
+    for (name, source) in every_form() {
         let dir = tempfile::tempdir().unwrap();
         let native = dir.path().join("native");
-        imported(name, &native, None);
+        imported_from(&source, &native, None);
         let digest = |dir: &Path| Checkpoint::open(dir).unwrap().weights_digest(1).unwrap();
-        assert_eq!(digest(&native), digest(&folder(name)), "{name}");
-        let reference = run(&open(&folder(name), PLAIN), &[0], &PROMPT, 6, PLAIN);
-        assert_eq!(run(&open(&native, PLAIN), &[0], &PROMPT, 6, PLAIN), reference, "{name}");
+        assert_eq!(digest(&native), digest(&source), "{name}");
+        let reference = run(&open(&source, PLAIN), &[0], &prompt, 6, PLAIN);
+        assert_eq!(run(&open(&native, PLAIN), &[0], &prompt, 6, PLAIN), reference, "{name}");
+    }
+}
+
+/// Quantised experts stay so, in slots and on disk.
+#[test]
+fn quantised_experts_are_not_blown_up() {
+    for (name, bits) in [("mxfp4", 4.5), ("fp8", 8.25)] {
+        let dir = tempfile::tempdir().unwrap();
+        let native = dir.path().join("native");
+        imported_from(&oracle(name), &native, None);
+        for source in [oracle(name), native] {
+            let model = open(&source, PLAIN);
+            let arch = model.arch();
+            let moe = arch.moe.as_ref().unwrap();
+            let weights = 3 * arch.hidden.next_multiple_of(16) * moe.intermediate.next_multiple_of(16);
+            let biases = 4 * (2 * moe.intermediate + arch.hidden);
+            let most = (weights as f64 * bits / 8.0) as usize + biases;
+            let slot = model.slot_bytes();
+            assert!(slot <= most.next_multiple_of(4096), "{name}: {slot} bytes for {weights} weights");
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 use lite_llm_model::Checkpoint;
 use lite_llm_model::kernels::Isa;
 use lite_llm_model::tokenizer::{Message, Tokenizer};
-use lite_llm_tests::harness::{GOLDEN, How, PLAIN, Seen, folder, open, run};
+use lite_llm_tests::harness::{GOLDEN, How, PLAIN, Seen, every_form, folder, open, run};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::path::Path;
@@ -98,17 +98,18 @@ fn the_spelling_of_the_hub_is_read_too() {
 #[test]
 fn bits_do_not_depend_on_how_they_are_computed() {
     let isas = if Isa::Avx2.available() { vec![Isa::Scalar, Isa::Avx2] } else { vec![Isa::Scalar] };
-    for name in GOLDEN {
-        let dir = folder(name);
-        let prompt = numbers(&json(&dir, "oracle.json")["prompts"][2]);
-        let reference = run(&open(&dir, PLAIN), &[0], &prompt, 8, PLAIN);
+    for (name, dir) in every_form() {
+        let prompts = &json(&dir, "oracle.json")["prompts"];
+        let prompt = numbers(prompts.as_array().unwrap().last().unwrap());
+        let prompt = &prompt[..prompt.len().min(48)];
+        let reference = run(&open(&dir, PLAIN), &[0], prompt, 8, PLAIN);
         for &isa in &isas {
             for threads in [1, 2] {
                 let model = open(&dir, How { threads, isa, ..PLAIN });
                 for (chunk, resident, batch) in [(1, false, 1), (7, true, 2), (64, false, 8), (13, false, 3)]
                 {
                     let how = How { chunk, threads, isa, resident, batch };
-                    assert_eq!(run(&model, &[0], &prompt, 8, how), reference, "{name}, {how:?}");
+                    assert_eq!(run(&model, &[0], prompt, 8, how), reference, "{name}, {how:?}");
                 }
             }
         }

@@ -2,13 +2,12 @@
 //! whose values are decoded exactly.
 
 use super::tensors::Span;
-use crate::kernels::{DType, convert};
+use crate::kernels::DType;
+use crate::kernels::convert::{self, e2m1_value, e4m3_value};
 use std::borrow::Cow;
 
 /// Weights that share a scale in MXFP4.
 pub(super) const MXFP4_GROUP: usize = 32;
-/// The values of the lower three bits of four (E2M1); the upper one is the sign.
-const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
 
 /// How the values of a tensor lie in its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +64,7 @@ pub(super) fn decode<'a>(
                 (0..columns).map(move |c| {
                     let scale = &scales[(r / side * squares + c / side) * 4..][..4];
                     let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
-                    e4m3(stored[r * columns + c]) * scale
+                    e4m3_value(stored[r * columns + c]) * scale
                 })
             });
             Cow::Owned(floats(dtype, values, rows * columns))
@@ -82,8 +81,7 @@ fn floats(dtype: DType, values: impl Iterator<Item = f32>, count: usize) -> Vec<
 
 /// Four bits times 2 to the scale: exact in bfloat16, which has the exponents. The scale of all ones is no number.
 fn mxfp4(bits: u8, scale: u8) -> f32 {
-    let value = E2M1[usize::from(bits & 7)];
-    let value = if bits & 8 == 0 { value } else { -value };
+    let value = e2m1_value(bits);
     if scale == u8::MAX {
         return f32::NAN;
     }
@@ -91,17 +89,6 @@ fn mxfp4(bits: u8, scale: u8) -> f32 {
     let exponent = i32::from(scale) - 127;
     let power = |exponent: i32| f32::from_bits(((exponent + 127) as u32) << 23);
     value * power(exponent / 2) * power(exponent - exponent / 2)
-}
-
-/// A byte of one sign, four exponent and three fraction bits; no infinity, and one magnitude that is no number.
-fn e4m3(bits: u8) -> f32 {
-    let (exponent, fraction) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
-    let magnitude = match (exponent, bits & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => fraction / 512.0,
-        _ => (1.0 + fraction / 8.0) * f32::from_bits(((exponent - 7 + 127) as u32) << 23),
-    };
-    if bits & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
 #[cfg(test)]
@@ -135,9 +122,9 @@ mod tests {
             (0x7e, 448.0),
             (0xb8, -1.0),
         ] {
-            assert_eq!(e4m3(bits).to_bits(), f32::to_bits(value), "{bits:02x}");
+            assert_eq!(e4m3_value(bits).to_bits(), f32::to_bits(value), "{bits:02x}");
         }
-        assert!(e4m3(0x7f).is_nan() && e4m3(0xff).is_nan());
+        assert!(e4m3_value(0x7f).is_nan() && e4m3_value(0xff).is_nan());
     }
 
     #[test]

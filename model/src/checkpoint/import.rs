@@ -5,7 +5,7 @@
 //! keeps every noted file whose source is the same and whose checksums hold, and writes the rest.
 
 use super::native::{
-    ALIGN, BaseShard, BaseTensor, Blob, ExpertShard, FORMAT, MANIFEST, Manifest, dtype_name,
+    ALIGN, BaseShard, BaseTensor, Blob, ExpertShard, FORMAT, MANIFEST, Manifest, dtype_name, storage_name,
 };
 use super::tiers::{Divided, Division};
 use super::{Checkpoint, CheckpointError, Item, Tier, expert_parts};
@@ -290,7 +290,7 @@ impl<'a, D: Disk> Import<'a, D> {
             bytes: 0,
             layer,
             version: 0,
-            dtypes: layout.dtypes.iter().map(|&dtype| dtype_name(dtype).into()).collect(),
+            dtypes: layout.storages.iter().map(|&storage| storage_name(storage).into()).collect(),
             tiers: job.divided.layers.get(&layer).cloned().unwrap_or_default(),
             blobs: Vec::new(),
         };

@@ -274,6 +274,14 @@ impl Checkpoint {
         self.files.row_major(tensor)
     }
 
+    /// Packs a matrix in the layout of the kernels, quantised values as they are.
+    ///
+    /// # Panics
+    /// If the slice is not as long as the shape and the storage say.
+    pub(crate) fn pack(&self, tensor: &Tensor, dst: &mut [u8]) {
+        self.files.pack(tensor, dst);
+    }
+
     /// Gives back the memory that reading a tensor took. Its bytes can be read again.
     pub fn forget(&self, tensor: &Tensor) {
         self.files.forget(tensor);

@@ -11,7 +11,7 @@ use super::tiers::Order;
 use super::{CheckpointError, ExpertPart, Item, Tier, expert_parts};
 use crate::arch::Arch;
 use crate::files;
-use crate::kernels::{CONTRACT_VERSION, DType};
+use crate::kernels::{CONTRACT_VERSION, DType, Storage};
 use crate::weights::ExpertLayout;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -128,7 +128,7 @@ pub struct Blob {
 #[derive(Debug)]
 pub(crate) struct Native {
     manifest: Manifest,
-    dtypes: Vec<DType>,
+    storages: Vec<Storage>,
     blob_bytes: usize,
     parts: Vec<ExpertPart>,
     files: BTreeMap<u32, (PathBuf, File)>,
@@ -152,8 +152,28 @@ pub(super) const fn dtype_name(dtype: DType) -> &'static str {
 
 fn dtype_of(path: &Path, name: &str) -> Result<DType, CheckpointError> {
     [DType::F32, DType::Bf16, DType::F16].into_iter().find(|&dtype| dtype_name(dtype) == name).ok_or_else(
-        || CheckpointError::invalid(path, &format!("storage type {name:?} is none of f32, bf16 and f16")),
+        || {
+            CheckpointError::invalid(
+                path,
+                &format!("storage type {name:?} is none of f32, bf16, f16, mxfp4 and e4m3"),
+            )
+        },
     )
+}
+
+/// The name of the way in which an expert's weights are stored.
+pub(super) const fn storage_name(storage: Storage) -> &'static str {
+    match storage {
+        Storage::Plain(dtype) => dtype_name(dtype),
+        Storage::Mxfp4 => "mxfp4",
+        Storage::E4m3 => "e4m3",
+    }
+}
+
+fn storage_of(path: &Path, name: &str) -> Result<Storage, CheckpointError> {
+    let quantised =
+        [Storage::Mxfp4, Storage::E4m3].into_iter().find(|&storage| storage_name(storage) == name);
+    quantised.map_or_else(|| dtype_of(path, name).map(Storage::Plain), Ok)
 }
 
 fn hash_of(path: &Path, hex: &str) -> Result<[u8; 32], CheckpointError> {
@@ -181,7 +201,7 @@ pub(super) fn open(
     files.map(&shard(dir, &manifest.base.file)?, listed)?;
 
     let mut native = Native {
-        dtypes: Vec::new(),
+        storages: Vec::new(),
         blob_bytes: 0,
         parts: arch.moe.as_ref().map_or_else(Vec::new, |moe| expert_parts(moe, arch.hidden)),
         files: BTreeMap::new(),
@@ -190,18 +210,18 @@ pub(super) fn open(
         manifest: manifest.clone(),
     };
     for (i, experts) in manifest.experts.iter().enumerate() {
-        let dtypes: Result<Vec<DType>, _> = experts.dtypes.iter().map(|name| dtype_of(&path, name)).collect();
-        let dtypes = dtypes?;
-        if i > 0 && dtypes != native.dtypes {
+        let storages = experts.dtypes.iter().map(|name| storage_of(&path, name));
+        let storages: Vec<Storage> = storages.collect::<Result<_, _>>()?;
+        if i > 0 && storages != native.storages {
             return Err(CheckpointError::invalid(&path, "the layers' experts have different storage types"));
         }
         let parts = native.parts.len();
-        if dtypes.len() != parts || experts.blobs.iter().any(|blob| blob.blake3.len() != parts) {
+        if storages.len() != parts || experts.blobs.iter().any(|blob| blob.blake3.len() != parts) {
             let what = format!("an expert of this model has {parts} parts, the manifest lists others");
             return Err(CheckpointError::invalid(&path, &what));
         }
-        native.dtypes = dtypes;
-        let layout = ExpertLayout::new(&native.dtypes, arch);
+        native.storages = storages;
+        let layout = ExpertLayout::new(&native.storages, arch);
         native.blob_bytes =
             layout.ok_or_else(|| CheckpointError::invalid(&path, "an expert is too large"))?.bytes();
         native.open_shard(dir, &path, experts)?;
@@ -338,15 +358,16 @@ impl Native {
         self.hashes.get(canonical).copied()
     }
 
-    pub(crate) fn expert_dtypes(&self) -> &[DType] {
-        &self.dtypes
+    pub(crate) fn expert_storages(&self) -> &[Storage] {
+        &self.storages
     }
 
     /// The parts of an expert, as the weights digest lists them.
     pub(super) fn expert_items(&self, name: &str) -> Vec<Item> {
-        let parts = self.parts.iter().zip(&self.dtypes);
+        let parts = self.parts.iter().zip(&self.storages);
         parts
-            .map(|(part, &dtype)| {
+            .map(|(part, storage)| {
+                let dtype = storage.dtype();
                 let name = format!("{name}.{}", part.name);
                 let hash = self.hash(&name);
                 let bytes = (part.shape.iter().product::<usize>() * dtype.bytes()) as u64;

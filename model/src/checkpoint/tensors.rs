@@ -3,7 +3,8 @@
 
 use super::CheckpointError;
 use super::encoded::{self, Form, MXFP4_GROUP};
-use crate::kernels::DType;
+use crate::kernels::packed::E4M3_BLOCK;
+use crate::kernels::{DType, Storage, pack, pack_e4m3, pack_mxfp4};
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use std::borrow::Cow;
@@ -16,8 +17,6 @@ const INDEX: &str = "model.safetensors.index.json";
 const HASH_BYTES: usize = 4 << 20;
 /// What the system maps at once when a page is read, at most: a large page.
 const MAPPED_AROUND_BYTES: usize = 2 << 20;
-/// Rows and columns of E4M3 bytes that share a scale.
-const FP8_BLOCK: usize = 128;
 
 /// Some bytes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +51,15 @@ impl Tensor {
     /// Whether its bytes are in the file as they are used.
     pub(super) fn is_plain(&self) -> bool {
         self.form == Form::Plain
+    }
+
+    /// How its values are stored in a slot: quantised ones stay so.
+    pub(crate) fn storage(&self) -> Storage {
+        match self.form {
+            Form::Mxfp4 { .. } => Storage::Mxfp4,
+            Form::Fp8 { side: E4M3_BLOCK, .. } => Storage::E4m3,
+            Form::Plain | Form::Strided { .. } | Form::Fp8 { .. } => Storage::Plain(self.dtype),
+        }
     }
 
     /// Bytes of its values, row-major.
@@ -155,8 +163,8 @@ impl TensorFiles {
         let stored = self.quantised.get(name).filter(|stored| stored.kind == Dtype::F8_E4M3)?;
         let scales = self.tensors.get(&format!("{name}_scale_inv"))?;
         let (&[rows, columns], &[down, across]) = (&stored.shape[..], &scales.shape[..]) else { return None };
-        let fits = (rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)) == (down, across);
-        let form = Form::Fp8 { scales: scales.span, side: FP8_BLOCK };
+        let fits = (rows.div_ceil(E4M3_BLOCK), columns.div_ceil(E4M3_BLOCK)) == (down, across);
+        let form = Form::Fp8 { scales: scales.span, side: E4M3_BLOCK };
         (fits && scales.dtype == DType::F32 && scales.is_plain()).then(|| Tensor {
             span: stored.span,
             form,
@@ -217,6 +225,36 @@ impl TensorFiles {
             Form::Plain | Form::Strided { .. } => &[],
         };
         encoded::decode(&tensor.form, tensor.dtype, &tensor.shape, self.span(tensor.span), scales)
+    }
+
+    /// Packs a matrix, quantised values as they are.
+    ///
+    /// # Panics
+    /// If the slice is not as long as the shape and [`Tensor::storage`] say.
+    pub(crate) fn pack(&self, tensor: &Tensor, dst: &mut [u8]) {
+        let &[outputs, inputs] = &tensor.shape[..] else { unreachable!("matrices are asked for by shape") };
+        let stored = self.span(tensor.span);
+        match (tensor.storage(), &tensor.form) {
+            (Storage::Mxfp4, &Form::Mxfp4 { first, row, scales }) => {
+                let (blocks, scales) = (inputs / MXFP4_GROUP, self.span(scales));
+                let place = |r: usize, c: usize| (first + r * row) * blocks + c / MXFP4_GROUP;
+                let code = |r: usize, c: usize| {
+                    let pair = stored[place(r, c) * (MXFP4_GROUP / 2) + c % MXFP4_GROUP / 2];
+                    if c.is_multiple_of(2) { pair & 15 } else { pair >> 4 }
+                };
+                let exponent = |r: usize, block: usize| scales[(first + r * row) * blocks + block];
+                pack_mxfp4(outputs, inputs, code, exponent, dst);
+            }
+            (Storage::E4m3, &Form::Fp8 { scales, side }) => {
+                let (across, scales) = (inputs.div_ceil(side), self.span(scales));
+                let factor = |down: usize, at: usize| {
+                    let four = scales.as_chunks::<4>().0[down * across + at];
+                    f32::from_le_bytes(four)
+                };
+                pack_e4m3(outputs, inputs, |r, c| stored[r * inputs + c], factor, dst);
+            }
+            _ => pack(tensor.dtype, outputs, inputs, &self.row_major(tensor), dst),
+        }
     }
 
     /// The BLAKE3 of a tensor's row-major bytes, which take no more memory than a few megabytes while they are read if

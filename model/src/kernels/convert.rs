@@ -31,6 +31,28 @@ pub fn f16_value(bits: u16) -> f32 {
     f16::from_bits(bits).to_f32_const()
 }
 
+/// The values of the lower three bits of E2M1; the upper one is the sign.
+const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+/// The value of the lower four bits: one of sign, two of exponent, one of fraction.
+#[inline(always)]
+pub fn e2m1_value(bits: u8) -> f32 {
+    let value = E2M1[usize::from(bits & 7)];
+    if bits & 8 == 0 { value } else { -value }
+}
+
+/// A byte of one sign, four exponent and three fraction bits; no infinity, and one magnitude that is no number.
+#[inline(always)]
+pub fn e4m3_value(bits: u8) -> f32 {
+    let (exponent, fraction) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
+    let magnitude = match (exponent, bits & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => fraction / 512.0,
+        _ => (1.0 + fraction / 8.0) * f32::from_bits(((exponent - 7 + 127) as u32) << 23),
+    };
+    if bits & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
 versioned! {
     /// Widens little-endian storage to `f32`, exactly. `bytes` holds as many values as `out`.
     pub fn widen(dtype: DType, bytes: &[u8], out: &mut [f32]) = widen_body

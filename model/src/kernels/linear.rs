@@ -6,14 +6,18 @@
 //! among threads.
 
 use super::buffer::{Buffer, Parts, emptied};
-use super::convert::{bf16_value, f16_value};
-use super::packed::{CHUNK, LANES, PackedView, TILE_OUTPUTS, entry_bytes, padded_inputs};
+use super::convert::{bf16_value, e2m1_value, e4m3_value, f16_value};
+use super::packed::{
+    CHUNK, E4M3_BLOCK, LANES, MXFP4_BLOCK, PackedView, Storage, TILE_OUTPUTS, padded_inputs,
+};
 use super::pool::Pool;
 use super::{DType, Isa};
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod scaled;
 
 /// Rows that one pass over a tile of weights serves.
 const BLOCK_ROWS: usize = 6;
@@ -347,10 +351,11 @@ fn linear_tile(isa: Isa, x: &[f32], product: &Product<'_>, tile: usize, sums: &m
     if weights.is_empty() {
         (0..rows).for_each(|row| out(row).fill(0.0));
     }
-    for (chunk, weights) in weights.chunks(CHUNK * entry_bytes(w.dtype())).enumerate() {
-        let entries = weights.len() / entry_bytes(w.dtype());
+    let padded = padded_inputs(w.inputs());
+    for (chunk, weights) in weights.chunks(w.storage().chunk_bytes(CHUNK)).enumerate() {
+        let entries = CHUNK.min(padded - chunk * CHUNK);
         let x = &x[chunk * CHUNK * rows..][..entries * rows];
-        chunk_sums(isa, w.dtype(), x, weights, sums);
+        chunk_sums(isa, w.storage(), x, weights, sums);
         for (row, sums) in sums.iter().enumerate() {
             for (out, sum) in out(row).iter_mut().zip(sums) {
                 *out = if chunk == 0 { *sum } else { *out + *sum };
@@ -379,11 +384,12 @@ fn tiles_of_one_row(x: &[f32], product: &Product<'_>, tile: usize) {
     // SAFETY: every tile has places of its own, and one task has these tiles.
     let out = unsafe { product.out.part(first..end) };
     out.fill(0.0);
-    let entry = entry_bytes(w.dtype());
+    let storage = w.storage();
     let mut sums = [[0.0; TILE_OUTPUTS]; TILES_OF_ONE_ROW];
     for (chunk, x) in x.chunks(CHUNK).enumerate() {
-        let weights = tiles.map(|tile| &tile[chunk * CHUNK * entry..][..x.len() * entry]);
-        one_row_sums(w.dtype(), x, weights, &mut sums);
+        let start = chunk * storage.chunk_bytes(CHUNK);
+        let weights = tiles.map(|tile| &tile[start..][..storage.chunk_bytes(x.len())]);
+        one_row_sums(storage, x, weights, &mut sums);
         for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
             *out = if chunk == 0 { *sum } else { *out + *sum };
         }
@@ -395,7 +401,7 @@ fn tiles_of_one_row(x: &[f32], product: &Product<'_>, tile: usize) {
 use avx2::tiles_of_one_row as one_row_sums;
 #[cfg(not(target_arch = "x86_64"))]
 fn one_row_sums<const TILES: usize>(
-    _: DType,
+    _: Storage,
     _: &[f32],
     _: [&[u8]; TILES],
     _: &mut [[f32; TILE_OUTPUTS]; TILES],
@@ -404,28 +410,29 @@ fn one_row_sums<const TILES: usize>(
 }
 
 /// The results of one chunk for one tile, for every row.
-fn chunk_sums(isa: Isa, dtype: DType, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_OUTPUTS]]) {
+fn chunk_sums(isa: Isa, storage: Storage, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_OUTPUTS]]) {
     match isa {
-        Isa::Scalar => chunk_sums_scalar(dtype, x, w, sums),
+        Isa::Scalar => chunk_sums_scalar(storage, x, w, sums),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::chunk_sums(dtype, x, w, sums),
+        Isa::Avx2 => avx2::chunk_sums(storage, x, w, sums),
         #[cfg(not(target_arch = "x86_64"))]
         Isa::Avx2 => panic!("AVX2 exists on x86-64 only"),
     }
 }
 
-fn chunk_sums_scalar(dtype: DType, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_OUTPUTS]]) {
+fn chunk_sums_scalar(storage: Storage, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_OUTPUTS]]) {
     let rows = sums.len();
-    let entry = entry_bytes(dtype);
-    let steps = w.len() / entry / LANES;
+    let entry = storage.entry_bytes();
+    let steps = x.len() / rows.max(1) / LANES;
+    let (factors, w) = w.split_at(storage.factor_bytes(steps * LANES));
     for lane in 0..LANES {
         let w = &w[lane * steps * entry..][..steps * entry];
         let x = &x[lane * steps * rows..][..steps * rows];
         for block in blocks(rows) {
             let x = &x[block.start * steps..block.end * steps];
             let mut acc = [[0.0f32; TILE_OUTPUTS]; BLOCK_ROWS];
-            for (x, w) in x.chunks_exact(block.len()).zip(w.chunks_exact(entry)) {
-                let weights = widen_entry(dtype, w);
+            for (step, (x, w)) in x.chunks_exact(block.len()).zip(w.chunks_exact(entry)).enumerate() {
+                let weights = widen_entry(storage, step * LANES + lane, factors, w);
                 for (acc, x) in acc.iter_mut().zip(x) {
                     for (acc, w) in acc.iter_mut().zip(&weights) {
                         *acc = x.mul_add(*w, *acc);
@@ -441,19 +448,33 @@ fn chunk_sums_scalar(dtype: DType, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_O
     }
 }
 
-fn widen_entry(dtype: DType, bytes: &[u8]) -> [f32; TILE_OUTPUTS] {
+/// The weights of an entry: those of an input of the chunk, whose factors stand before them.
+fn widen_entry(storage: Storage, input: usize, factors: &[u8], bytes: &[u8]) -> [f32; TILE_OUTPUTS] {
     let mut values = [0.0; TILE_OUTPUTS];
-    match dtype {
-        DType::F32 => {
+    match storage {
+        Storage::Plain(DType::F32) => {
             for (value, four) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
                 *value = f32::from_le_bytes(*four);
             }
         }
-        DType::Bf16 | DType::F16 => {
+        Storage::Plain(dtype @ (DType::Bf16 | DType::F16)) => {
             let widen = if dtype == DType::Bf16 { bf16_value } else { f16_value };
             for (index, four) in bytes.as_chunks::<4>().0.iter().enumerate() {
                 values[index] = widen(u16::from_le_bytes([four[0], four[1]]));
                 values[index + 8] = widen(u16::from_le_bytes([four[2], four[3]]));
+            }
+        }
+        Storage::Mxfp4 => {
+            let factors = &factors.as_chunks::<2>().0[input / MXFP4_BLOCK * TILE_OUTPUTS..][..TILE_OUTPUTS];
+            for (index, (value, factor)) in values.iter_mut().zip(factors).enumerate() {
+                let code = bytes[index % 8] >> (index / 8 * 4);
+                *value = 2.0 * e2m1_value(code) * bf16_value(u16::from_le_bytes(*factor));
+            }
+        }
+        Storage::E4m3 => {
+            let factor = f32::from_le_bytes(factors.as_chunks::<4>().0[input / E4M3_BLOCK]);
+            for (value, code) in values.iter_mut().zip(bytes) {
+                *value = e4m3_value(*code) / 256.0 * factor;
             }
         }
     }

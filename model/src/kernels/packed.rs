@@ -5,6 +5,12 @@
 //! ascending k with k mod 16 = l, one entry: the weights of the 16 outputs at input k. An entry of `F32` is 16 floats.
 //! An entry of a 16-bit type is eight `u32`, of which the i-th has output i in its low and output i + 8 in its high
 //! half, so that widening bfloat16 takes one shift and one mask. All values are little-endian.
+//!
+//! Quantised weights stay as they are: an entry of MXFP4 is eight bytes, of which the i-th has output i in its low and
+//! output i + 8 in its high half; an entry of E4M3 is sixteen bytes. Before the entries of a chunk stand its factors: of
+//! MXFP4 for each 32 inputs and each output half of the power of two, in bfloat16; of E4M3 for each 128 inputs one
+//! `f32`, the published factor times 256. The kernels multiply each weight with its factor, which rounds once: that is
+//! the weight that a decoder gives.
 
 use super::DType;
 use thiserror::Error;
@@ -15,6 +21,76 @@ pub const TILE_OUTPUTS: usize = 16;
 pub const LANES: usize = 16;
 /// Inputs in a chunk of a dot product.
 pub const CHUNK: usize = 1024;
+/// Inputs of MXFP4 that share a factor.
+pub const MXFP4_BLOCK: usize = 32;
+/// Inputs of E4M3, and as many outputs, that share a factor.
+pub const E4M3_BLOCK: usize = 128;
+
+/// How the weights of a packed matrix are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Storage {
+    /// As numbers of a type.
+    Plain(DType),
+    /// Four bits each (E2M1), 32 inputs of an output with a power of two.
+    Mxfp4,
+    /// A byte each (E4M3), 128 inputs of 128 outputs with a factor.
+    E4m3,
+}
+
+impl From<DType> for Storage {
+    fn from(dtype: DType) -> Self {
+        Self::Plain(dtype)
+    }
+}
+
+impl Storage {
+    /// The type that holds its weights, decoded, exactly.
+    pub const fn dtype(self) -> DType {
+        match self {
+            Self::Plain(dtype) => dtype,
+            Self::Mxfp4 => DType::Bf16,
+            Self::E4m3 => DType::F32,
+        }
+    }
+
+    /// Bytes of the weights of 16 outputs at one input.
+    pub(super) const fn entry_bytes(self) -> usize {
+        match self {
+            Self::Plain(dtype) => TILE_OUTPUTS * dtype.bytes(),
+            Self::Mxfp4 => TILE_OUTPUTS / 2,
+            Self::E4m3 => TILE_OUTPUTS,
+        }
+    }
+
+    /// Inputs that share factors; `None` where there are none.
+    pub(super) const fn block(self) -> Option<usize> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Mxfp4 => Some(MXFP4_BLOCK),
+            Self::E4m3 => Some(E4M3_BLOCK),
+        }
+    }
+
+    /// Bytes of the factors before that many entries of a chunk.
+    pub(super) const fn factor_bytes(self, entries: usize) -> usize {
+        match self {
+            Self::Plain(_) => 0,
+            Self::Mxfp4 => entries.div_ceil(MXFP4_BLOCK) * TILE_OUTPUTS * 2,
+            Self::E4m3 => entries.div_ceil(E4M3_BLOCK) * 4,
+        }
+    }
+
+    /// Bytes of a chunk of that many entries.
+    pub(super) const fn chunk_bytes(self, entries: usize) -> usize {
+        self.factor_bytes(entries) + entries * self.entry_bytes()
+    }
+
+    /// Bytes of a tile, if they can be counted.
+    fn tile_bytes(self, padded: usize) -> Option<usize> {
+        let whole = (padded / CHUNK).checked_mul(self.chunk_bytes(CHUNK))?;
+        whole.checked_add(self.chunk_bytes(padded % CHUNK))
+    }
+}
 
 /// The bytes do not fit the shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -40,7 +116,7 @@ pub enum PackedError {
 /// A matrix of `outputs` rows and `inputs` columns in the packed layout.
 #[derive(Clone, Copy, Debug)]
 pub struct PackedView<'a> {
-    dtype: DType,
+    storage: Storage,
     outputs: usize,
     inputs: usize,
     bytes: &'a [u8],
@@ -48,17 +124,24 @@ pub struct PackedView<'a> {
 
 impl<'a> PackedView<'a> {
     /// A view of `bytes`, whose length has to be what [`packed_len`] says.
-    pub fn new(dtype: DType, outputs: usize, inputs: usize, bytes: &'a [u8]) -> Result<Self, PackedError> {
-        let expected = packed_len(dtype, outputs, inputs).ok_or(PackedError::TooLarge { outputs, inputs })?;
+    pub fn new(
+        storage: impl Into<Storage>,
+        outputs: usize,
+        inputs: usize,
+        bytes: &'a [u8],
+    ) -> Result<Self, PackedError> {
+        let storage = storage.into();
+        let expected =
+            packed_len(storage, outputs, inputs).ok_or(PackedError::TooLarge { outputs, inputs })?;
         if bytes.len() != expected {
             return Err(PackedError::Length { expected, found: bytes.len() });
         }
-        Ok(Self { dtype, outputs, inputs, bytes })
+        Ok(Self { storage, outputs, inputs, bytes })
     }
 
-    /// The type of the stored weights.
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    /// How the weights are stored.
+    pub fn storage(&self) -> Storage {
+        self.storage
     }
 
     /// Rows of the matrix.
@@ -78,18 +161,20 @@ impl<'a> PackedView<'a> {
 
     /// Bytes of the tile that starts at output `16 * tile`.
     pub(super) fn tile(&self, tile: usize) -> &'a [u8] {
-        let size = padded_inputs(self.inputs) * entry_bytes(self.dtype);
+        let size = self.storage.tile_bytes(padded_inputs(self.inputs)).expect("the matrix is there");
         &self.bytes[tile * size..][..size]
     }
 }
 
 /// Bytes of a packed matrix, or `None` where the number does not fit.
-pub fn packed_len(dtype: DType, outputs: usize, inputs: usize) -> Option<usize> {
+pub fn packed_len(storage: impl Into<Storage>, outputs: usize, inputs: usize) -> Option<usize> {
+    let storage = storage.into();
     let tiles = outputs.div_ceil(TILE_OUTPUTS);
     let padded = inputs.checked_next_multiple_of(LANES)?;
-    // The row-major source has to be addressable too.
-    outputs.checked_mul(inputs)?.checked_mul(dtype.bytes())?;
-    tiles.checked_mul(padded)?.checked_mul(entry_bytes(dtype))
+    // The row-major source has to be addressable too, whatever it is decoded to.
+    outputs.checked_mul(inputs)?.checked_mul(4)?;
+    padded.checked_mul(storage.entry_bytes())?;
+    tiles.checked_mul(storage.tile_bytes(padded)?)
 }
 
 /// Packs a row-major little-endian matrix (`outputs` rows of `inputs` values) into `dst`.
@@ -117,6 +202,107 @@ pub fn unpack(dtype: DType, outputs: usize, inputs: usize, src: &[u8], dst: &mut
     });
 }
 
+/// Packs MXFP4: the code of an output at an input, and the published exponent of an output in a block of inputs.
+///
+/// # Panics
+/// If the slice has another length than the shape gives.
+pub fn pack_mxfp4(
+    outputs: usize,
+    inputs: usize,
+    code: impl Fn(usize, usize) -> u8,
+    exponent: impl Fn(usize, usize) -> u8,
+    dst: &mut [u8],
+) {
+    pack_codes(Storage::Mxfp4, outputs, inputs, dst, |place, chunk| {
+        let Place { output, input, entry, within, factor } = place;
+        chunk[entry + within % 8] |= (code(output, input) & 15) << (within / 8 * 4);
+        let half = half_power(exponent(output, input / MXFP4_BLOCK));
+        chunk[factor + within * 2..][..2].copy_from_slice(&half.to_le_bytes());
+    });
+}
+
+/// Packs E4M3: the code of an output at an input, and the published factor of a block of outputs and inputs. A code that
+/// is no number makes its whole block none.
+///
+/// # Panics
+/// If the slice has another length than the shape gives.
+pub fn pack_e4m3(
+    outputs: usize,
+    inputs: usize,
+    code: impl Fn(usize, usize) -> u8,
+    factor_of: impl Fn(usize, usize) -> f32,
+    dst: &mut [u8],
+) {
+    pack_codes(Storage::E4m3, outputs, inputs, dst, |place, chunk| {
+        let Place { output, input, entry, within, factor } = place;
+        let code = code(output, input);
+        chunk[entry + within] = code;
+        let four = &mut chunk[factor..][..4];
+        let known = f32::from_le_bytes([four[0], four[1], four[2], four[3]]);
+        let value = if code & 0x7f == 0x7f || known.is_nan() {
+            f32::NAN
+        } else {
+            factor_of(output / E4M3_BLOCK, input / E4M3_BLOCK) * 256.0
+        };
+        four.copy_from_slice(&value.to_le_bytes());
+    });
+}
+
+/// Where a weight and its factor go in their chunk.
+struct Place {
+    output: usize,
+    input: usize,
+    /// Of its entry.
+    entry: usize,
+    /// Its output in the tile.
+    within: usize,
+    /// Of the factors of its block.
+    factor: usize,
+}
+
+fn pack_codes(
+    storage: Storage,
+    outputs: usize,
+    inputs: usize,
+    dst: &mut [u8],
+    mut put: impl FnMut(Place, &mut [u8]),
+) {
+    let expected = packed_len(storage, outputs, inputs).expect("the matrix is too large to address");
+    assert_eq!(dst.len(), expected, "the packed slice does not fit the shape");
+    dst.fill(0);
+    let padded = padded_inputs(inputs);
+    let tile_bytes = storage.tile_bytes(padded).expect("the matrix can be addressed");
+    let block = storage.block().expect("quantised weights have factors");
+    for (tile, dst) in dst.chunks_mut(tile_bytes.max(1)).enumerate() {
+        for (chunk, dst) in dst.chunks_mut(storage.chunk_bytes(CHUNK)).enumerate() {
+            let entries = CHUNK.min(padded - chunk * CHUNK);
+            let first = storage.factor_bytes(entries);
+            let of_block = storage.factor_bytes(block);
+            for at in 0..entries {
+                let input = input_of_entry(chunk * CHUNK + at, padded);
+                for within in 0..TILE_OUTPUTS.min(outputs - tile * TILE_OUTPUTS) {
+                    if input < inputs {
+                        let output = tile * TILE_OUTPUTS + within;
+                        let entry = first + at * storage.entry_bytes();
+                        let factor = (input - chunk * CHUNK) / block * of_block;
+                        put(Place { output, input, entry, within, factor }, dst);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Half of the power of two that an exponent of MXFP4 stands for, as bfloat16: the codes are kept as twice their value.
+const fn half_power(exponent: u8) -> u16 {
+    match exponent {
+        0 => 0x0020,
+        1 => 0x0040,
+        u8::MAX => 0x7fc0,
+        exponent => (exponent as u16 - 1) << 7,
+    }
+}
+
 fn check_lengths(dtype: DType, outputs: usize, inputs: usize, row_major: usize, packed: usize) {
     let expected = packed_len(dtype, outputs, inputs).expect("the matrix is too large to address");
     assert_eq!(packed, expected, "the packed slice does not fit the shape");
@@ -127,7 +313,7 @@ fn check_lengths(dtype: DType, outputs: usize, inputs: usize, row_major: usize, 
 fn for_each_weight(dtype: DType, outputs: usize, inputs: usize, mut visit: impl FnMut(usize, usize)) {
     let size = dtype.bytes();
     let padded = padded_inputs(inputs);
-    let entry = entry_bytes(dtype);
+    let entry = Storage::Plain(dtype).entry_bytes();
     for tile in 0..outputs.div_ceil(TILE_OUTPUTS) {
         for entry_index in 0..padded {
             let k = input_of_entry(entry_index, padded);
@@ -156,10 +342,6 @@ fn offset_in_entry(dtype: DType, output: usize) -> usize {
         DType::F32 => output * 4,
         DType::Bf16 | DType::F16 => (output % 8) * 4 + (output / 8) * 2,
     }
-}
-
-pub(super) const fn entry_bytes(dtype: DType) -> usize {
-    TILE_OUTPUTS * dtype.bytes()
 }
 
 pub(super) const fn padded_inputs(inputs: usize) -> usize {

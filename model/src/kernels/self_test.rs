@@ -72,7 +72,7 @@ impl Golden {
     }
 }
 
-pub(super) const GOLDEN: [Golden; 17] = [
+pub(super) const GOLDEN: [Golden; 19] = [
     Golden {
         kernel: "linear f32",
         run: |isa, bits| linears(isa, DType::F32, bits),
@@ -88,6 +88,8 @@ pub(super) const GOLDEN: [Golden; 17] = [
         run: |isa, bits| linears(isa, DType::F16, bits),
         hash: 0x4c9c_f310_f526_5a0f,
     },
+    Golden { kernel: "linear mxfp4", run: linears_of_mxfp4, hash: 0x9549_1aff_bf2e_9655 },
+    Golden { kernel: "linear e4m3", run: linears_of_e4m3, hash: 0x2559_d1c0_44bf_97b3 },
     Golden {
         kernel: "attention f32",
         run: |isa, bits| attentions(isa, KvShape { dtype: DType::F32, ..SHAPE }, bits),
@@ -177,6 +179,36 @@ fn linears(isa: Isa, dtype: DType, bits: &mut Bits) {
         let x = operands(rows * inputs, 3 + rows as u64);
         let mut out = vec![0.0; rows * outputs];
         linear(&pool, isa, &x, rows, &view, (rows != 1).then_some(&bias), &mut out);
+        bits.values(&out);
+    }
+}
+
+/// Whole and cut chunks, one row and several; every code, factors of all sizes.
+fn linears_of_mxfp4(isa: Isa, bits: &mut Bits) {
+    let (outputs, inputs) = (65, 1056);
+    let mut packed = vec![0; packed_len(Storage::Mxfp4, outputs, inputs).expect("the shape is small")];
+    let code = |output, input| (output * 5 + input * 11) as u8;
+    let exponent = |output, block| (100 + output % 40 + block % 7) as u8;
+    pack_mxfp4(outputs, inputs, code, exponent, &mut packed);
+    quantised(isa, Storage::Mxfp4, (outputs, inputs), &packed, bits);
+}
+
+fn linears_of_e4m3(isa: Isa, bits: &mut Bits) {
+    let (outputs, inputs) = (145, 1061);
+    let mut packed = vec![0; packed_len(Storage::E4m3, outputs, inputs).expect("the shape is small")];
+    let code = |output, input| (output * 7 + input * 13) as u8 & 0xbf;
+    let factors = operands(2 * 9, 21);
+    pack_e4m3(outputs, inputs, code, |down, across| factors[down * 9 + across], &mut packed);
+    quantised(isa, Storage::E4m3, (outputs, inputs), &packed, bits);
+}
+
+fn quantised(isa: Isa, storage: Storage, (outputs, inputs): (usize, usize), packed: &[u8], bits: &mut Bits) {
+    let view = PackedView::new(storage, outputs, inputs, packed).expect("the length is the shape's");
+    let pool = Pool::new(1);
+    for rows in [1, 3, 13] {
+        let x = operands(rows * inputs, 5 + rows as u64);
+        let mut out = vec![0.0; rows * outputs];
+        linear(&pool, isa, &x, rows, &view, None, &mut out);
         bits.values(&out);
     }
 }

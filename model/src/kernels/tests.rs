@@ -6,6 +6,7 @@ use super::self_test::{Bits, GOLDEN, Golden};
 use super::*;
 
 mod bits;
+mod quantised;
 
 #[test]
 fn exp_is_close_and_exact_at_the_ends() {

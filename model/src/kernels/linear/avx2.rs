@@ -3,7 +3,7 @@
 //! A decode step has few rows and waits for memory, or has several lanes in flight to hide the latency of fma. A prefill
 //! has many: a lane of the weights stays in the first-level cache, widened where that pays, for every block of rows.
 
-use super::{BLOCK_ROWS, CHUNK, DType, LANES, TILE_OUTPUTS, blocks, entry_bytes};
+use super::{BLOCK_ROWS, CHUNK, DType, LANES, Storage, TILE_OUTPUTS, blocks, scaled};
 use std::arch::x86_64::*;
 
 /// Which output stands where in the two registers that binary16 entries widen to.
@@ -11,21 +11,30 @@ const F16_ORDER: [usize; TILE_OUTPUTS] = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13
 /// Rows from which on a lane of 16-bit weights is widened once instead of for every block.
 const WIDEN_FROM_ROWS: usize = 64;
 
-pub(super) fn chunk_sums(dtype: DType, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_OUTPUTS]]) {
+pub(super) fn chunk_sums(storage: Storage, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_OUTPUTS]]) {
     assert!(crate::kernels::Isa::Avx2.available(), "this machine lacks AVX2, FMA or F16C");
     // Both slices hold whole lanes: the pointer arithmetic below relies on these equations.
     let rows = sums.len();
-    let entries = w.len() / entry_bytes(dtype);
-    assert_eq!(w.len() % (entry_bytes(dtype) * LANES), 0);
-    assert_eq!(x.len(), entries * rows);
-    assert!(entries <= CHUNK);
+    let entries = x.len() / rows;
+    assert!(x.len() == entries * rows && entries.is_multiple_of(LANES) && entries <= CHUNK);
+    assert_eq!(w.len(), storage.chunk_bytes(entries));
     let steps = entries / LANES;
+    let Storage::Plain(dtype) = storage else {
+        // SAFETY: the features were just checked, and the slices hold `16 * steps` entries each.
+        return unsafe {
+            if rows > BLOCK_ROWS {
+                widened(storage, x, w, steps, sums);
+            } else {
+                scaled::few_rows(storage, x, w, steps, sums);
+            }
+        };
+    };
     let widen = dtype != DType::F32 && rows >= WIDEN_FROM_ROWS;
     // SAFETY: the features were just checked, and the slices hold `16 * steps` entries each, of the type that the
     // constant stands for.
     unsafe {
         match dtype {
-            _ if widen => widened(dtype, x, w, steps, sums),
+            _ if widen => widened(storage, x, w, steps, sums),
             DType::F32 if rows > BLOCK_ROWS => many_rows::<0>(x, w, steps, sums),
             DType::Bf16 if rows > BLOCK_ROWS => many_rows::<1>(x, w, steps, sums),
             DType::F16 if rows > BLOCK_ROWS => many_rows::<2>(x, w, steps, sums),
@@ -42,7 +51,7 @@ pub(super) fn chunk_sums(dtype: DType, x: &[f32], w: &[u8], sums: &mut [[f32; TI
 /// A chunk of several tiles for one row: what waits for memory must not wait for the latency of fma as well, and tiles
 /// are long streams that the hardware follows.
 pub(super) fn tiles_of_one_row<const TILES: usize>(
-    dtype: DType,
+    storage: Storage,
     x: &[f32],
     w: [&[u8]; TILES],
     sums: &mut [[f32; TILE_OUTPUTS]; TILES],
@@ -50,7 +59,11 @@ pub(super) fn tiles_of_one_row<const TILES: usize>(
     assert!(crate::kernels::Isa::Avx2.available(), "this machine lacks AVX2, FMA or F16C");
     // The pointer arithmetic below relies on these equations.
     assert!(x.len().is_multiple_of(LANES) && x.len() <= CHUNK);
-    assert!(w.iter().all(|w| w.len() == x.len() * entry_bytes(dtype)));
+    assert!(w.iter().all(|w| w.len() == storage.chunk_bytes(x.len())));
+    let Storage::Plain(dtype) = storage else {
+        // SAFETY: the features were just checked, and every slice is a chunk for the values of `x`.
+        return unsafe { scaled::tiles_of_one_row(storage, x, w, sums) };
+    };
     // SAFETY: the features were just checked, and every slice holds an entry of the type for each value of `x`.
     unsafe {
         match dtype {
@@ -173,15 +186,20 @@ unsafe fn many_rows<const TYPE: u8>(x: &[f32], w: &[u8], steps: usize, sums: &mu
 /// As [`many_rows`], with every lane widened before its use.
 ///
 /// # Safety
-/// `w` holds `16 * steps` entries of the 16-bit type and `x` as many groups of one value for each row.
+/// `w` is a chunk of `16 * steps` entries, of 16 bits or quantised, and `x` has as many groups of one value for each row.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn widened(dtype: DType, x: &[f32], w: &[u8], steps: usize, sums: &mut [[f32; TILE_OUTPUTS]]) {
+unsafe fn widened(storage: Storage, x: &[f32], w: &[u8], steps: usize, sums: &mut [[f32; TILE_OUTPUTS]]) {
     let mut widened = [0.0f32; CHUNK / LANES * TILE_OUTPUTS];
     let widened = &mut widened[..steps * TILE_OUTPUTS];
     for lane in 0..LANES {
-        let w = &w[lane * (w.len() / LANES)..][..w.len() / LANES];
         let x = &x[lane * (x.len() / LANES)..][..x.len() / LANES];
-        widen_lane(dtype, w, widened);
+        match storage {
+            Storage::Plain(dtype) => {
+                widen_lane(dtype, &w[lane * (w.len() / LANES)..][..w.len() / LANES], widened)
+            }
+            // SAFETY: the caller's promise, with room for the entries of one lane.
+            Storage::Mxfp4 | Storage::E4m3 => unsafe { scaled::widen_lane(storage, lane, w, widened) },
+        }
         // SAFETY: a sixteenth of what the caller promises, as f32.
         unsafe { lane_of_rows::<0>(x, bytemuck::cast_slice(widened), steps, lane == 0, sums) };
     }
@@ -285,7 +303,7 @@ unsafe fn multiply<const ROWS: usize>(
 /// Adds the results of a lane to the sums or, for the first lane, puts them there.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_sums([mut low, mut high]: [__m256; 2], first: bool, sums: &mut [f32; TILE_OUTPUTS]) {
+pub(super) fn add_sums([mut low, mut high]: [__m256; 2], first: bool, sums: &mut [f32; TILE_OUTPUTS]) {
     let at = sums.as_mut_ptr();
     // SAFETY: `sums` is sixteen floats, two registers; the accesses need no alignment.
     unsafe {

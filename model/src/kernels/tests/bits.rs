@@ -15,7 +15,7 @@ fn number() -> impl Strategy<Value = f32> {
     ]
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub(super) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
