@@ -177,27 +177,14 @@ impl Rig {
         self.records.push((now, input.clone()));
         self.supervisor.handle(now, input);
         loop {
-            match self.supervisor.poll() {
-                SupervisorOutput::Wait { until } => {
-                    assert!(
-                        !ticked || until.is_none_or(|until| until > now),
-                        "an alarm that rang would ring for ever"
-                    );
-                    self.until = until;
-                    return;
-                }
-                output => {
-                    let after = match &output {
-                        SupervisorOutput::Orders { after, .. }
-                        | SupervisorOutput::Start { after, .. }
-                        | SupervisorOutput::Kill { after, .. }
-                        | SupervisorOutput::Capture { after, .. }
-                        | SupervisorOutput::Exit { after, .. } => *after,
-                        SupervisorOutput::Event { seq, .. } => *seq,
-                        SupervisorOutput::Wait { .. } => unreachable!("taken above"),
-                    };
-                    self.held.push_back((after, output));
-                }
+            let output = self.supervisor.poll();
+            if let Some(after) = output.after() {
+                self.held.push_back((after, output));
+            } else if let SupervisorOutput::Wait { until } = output {
+                let rings = ticked && until.is_some_and(|until| until <= now);
+                assert!(!rings, "an alarm that rang would ring for ever");
+                self.until = until;
+                return;
             }
         }
     }

@@ -199,3 +199,19 @@ pub enum SupervisorOutput {
         until: Option<Time>,
     },
 }
+
+impl SupervisorOutput {
+    /// The input that has to be durable before this may happen; `None` of the mere wait.
+    #[must_use]
+    pub const fn after(&self) -> Option<Seq> {
+        match self {
+            Self::Orders { after, .. }
+            | Self::Start { after, .. }
+            | Self::Kill { after, .. }
+            | Self::Capture { after, .. }
+            | Self::Exit { after, .. } => Some(*after),
+            Self::Event { seq, .. } => Some(*seq),
+            Self::Wait { .. } => None,
+        }
+    }
+}

@@ -288,24 +288,15 @@ impl Process {
         self.supervisor.handle(time, input);
         loop {
             let output = self.supervisor.poll();
-            let after = match &output {
-                SupervisorOutput::Wait { until } => {
-                    if let Some(until) = *until
-                        && self.alarm != Some(until)
-                    {
-                        cx.wake_at(until, TICK);
-                    }
-                    self.alarm = *until;
-                    break;
+            if let Some(after) = output.after() {
+                self.held.push_back((after, output));
+            } else if let SupervisorOutput::Wait { until } = output {
+                if let Some(until) = until.filter(|_| self.alarm != until) {
+                    cx.wake_at(until, TICK);
                 }
-                SupervisorOutput::Orders { after, .. }
-                | SupervisorOutput::Start { after, .. }
-                | SupervisorOutput::Kill { after, .. }
-                | SupervisorOutput::Capture { after, .. }
-                | SupervisorOutput::Exit { after, .. } => *after,
-                SupervisorOutput::Event { seq, .. } => *seq,
-            };
-            self.held.push_back((after, output));
+                self.alarm = until;
+                break;
+            }
         }
     }
 
