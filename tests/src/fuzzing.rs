@@ -15,6 +15,7 @@ use lite_llm_sim::machine::{Scenario, run_with};
 use lite_llm_sim::random::Choice;
 use std::path::Path;
 
+use crate::heard::anything_heard;
 use crate::supervised::anything_said;
 
 /// A target: its name, which is that of its corpus, and what it does.
@@ -31,6 +32,7 @@ pub const TARGETS: &[Target] = &[
     ("engine", engine),
     ("decisions", decisions),
     ("supervisor", supervisor),
+    ("messages", messages),
 ];
 
 /// `config.json` of a checkpoint.
@@ -102,6 +104,11 @@ pub fn engine(bytes: &[u8]) {
 /// Choices of what a supervisor of a cluster hears.
 pub fn supervisor(bytes: &[u8]) {
     anything_said(Choice::given(bytes), bytes.len() / 4);
+}
+
+/// What ranks of a replica tell each other.
+pub fn messages(bytes: &[u8]) {
+    anything_heard(bytes);
 }
 
 /// A decision log of a simulated run.

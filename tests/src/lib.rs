@@ -4,4 +4,5 @@ pub mod command;
 #[allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a panic is a finding")]
 pub mod fuzzing;
 pub mod harness;
+pub mod heard;
 pub mod supervised;

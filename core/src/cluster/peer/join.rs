@@ -103,7 +103,11 @@ impl Peer {
         if !self.leading() || self.obeying {
             return;
         }
-        let last = Seq(committed.0 + digests.len() as u64 - 1);
+        // A log has an end: a join without one, or with one that nobody counts to, is none.
+        let records = digests.len().checked_sub(1).and_then(|records| u64::try_from(records).ok());
+        let last =
+            records.and_then(|records| committed.0.checked_add(records)).filter(|last| *last < u64::MAX);
+        let Some(last) = last.map(Seq) else { return };
         if (LogEnd { last, digest: *digests.last().unwrap_or(&Digest::default()) }) == end_of(&self.engine) {
             return self.joined(rank, last);
         }
