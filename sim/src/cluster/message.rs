@@ -66,7 +66,9 @@ impl Wire for Said {
 
 fn payload(payload: &Payload) -> String {
     match payload {
-        Payload::Join { committed, digests } => format!("join with {} after {committed}", digests.len() - 1),
+        Payload::Join { committed, digests } => {
+            format!("join with {} after {committed}", digests.len().saturating_sub(1))
+        }
         Payload::Rewind { keep } => format!("rewind to {keep}"),
         Payload::Install { snapshot } => format!("install a snapshot before {}", snapshot.next),
         Payload::Records { records, .. } => match (records.first(), records.last()) {
