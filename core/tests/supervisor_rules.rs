@@ -228,6 +228,39 @@ fn the_leader_goes_on_when_a_follower_is_lost_and_the_other_way_round() {
     }
 }
 
+/// A leader that never heard of an epoch in between may still act under its lease.
+#[test]
+fn a_lease_is_waited_out_over_epochs_that_never_began() {
+    let mut rig = Rig::new(config(3));
+    for _ in 0..2 {
+        rig.beat(0);
+        rig.beat(1);
+    }
+    rig.beat(2);
+    let member = rig.member(1);
+    rig.give(SupervisorInput::Ended { member, ending: Ending::Signal(9) });
+    rig.give(SupervisorInput::Captured { member, tail: Ok(None) });
+    assert_eq!(rig.supervisor.view().epoch(), Epoch(2), "the leader goes on, with the stand-by");
+    // It falls silent, and cannot be reached; the other holder of the log comes back.
+    let later = |rig: &mut Rig, rounds: u32| {
+        for _ in 0..rounds {
+            rig.now = rig.now.after_ns(SECOND / 5);
+            rig.beat(2);
+            rig.beat(1);
+            rig.give(SupervisorInput::Tick);
+        }
+    };
+    later(&mut rig, 1);
+    rig.lives[1] = 2;
+    later(&mut rig, 4);
+    assert_eq!(rig.standing(0), Standing::Fencing, "its end is not certain");
+    assert_eq!(rig.supervisor.view().epoch(), Epoch(2), "its lease is not over");
+    later(&mut rig, 6);
+    assert_eq!(rig.supervisor.view().epoch(), Epoch(3));
+    let (membership, _) = rig.supervisor.view().memberships().next().unwrap();
+    assert_eq!(membership.leading(), rig.member(1));
+}
+
 #[test]
 fn a_disk_that_lost_what_was_told_never_leads() {
     let mut rig = Rig::new(config(2));

@@ -115,6 +115,14 @@ impl State {
         node.incarnation == member.incarnation && node.life == Life::Up
     }
 
+    /// Whether every member of its newest epoch lives.
+    fn is_whole(&self, replica: &Replica) -> bool {
+        replica
+            .membership
+            .as_ref()
+            .is_some_and(|membership| membership.members.iter().all(|&m| self.is_up(m)))
+    }
+
     /// Takes what a member's beat says of its replica.
     pub(super) fn take_stock(&mut self, cx: &mut Context<'_>, member: Member) {
         let node = &self.nodes[index(member.node.0)];
@@ -173,8 +181,7 @@ impl State {
         }
         for id in 0..len32(self.replicas.len()) {
             let replica = &self.replicas[index(id)];
-            let whole = replica.membership.as_ref().is_some_and(|m| m.members.iter().all(|&m| self.is_up(m)));
-            if whole || replica.is_over() {
+            if self.is_whole(replica) || replica.is_over() {
                 continue;
             }
             match self.choose(cx.now, id) {
@@ -223,7 +230,7 @@ impl State {
             .filter(|(_, member)| may_lead(member))
             .max_by_key(|&(rank, member)| (before == Some(*member), last(member), core::cmp::Reverse(rank)));
         let (leader, &leading): (u32, _) = leader.ok_or(Missing::Holder)?;
-        if before.is_some_and(|before| before != leading && self.lease_of(before) > now) {
+        if self.leases(id).any(|(member, until)| member != leading && until > now) {
             return Err(Missing::Fence);
         }
         Ok((members, leader))
@@ -240,10 +247,13 @@ impl State {
         at_home(None).saturating_sub(reserved)
     }
 
-    /// Until when a member may act as a leader.
-    fn lease_of(&self, member: Member) -> Time {
-        let node = &self.nodes[index(member.node.0)];
-        if node.incarnation == member.incarnation && node.may_run() { node.lease_until } else { Time(0) }
+    /// Until when nodes of a replica that may run may act as its leader, whichever epoch they have heard of.
+    fn leases(&self, id: u32) -> impl Iterator<Item = (Member, Time)> {
+        let own = self.ids().filter(move |&node| self.replica_of(node) == Some(id));
+        own.filter_map(|node| {
+            let known = &self.nodes[index(node.0)];
+            known.may_run().then(|| (known.member(node), known.lease_until))
+        })
     }
 
     fn adopt(&mut self, cx: &mut Context<'_>, id: u32, members: Vec<Member>, leader: u32) {
@@ -273,10 +283,9 @@ impl State {
 
     /// When a replica is to be looked at again.
     pub(super) fn replicas_until(&self, now: Time) -> Option<Time> {
-        let fences = self.replicas.iter().filter_map(|replica| {
-            let before = replica.membership.as_ref().filter(|_| replica.active).map(Membership::leading)?;
-            (!replica.is_over() && !self.is_up(before)).then(|| self.lease_of(before))
-        });
+        let waiting =
+            (0..).zip(&self.replicas).filter(|(_, replica)| !replica.is_over() && !self.is_whole(replica));
+        let fences = waiting.flat_map(|(id, _)| self.leases(id)).map(|(_, until)| until);
         fences.chain([self.quiet_until]).filter(|until| *until > now).min()
     }
 
