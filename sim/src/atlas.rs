@@ -6,7 +6,7 @@
 //! In the unrestricted mode everything may be, and the oracle is: the right bytes, or a halt that says why.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// What is damaged.
@@ -35,6 +35,8 @@ struct Inner {
     /// The nodes of each group that hold the same copies.
     groups: Vec<BTreeSet<u32>>,
     damaged: BTreeSet<u32>,
+    /// How often each node's copies were damaged.
+    damages: BTreeMap<u32, u64>,
 }
 
 /// The atlas of a cluster; clones share it.
@@ -45,7 +47,12 @@ impl Atlas {
     /// An atlas of groups of nodes that hold copies of the same.
     #[must_use]
     pub fn new(groups: Vec<BTreeSet<u32>>, unrestricted: bool) -> Self {
-        Self(Rc::new(RefCell::new(Inner { unrestricted, groups, damaged: BTreeSet::new() })))
+        Self(Rc::new(RefCell::new(Inner {
+            unrestricted,
+            groups,
+            damaged: BTreeSet::new(),
+            damages: BTreeMap::new(),
+        })))
     }
 
     /// Whether a node's copy may be damaged now; if so, it counts as damaged from now on.
@@ -63,8 +70,21 @@ impl Atlas {
         let may = inner.unrestricted || (whole_elsewhere && inner.groups.iter().any(|g| g.contains(&node)));
         if may {
             inner.damaged.insert(node);
+            *inner.damages.entry(node).or_default() += 1;
         }
         may
+    }
+
+    /// How often a node's copies were damaged so far: whoever reads all of them finds what came before.
+    #[must_use]
+    pub fn damages(&self, node: u32) -> u64 {
+        self.0.borrow().damages.get(&node).copied().unwrap_or_default()
+    }
+
+    /// Whether anything may be damaged.
+    #[must_use]
+    pub fn is_unrestricted(&self) -> bool {
+        self.0.borrow().unrestricted
     }
 
     /// A node has everything from others again.

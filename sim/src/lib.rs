@@ -14,6 +14,7 @@ pub mod decision;
 pub mod disk;
 pub mod hazard;
 pub mod machine;
+pub mod mark;
 pub mod minimise;
 pub mod model;
 pub mod random;

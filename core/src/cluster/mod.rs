@@ -5,6 +5,7 @@
 //! Epochs are the supervisor's: it names the members before anybody may act in it, and marks an epoch active once its
 //! members have one log. `docs/cluster.md` says why this is enough.
 
+pub mod collective;
 mod gather;
 mod link;
 pub mod membership;

@@ -3,6 +3,7 @@
 use crate::world::Wire;
 use lite_llm_core::cluster::message::{Message, Payload};
 use lite_llm_core::cluster::orders::{Beat, Orders};
+use lite_llm_core::cluster::supervisor::SupervisorInput;
 use lite_llm_core::input::Input;
 use lite_llm_core::output::Output;
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,14 @@ pub enum Said {
     /// From the supervisor to a node.
     Orders(Box<Orders>),
     /// From a client or operator to a node.
-    Ask(Box<Input>),
+    Ask {
+        /// The replica that it is meant for.
+        replica: u32,
+        /// What is asked.
+        input: Box<Input>,
+    },
+    /// From an operator to the supervisor.
+    Wish(Box<SupervisorInput>),
     /// From a node to a client or operator.
     Tell(Box<Output>),
     /// From a node to a client or operator: what was asked is not taken.
@@ -57,7 +65,8 @@ impl Wire for Said {
                 let epoch = orders.membership.as_ref().map_or_else(String::new, |m| format!(" {}", m.epoch));
                 format!("orders{epoch}{}", if orders.active { ", active" } else { "" })
             }
-            Self::Ask(input) => format!("asks: {input:?}"),
+            Self::Ask { replica, input } => format!("asks replica {replica}: {input:?}"),
+            Self::Wish(input) => format!("wishes: {input:?}"),
             Self::Tell(output) => format!("{output:?}"),
             Self::Refused { reason, .. } => format!("refused: {reason}"),
         }
@@ -104,7 +113,7 @@ mod tests {
         let ranks = payloads
             .into_iter()
             .map(|payload| Said::Rank(Box::new(Message { epoch: Epoch(5), from, to, link, payload })));
-        ranks.chain([Said::Ask(Box::new(Input::Drain { bound_ns: Some(3) }))]).collect()
+        ranks.chain([Said::Ask { replica: 1, input: Box::new(Input::Drain { bound_ns: Some(3) }) }]).collect()
     }
 
     #[test]

@@ -345,6 +345,19 @@ impl Peer {
         self.active && self.leading()
     }
 
+    /// Whether its epoch is active and its log is that of the leader.
+    #[must_use]
+    pub fn is_in_active_epoch(&self) -> bool {
+        self.active && self.standing == Standing::Joined
+    }
+
+    /// How many things wait here: outputs for their commit, messages for their confirmation.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        let unconfirmed: usize = self.links.values().map(Link::unconfirmed).sum();
+        self.held.len() + self.out.len() + self.batch.len() + unconfirmed
+    }
+
     const fn topology(&self) -> &Topology {
         &self.settings.config.topology
     }

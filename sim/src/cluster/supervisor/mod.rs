@@ -5,15 +5,19 @@
 //! that is what an init system knows of its processes.
 
 use super::journal::Platter;
+use super::luck::Luck;
 use super::message::Said;
+use super::watch::{Fact, Watch};
 use crate::chronicle::What;
 use crate::disk::SimDisk;
 use crate::hazard::Hazard;
+use crate::mark::Mark;
 use crate::world::{ActorId, Context, Happening};
 use lite_llm_core::LOGIC_VERSION;
-use lite_llm_core::cluster::membership::{Member, NodeId};
+use lite_llm_core::cluster::membership::{Member, Membership, NodeId};
 use lite_llm_core::cluster::supervisor::{
-    ClusterConfig, Ending, Failure, Supervisor, SupervisorEvent, SupervisorInput, SupervisorOutput,
+    Cause, ClusterConfig, Ending, Failure, Supervisor, SupervisorEvent, SupervisorInput, SupervisorOutput,
+    Suspicion,
 };
 use lite_llm_core::ids::{Incarnation, Seq};
 use lite_llm_core::journal::{Header, JournalError, Store};
@@ -40,8 +44,7 @@ const SNAPSHOT_EVERY: u64 = 2_000;
 pub struct SupervisorActor {
     config: ClusterConfig,
     platter: Platter,
-    /// What happens to others is counted, so that it is decided by its own number.
-    nth: BTreeMap<Hazard, u64>,
+    luck: Luck,
     /// The newest life of each node that was ever begun: the init system's knowledge.
     begun: BTreeMap<NodeId, Incarnation>,
     /// Failures that were written down.
@@ -50,6 +53,11 @@ pub struct SupervisorActor {
     events: Vec<(Seq, SupervisorEvent)>,
     /// Its last word, if it has ended by itself.
     exited: Option<Option<String>>,
+    /// Whether an operator begins everything again once it has ended by itself.
+    reopens: bool,
+    /// The newest membership of each replica, and whether it was active.
+    adopted: BTreeMap<u32, (Membership, bool)>,
+    watch: Watch,
     process: Option<Process>,
 }
 
@@ -71,17 +79,25 @@ struct Process {
 impl SupervisorActor {
     /// A supervisor that was never started.
     #[must_use]
-    pub fn new(config: ClusterConfig, disk: SimDisk) -> Self {
+    pub fn new(config: ClusterConfig, disk: SimDisk, watch: Watch) -> Self {
         Self {
             config,
             platter: Platter::new(disk),
-            nth: BTreeMap::new(),
+            luck: Luck::default(),
             begun: BTreeMap::new(),
             failures: Vec::new(),
             events: Vec::new(),
             exited: None,
+            reopens: false,
+            adopted: BTreeMap::new(),
+            watch,
             process: None,
         }
+    }
+
+    /// Whether an operator begins everything again once it has ended by itself.
+    pub const fn set_reopens(&mut self, reopens: bool) {
+        self.reopens = reopens;
     }
 
     /// The state machine, while its process runs.
@@ -108,7 +124,7 @@ impl SupervisorActor {
         &self.events
     }
 
-    /// The operator wishes something.
+    /// The operator wishes something, on the supervisor's own machine.
     pub fn wish(&mut self, cx: &mut Context<'_, Said>, input: SupervisorInput) {
         if let Some(process) = &mut self.process {
             process.inbox.push_back(input);
@@ -121,13 +137,14 @@ impl SupervisorActor {
         if let Happening::Started { argument } = happening {
             return self.start(cx, argument);
         }
-        let hidden =
-            matches!(happening, Happening::Ended { .. }) && self.befalls(cx, Hazard::UnseenExit).is_some();
+        let hidden = matches!(happening, Happening::Ended { .. })
+            && self.luck.befalls(cx, Hazard::UnseenExit).is_some();
         let Some(process) = &mut self.process else { return };
         match happening {
             Happening::Message { message: Said::Beat(beat), .. } => {
                 process.inbox.push_back(SupervisorInput::Beat(beat));
             }
+            Happening::Message { message: Said::Wish(wish), .. } => process.inbox.push_back(*wish),
             Happening::Ended { child, argument, code } if !hidden => {
                 let member = Member { node: NodeId(child), incarnation: Incarnation(argument) };
                 let ending = match code {
@@ -167,18 +184,13 @@ impl SupervisorActor {
         let Some(process) = self.process.take() else { return };
         let flushing = process.flushing.then_some(process.supervisor.next_seq().0);
         self.platter.die(Some(process.store), flushing);
-        if self.exited.is_none() {
+        if self.exited.is_none() || self.reopens {
             cx.start(me, process.incarnation + 1, RESTART_NS);
         }
     }
 
-    fn befalls(&mut self, cx: &mut Context<'_, Said>, hazard: Hazard) -> Option<u64> {
-        let nth = self.nth.entry(hazard).or_default();
-        *nth += 1;
-        cx.fault(hazard, *nth - 1)
-    }
-
     fn start(&mut self, cx: &mut Context<'_, Said>, incarnation: u64) {
+        self.exited = None;
         let header = Header { logic_version: LOGIC_VERSION, node: u32::MAX, incarnation, identity: [0; 32] };
         let opened = Store::open(self.platter.clone(), &header);
         // A disk that fails now may not fail the next time.
@@ -190,6 +202,9 @@ impl SupervisorActor {
         let mut supervisor = restored.expect("a snapshot with a good checksum is the one that was written");
         fold(&mut supervisor, &found.records, |_, _| {}).expect("a journal without damage folds");
         let durable = Seq(supervisor.next_seq().0 - 1);
+        if durable > Seq(0) {
+            self.watch.mark(Mark::SupervisorRecovered);
+        }
         let config = self.config.clone();
         let started = SupervisorInput::Started { incarnation: Incarnation(incarnation), config };
         self.process = Some(Process {
@@ -224,7 +239,7 @@ impl SupervisorActor {
             }
             let ready = process.held.iter().position(|(after, _)| *after <= process.durable);
             let Some((_, output)) = ready.and_then(|at| process.held.remove(at)) else { break };
-            if self.befalls(cx, Hazard::CrashSupervisor).is_some() {
+            if self.luck.befalls(cx, Hazard::CrashSupervisor).is_some() {
                 return cx.exit();
             }
             self.obey(cx, output);
@@ -253,8 +268,11 @@ impl SupervisorActor {
                     process.inbox.push_back(ended(member, Ending::Unknown));
                 }
             }
-            SupervisorOutput::Kill { member, .. } => {
+            SupervisorOutput::Kill { member, cause, .. } => {
                 if cx.runs(member.node.0, member.incarnation.0) {
+                    if matches!(cause, Cause::Suspected(_)) {
+                        self.watch.mark(Mark::FalselySuspected);
+                    }
                     cx.kill(member.node.0);
                 }
                 process.inbox.push_back(ended(member, Ending::Signal(9)));
@@ -266,6 +284,8 @@ impl SupervisorActor {
             }
             SupervisorOutput::Event { seq, event } => {
                 cx.note(|| What::State(format!("{event:?}")));
+                self.watch.see(cx.world_ns(), &Fact::Event(&event));
+                self.note(&event);
                 self.events.push((seq, event));
             }
             SupervisorOutput::Exit { error, .. } => {
@@ -273,6 +293,47 @@ impl SupervisorActor {
                 cx.exit_with(0);
             }
             SupervisorOutput::Wait { .. } => unreachable!("taken when the input was handled"),
+        }
+    }
+}
+
+impl SupervisorActor {
+    /// Counts what runs are to have.
+    fn note(&mut self, event: &SupervisorEvent) {
+        let watch = self.watch.clone();
+        match event {
+            SupervisorEvent::Failed(failure) => match &failure.cause {
+                Cause::Suspected(Suspicion::Silent(_)) => watch.mark(Mark::FoundSilent),
+                Cause::Suspected(Suspicion::Stuck(..)) => watch.mark(Mark::FoundStuck),
+                Cause::NeverHeard => watch.mark(Mark::NeverHeard),
+                Cause::Refused(_) => watch.mark(Mark::RefusedVersion),
+                Cause::Ended(_) | Cause::Diverged | Cause::Operator | Cause::Drained => {}
+            },
+            SupervisorEvent::Adopted(membership) => {
+                let ranks = self.config.topology.nodes();
+                if membership.members.iter().any(|member| member.node.0 >= ranks) {
+                    watch.mark(Mark::StandByUsed);
+                }
+                let before = self.adopted.insert(membership.replica, (membership.clone(), false));
+                if let Some((before, active)) = before {
+                    if !active {
+                        watch.mark(Mark::EpochSkipped);
+                    }
+                    if before.leading().node != membership.leading().node {
+                        watch.mark(Mark::LeaderChanged);
+                    }
+                }
+            }
+            SupervisorEvent::Activated(epoch) => {
+                let activated = self.adopted.values_mut().find(|(membership, _)| membership.epoch == *epoch);
+                if let Some((_, active)) = activated {
+                    *active = true;
+                }
+            }
+            SupervisorEvent::Waiting { .. } => watch.mark(Mark::Waiting),
+            SupervisorEvent::GaveUp { .. } => watch.mark(Mark::GaveUp),
+            SupervisorEvent::Drained { .. } => watch.mark(Mark::Drained),
+            SupervisorEvent::Captured { .. } | SupervisorEvent::State { .. } => {}
         }
     }
 }

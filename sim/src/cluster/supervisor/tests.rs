@@ -110,7 +110,7 @@ fn world(seed: u64) -> World<Cast> {
     let atlas = Atlas::new(vec![BTreeSet::from([NODES])], false);
     let disk = SimDisk::of_node(NODES, 4096, decisions.clone(), atlas);
     let mut actors: Vec<Cast> = (0..NODES).map(|_| Cast::Node(Toy::default())).collect();
-    actors.push(Cast::Supervisor(Box::new(SupervisorActor::new(config, disk))));
+    actors.push(Cast::Supervisor(Box::new(SupervisorActor::new(config, disk, Watch::new(vec![])))));
     let names = (0..=NODES).map(|actor| actor.to_string()).collect();
     let mut world = World::new(decisions, Setup { drift_per_mille: 10, chronicle: false, names }, actors);
     world.start(NODES, 1);

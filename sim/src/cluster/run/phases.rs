@@ -1,0 +1,388 @@
+//! The phases of a run: safety, while faults strike; liveness, once they have ended; the final checks.
+
+use super::cast::Cast;
+use super::{ClusterSetup, Report, panics};
+use crate::atlas::Atlas;
+use crate::cluster::check;
+use crate::cluster::clients::ClientsActor;
+use crate::cluster::node::{Common, NodeActor};
+use crate::cluster::operator::OperatorActor;
+use crate::cluster::supervisor::SupervisorActor;
+use crate::cluster::watch::Watch;
+use crate::decision::Decisions;
+use crate::disk::SimDisk;
+use crate::mark::Mark;
+use crate::model::{self, Setting};
+use crate::world::{Setup, World};
+use lite_llm_core::LOGIC_VERSION;
+use lite_llm_core::cluster::membership::NodeId;
+use lite_llm_core::cluster::orders::Facts;
+use lite_llm_core::cluster::supervisor::{ClusterConfig, Patience, Restarts, Standing, SupervisorInput};
+use lite_llm_core::config::{Config, Limits};
+use lite_llm_core::digest::Digest;
+use lite_llm_core::engine::Engine;
+use lite_llm_core::lifecycle::Lifecycle;
+use lite_llm_core::output::FinishReason;
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::rc::Rc;
+
+const SECOND_NS: u64 = 1_000_000_000;
+/// Virtual nanoseconds in which everything accepted has to end once faults have, and in which all has to stop.
+const LIVENESS_NS: u64 = 240 * SECOND_NS;
+/// How far clocks of the world may drift apart, in thousandths, and what the cluster allows for.
+const DRIFT_PER_MILLE: u32 = 10;
+const DRIFT_ALLOWED_PER_MILLE: u32 = 25;
+/// Bytes of a sector of a node's disk.
+const SECTOR_BYTES: usize = 4096;
+
+/// A cluster that runs.
+struct Cluster {
+    setup: ClusterSetup,
+    world: World<Cast>,
+    common: Rc<Common>,
+    decisions: Decisions,
+    excuse: Option<String>,
+}
+
+/// Runs a cluster to its end, or to the first thing that is wrong.
+#[must_use]
+pub fn run(setup: &ClusterSetup) -> Report {
+    let mut cluster = Cluster::new(setup.clone());
+    if let Err(panic) = panics::caught(|| cluster.live()) {
+        cluster.common.watch.violated(cluster.world.now_ns(), "panic", panic);
+    }
+    cluster.report()
+}
+
+/// What an engine is configured with: of every size that its model can do with.
+fn config(setup: &ClusterSetup, decisions: &Decisions) -> Config {
+    let plan = model::plan();
+    let draw = |nth: u64, n: u64| decisions.ordinary(20, 0, nth) % n;
+    let all = plan.experts(&[0, 1]).count() as u64;
+    let slots = if draw(0, 5) < 2 { 2 } else { 2 + draw(1, all) };
+    let warm = draw(2, 2) * (1 + draw(3, 4));
+    let pages = u64::from(plan.pages_for(plan.context, 1)) + draw(4, 35);
+    Config {
+        memory_bytes: 1900 + plan.page_bytes * pages + 1000 * (slots + warm),
+        warm_bytes: 1000 * warm,
+        routing_seed: None,
+        tier_set: if draw(5, 2) == 0 { vec![] } else { vec!["small".into()] },
+        modes: [("fast", vec!["small"]), ("max", vec!["small", "large"])]
+            .map(|(mode, tiers)| (mode.into(), tiers.into_iter().map(Into::into).collect()))
+            .into(),
+        prefill_chunk: 1 + u32::try_from(draw(6, 8)).unwrap_or(0),
+        snapshot_every: [0, 60, 200, 1000][usize::try_from(draw(7, 4)).unwrap_or(0)],
+        topology: setup.topology,
+        limits: Limits { retries_max: 6, ..Limits::default() },
+        ..Config::default()
+    }
+}
+
+impl Cluster {
+    fn new(setup: ClusterSetup) -> Self {
+        let decisions = match &setup.decisions {
+            Some(log) => Decisions::of_log(setup.seed, log),
+            None => Decisions::of_seed(setup.seed, &setup.hazards),
+        };
+        let topology = setup.topology;
+        let home = |replica| {
+            (0..setup.nodes).filter(move |&n| topology.home(NodeId(n)).is_some_and(|h| h.0 == replica))
+        };
+        let mut groups: Vec<BTreeSet<u32>> =
+            (0..topology.data).map(|replica| home(replica).collect()).collect();
+        let supervisor = setup.nodes;
+        groups.push(BTreeSet::from([supervisor]));
+        let atlas = Atlas::new(groups, setup.unrestricted);
+        let mut checkers = check::all(&topology);
+        checkers.extend(setup.checkers.iter().flat_map(|more| more()));
+        let watch = Watch::new(checkers);
+        let facts = Facts { contract: 1, logic: LOGIC_VERSION, ..Facts::default() };
+        let common = Rc::new(Common {
+            config: config(&setup, &decisions),
+            plan: model::plan(),
+            facts: facts.clone(),
+            drift_per_mille: DRIFT_ALLOWED_PER_MILLE,
+            supervisor,
+            installed: (0..setup.nodes).map(|_| Cell::new(LOGIC_VERSION)).collect(),
+            watch: watch.clone(),
+            atlas: atlas.clone(),
+        });
+        let disk = |node| SimDisk::of_node(node, SECTOR_BYTES, decisions.clone(), atlas.clone());
+        let cluster = ClusterConfig {
+            facts,
+            topology,
+            nodes: setup.nodes,
+            lease_ns: SECOND_NS,
+            drift_per_mille: DRIFT_ALLOWED_PER_MILLE,
+            patience: Patience {
+                silence_min_ns: SECOND_NS / 2,
+                silence_max_ns: 3 * SECOND_NS,
+                starting_ns: 5 * SECOND_NS,
+                loading_ns: 10 * SECOND_NS,
+                joining_ns: 5 * SECOND_NS,
+                serving_ns: 4 * SECOND_NS,
+            },
+            restarts: Restarts {
+                most: if decisions.ordinary(21, 0, 0).is_multiple_of(4) { 3 } else { 30 },
+                pause_max_ns: 2 * SECOND_NS,
+                ..Restarts::default()
+            },
+        };
+        let mut actors: Vec<Cast> = (0..setup.nodes)
+            .map(|node| Cast::Node(Box::new(NodeActor::new(node, common.clone(), disk(node)))))
+            .collect();
+        let mut watcher = SupervisorActor::new(cluster, disk(supervisor), watch.clone());
+        watcher.set_reopens(true);
+        actors.push(Cast::Supervisor(Box::new(watcher)));
+        let draw = |purpose, number| decisions.ordinary(30 + purpose, 0, number);
+        let clients = ClientsActor::new(&setup.workload, draw, topology.data, setup.nodes, watch);
+        actors.push(Cast::Clients(Box::new(clients)));
+        actors.push(Cast::Operator(Box::new(OperatorActor::new(common.clone(), setup.nodes))));
+        let names = (0..setup.nodes).map(|node| format!("node {node}"));
+        let names = names.chain(["supervisor", "clients", "operator"].map(Into::into)).collect();
+        let world_setup = Setup { drift_per_mille: DRIFT_PER_MILLE, chronicle: setup.chronicle, names };
+        let mut world = World::new(decisions.clone(), world_setup, actors);
+        for actor in [supervisor, supervisor + 1, supervisor + 2] {
+            world.start(actor, 1);
+        }
+        Self { setup, world, common, decisions, excuse: None }
+    }
+
+    /// All phases.
+    fn live(&mut self) {
+        self.run_until(self.setup.duration_ns);
+        if self.is_violated() {
+            return;
+        }
+        self.mend();
+        let (begin, end) = (self.world.now_ns(), self.world.now_ns() + LIVENESS_NS);
+        while !self.clients().is_over() {
+            if self.is_violated() || self.is_late(end, "not every accepted stream has ended") {
+                return;
+            }
+            self.restart_given_up();
+            self.run_until(self.world.now_ns() + SECOND_NS / 4);
+        }
+        // Whatever was on its way when the last stream ended.
+        self.run_until(self.world.now_ns().max(begin + 2 * SECOND_NS));
+        while !self.is_whole() {
+            if self.is_violated() || self.is_late(end, "not every replica serves") {
+                return;
+            }
+            self.restart_given_up();
+            self.run_until(self.world.now_ns() + SECOND_NS / 4);
+        }
+        self.check_streams();
+        self.drain();
+    }
+
+    fn run_until(&mut self, until_ns: u64) {
+        while !self.common.watch.is_violated() && self.world.step(until_ns) {}
+    }
+
+    fn is_violated(&self) -> bool {
+        self.common.watch.is_violated()
+    }
+
+    /// Faults end, and the operator takes back what he did.
+    fn mend(&mut self) {
+        self.world.heal();
+        for installed in &self.common.installed {
+            installed.set(LOGIC_VERSION);
+        }
+    }
+
+    /// Whether the time is over; then it is a violation, unless what is needed is really gone.
+    fn is_late(&mut self, end_ns: u64, what: &str) -> bool {
+        let replicas = 0..self.setup.topology.data as usize;
+        let gone: Vec<usize> = replicas.filter(|&replica| self.common.atlas.is_gone(replica)).collect();
+        if self.world.now_ns() < end_ns {
+            return false;
+        }
+        if gone.is_empty() {
+            let nodes = self.supervisor().supervisor().map(|s| s.view().nodes().collect::<Vec<_>>());
+            let memberships = self.supervisor().supervisor().map(|s| {
+                let of = |(m, active): (&lite_llm_core::cluster::membership::Membership, bool)| {
+                    (m.clone(), active)
+                };
+                s.view().memberships().map(of).collect::<Vec<_>>()
+            });
+            let open: Vec<String> = self
+                .clients()
+                .clients()
+                .iter()
+                .filter(|client| !client.is_over())
+                .map(|client| {
+                    format!("{} of replica {}: {} tokens", client.id, client.replica, client.tokens.len())
+                })
+                .collect();
+            let what = format!("{what}: {}; nodes are {nodes:?}, replicas {memberships:?}", open.join(", "));
+            self.common.watch.violated(self.world.now_ns(), "liveness", what);
+        } else {
+            self.excuse =
+                Some(format!("every copy of the journals of replicas {gone:?} was damaged; {what}"));
+        }
+        true
+    }
+
+    fn supervisor(&self) -> &SupervisorActor {
+        let Cast::Supervisor(supervisor) = &self.world.actors()[self.setup.nodes as usize] else {
+            unreachable!("its place")
+        };
+        supervisor
+    }
+
+    fn clients(&self) -> &ClientsActor {
+        let Cast::Clients(clients) = &self.world.actors()[self.setup.nodes as usize + 1] else {
+            unreachable!("its place")
+        };
+        clients
+    }
+
+    fn wish(&mut self, wish: SupervisorInput) {
+        self.world.act(self.setup.nodes, |actor, cx| {
+            if let Cast::Supervisor(supervisor) = actor {
+                supervisor.wish(cx, wish);
+            }
+        });
+    }
+
+    /// The operator does what the supervisor asks of him.
+    fn restart_given_up(&mut self) {
+        let Some(supervisor) = self.supervisor().supervisor() else { return };
+        let given_up: Vec<NodeId> = supervisor
+            .view()
+            .nodes()
+            .filter(|(_, standing)| *standing == Standing::GivenUp)
+            .map(|(member, _)| member.node)
+            .collect();
+        for node in given_up {
+            self.wish(SupervisorInput::Restart { node });
+        }
+    }
+
+    /// The engine of a replica's leader, while it serves.
+    fn leader(&self, replica: u32) -> Option<&Engine> {
+        let peers = self.world.actors().iter().filter_map(|actor| match actor {
+            Cast::Node(node) if node.replica() == Some(replica) => node.peer(),
+            _ => None,
+        });
+        let mut leaders = peers.filter(|peer| peer.leads() && peer.is_in_active_epoch());
+        leaders.next().map(lite_llm_core::cluster::peer::Peer::engine)
+    }
+
+    fn is_whole(&self) -> bool {
+        (0..self.setup.topology.data).all(|replica| {
+            self.leader(replica).is_some_and(|engine| engine.view().lifecycle() == Lifecycle::Active)
+        })
+    }
+
+    /// Every stream is that of its request alone, under the committed generations of its positions.
+    fn check_streams(&self) {
+        let watch = &self.common.watch;
+        for client in self.clients().clients() {
+            let Some(finish) = client.finish.as_ref().filter(|_| client.accepted) else { continue };
+            let wrong = |what: String| {
+                watch.violated(self.world.now_ns(), "streams", format!("{}: {what}", client.id));
+            };
+            let engine = self.leader(client.replica).expect("every replica serves");
+            let Some(stream) = engine.view().stream(&client.id) else {
+                return wrong("it was accepted, and is lost".into());
+            };
+            let names = engine.view().generations();
+            let setting_at = |position: u32| {
+                let segment = stream.segments.iter().find(|segment| position < segment.until);
+                let tiers = segment.and_then(|segment| {
+                    let (_, names) =
+                        names.iter().find(|(generation, _)| *generation == segment.generation)?;
+                    self.common.plan.tier_set(names).ok()
+                });
+                Setting { tiers: tiers.unwrap_or_default(), ..Setting::default() }
+            };
+            if stream.tokens != client.tokens {
+                return wrong(format!("its client has {:?}, the log {:?}", client.tokens, stream.tokens));
+            }
+            let expected = model::reference(&self.common.plan, &client.body, setting_at, client.tokens.len());
+            if client.tokens != expected {
+                return wrong(format!("its stream is {:?}, alone it is {expected:?}", client.tokens));
+            }
+            let whole = (49 - client.body.prompt.len()).min(client.body.max_tokens as usize);
+            let is_whole = match finish {
+                FinishReason::Length => client.tokens.len() == whole,
+                FinishReason::Eos => client.tokens.last() == Some(&1),
+                FinishReason::Cancelled => {
+                    watch.mark(Mark::Cancelled);
+                    continue;
+                }
+                FinishReason::Deadline => {
+                    watch.mark(Mark::DeadlineOver);
+                    client.body.deadline_ns.is_some()
+                }
+                FinishReason::Fault(_) => {
+                    watch.mark(Mark::FaultEnded);
+                    !self.decisions.taken().is_empty()
+                }
+                FinishReason::Stop => false,
+            };
+            if !is_whole {
+                return wrong(format!("it ended by {finish:?} after {} tokens", client.tokens.len()));
+            }
+            watch.mark(Mark::Complete);
+        }
+    }
+
+    /// Everything finishes and stops.
+    fn drain(&mut self) {
+        let nodes = self.setup.nodes as usize;
+        if let Cast::Supervisor(supervisor) = &mut self.world.actors_mut()[nodes] {
+            supervisor.set_reopens(false);
+        }
+        let end = self.world.now_ns() + LIVENESS_NS;
+        self.wish(SupervisorInput::Drain { bound_ns: None });
+        while self.supervisor().exited().is_none() {
+            if self.is_violated() || self.is_late(end, "a drain does not end") {
+                return;
+            }
+            self.run_until(self.world.now_ns() + SECOND_NS / 4);
+        }
+        if let Some(Some(error)) = self.supervisor().exited() {
+            let error = error.clone();
+            self.common.watch.violated(
+                self.world.now_ns(),
+                "liveness",
+                format!("the cluster stopped: {error}"),
+            );
+        }
+    }
+
+    fn report(&mut self) -> Report {
+        let clients = self.clients().clients();
+        let tokens = clients.iter().map(|client| client.tokens.len() as u64).sum();
+        let ended = clients.iter().filter(|client| client.finish.is_some()).count() as u64;
+        let mut told = String::new();
+        for client in clients {
+            let _ = writeln!(told, "{:?} {:?} {}", client.tokens, client.finish, client.accepted);
+        }
+        for (seq, event) in self.supervisor().events() {
+            let _ = writeln!(told, "{seq} {event:?}");
+        }
+        let (events, inputs) = (self.world.events(), self.common.watch.inputs());
+        let _ = writeln!(told, "{events} {inputs}");
+        Report {
+            seed: self.setup.seed,
+            digest: Digest::of(told.as_bytes()),
+            events,
+            inputs,
+            virtual_ns: self.world.now_ns(),
+            tokens,
+            ended,
+            marks: self.common.watch.marks(),
+            decisions: self.decisions.taken(),
+            excuse: self.excuse.take(),
+            violation: self.common.watch.violation(),
+            chronicle: self.world.chronicle().clone(),
+        }
+    }
+}
