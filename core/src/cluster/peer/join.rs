@@ -56,6 +56,7 @@ impl Peer {
         self.links.clear();
         self.followers.clear();
         self.reading.clear();
+        self.reads = false;
         self.gather = Gather::default();
         self.early = None;
         self.held.clear();
@@ -116,7 +117,16 @@ impl Peer {
             return self.broken(committed, Digest::default());
         }
         self.reading.push_back((rank, committed, digests));
-        if self.reading.len() == 1 {
+        self.read_next();
+    }
+
+    /// As the leader: reads its log for the next member whose log is not the same, once all of it can be read.
+    pub(super) fn read_next(&mut self) {
+        if self.reads || self.durable != end_of(&self.engine) {
+            return;
+        }
+        if let Some(&(_, committed, _)) = self.reading.front() {
+            self.reads = true;
             self.out.push_back(PeerOutput::ReadLog { from: Seq(committed.0 + 1) });
         }
     }
@@ -141,9 +151,8 @@ impl Peer {
             (None, Some(snapshot)) => self.send(now, rank, Payload::Install { snapshot }),
             (None, None) => self.broken(committed, *digests.first().unwrap_or(&Digest::default())),
         }
-        if let Some(&(_, committed, _)) = self.reading.front() {
-            self.out.push_back(PeerOutput::ReadLog { from: Seq(committed.0 + 1) });
-        }
+        self.reads = false;
+        self.read_next();
     }
 
     /// Logs that should be one are not.

@@ -199,6 +199,8 @@ pub struct Peer {
     followers: BTreeMap<u32, Option<Seq>>,
     /// As the leader: ranks for which the journal is being read, and what they said of their logs.
     reading: VecDeque<(u32, Seq, Vec<Digest>)>,
+    /// As the leader: the journal is being read for the first of them.
+    reads: bool,
     gather: Gather,
     /// As the leader: what the next layer needs, before the one before it is released.
     early: Option<Input>,
@@ -241,6 +243,7 @@ impl Peer {
             links: BTreeMap::new(),
             followers: BTreeMap::new(),
             reading: VecDeque::new(),
+            reads: false,
             gather: Gather::default(),
             early: None,
             held: VecDeque::new(),

@@ -258,6 +258,7 @@ impl Peer {
         if let Some(&end) = self.ends.iter().find(|end| end.last == seq && seq > self.durable.last) {
             self.durable = end;
         }
+        self.read_next();
         match &self.membership {
             Some(_) if self.standing == super::Standing::Joining => self.join(now),
             Some(membership) if !self.leading() && self.standing == super::Standing::Joined => {
