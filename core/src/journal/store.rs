@@ -269,6 +269,11 @@ impl<D: Disk> Store<D> {
     pub fn read_from(&mut self, from: u64) -> Result<(Option<Snapshot>, Vec<Record>), JournalError> {
         let scanned = read(&mut self.disk, Some(&self.header))?;
         let first = scanned.snapshot.as_ref().map_or(1, |snapshot| snapshot.next);
+        // What looks like a torn tail is known to have been synced whole: the disk lies, or has lost it.
+        let last = scanned.records.last().map_or(first - 1, |record| record.seq);
+        if last < self.durable {
+            return Err(JournalError::Missing { from: last + 1, to: self.durable });
+        }
         let records =
             scanned.records.into_iter().filter(|r| r.seq >= from.max(first) && r.seq <= self.durable);
         Ok((scanned.snapshot.filter(|snapshot| snapshot.next > from), records.collect()))
