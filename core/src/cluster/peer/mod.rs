@@ -433,7 +433,7 @@ impl Peer {
         if !self.links.entry(rank).or_default().receive(now, retry_ns, link) {
             return;
         }
-        self.progress += 1;
+        self.progress += u64::from(!self.obeying);
         let from_leader = rank == membership.leader;
         match payload {
             Some(Payload::Join { committed, digests }) => self.joining(rank, committed, digests),

@@ -33,8 +33,9 @@ impl NodeActor {
     }
 
     pub(super) fn open(&mut self, cx: &mut Context<'_, Said>, incarnation: u64) {
-        let opened = self.journal.open(incarnation);
+        // What is damaged from now on, while the journal is opened too, its reading may not have seen.
         let damages = self.common.atlas.damages(self.node);
+        let opened = self.journal.open(incarnation);
         if self.luck.befalls(cx, Hazard::CrashRecovering).is_some() {
             return cx.exit();
         }
