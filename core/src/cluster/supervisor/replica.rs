@@ -217,18 +217,26 @@ impl State {
         for seat in &mut seats {
             *seat = seat.or_else(|| free.next());
         }
+        let last = |node: NodeId| {
+            self.nodes[index(node.0)].beat.as_ref().map_or(Seq(0), |beat| beat.log.last)
+        };
+        let may_lead = |node: NodeId| replica.is_holder(node) && last(node) >= replica.floor;
+        // A seat is worth nothing without somebody who has the log: he takes one, if nobody seated has it.
+        if !seats.iter().flatten().any(|&node| may_lead(node))
+            && let Some(holder) = self.ids().find(|&node| fits(node) && may_lead(node))
+        {
+            *seats.last_mut().expect("a replica has ranks") = Some(holder);
+        }
         let nodes: Vec<NodeId> = seats.into_iter().collect::<Option<_>>().ok_or(Missing::Nodes)?;
         let members: Vec<Member> = nodes.iter().map(|&node| self.nodes[index(node.0)].member(node)).collect();
         let before = replica.membership.as_ref().filter(|_| replica.active).map(Membership::leading);
-        let last = |member: &Member| {
-            self.nodes[index(member.node.0)].beat.as_ref().map_or(Seq(0), |beat| beat.log.last)
-        };
-        let may_lead = |member: &Member| replica.is_holder(member.node) && last(member) >= replica.floor;
         // Who led goes on, so that no lease has to be waited out; or else who has most, so that least is cut off.
         let leader = (0..)
             .zip(&members)
-            .filter(|(_, member)| may_lead(member))
-            .max_by_key(|&(rank, member)| (before == Some(*member), last(member), core::cmp::Reverse(rank)));
+            .filter(|(_, member)| may_lead(member.node))
+            .max_by_key(|&(rank, member)| {
+                (before == Some(*member), last(member.node), core::cmp::Reverse(rank))
+            });
         let (leader, &leading): (u32, _) = leader.ok_or(Missing::Holder)?;
         if self.leases(id).any(|(member, until)| member != leading && until > now) {
             return Err(Missing::Fence);
