@@ -70,7 +70,8 @@ pub struct Client {
     news_ns: u64,
     /// When it no longer wants it.
     cancel_at_ns: Option<u64>,
-    begun: bool,
+    /// When it asked first, in nanoseconds of the world.
+    begun_ns: Option<u64>,
     /// Counts what it set its alarm to: an older alarm means nothing.
     alarms: u64,
 }
@@ -142,7 +143,7 @@ impl ClientsActor {
                 target: small(12, u64::from(nodes)),
                 news_ns: 0,
                 cancel_at_ns: cancelled.then(|| arrives_ns + below(13, 4_000_000_000)),
-                begun: false,
+                begun_ns: None,
                 alarms: 0,
             });
             arrivals.push(arrives_ns);
@@ -165,7 +166,7 @@ impl ClientsActor {
     /// Whether every stream that was begun has ended.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.clients.iter().all(|client| !client.begun || client.is_over())
+        self.clients.iter().all(|client| client.begun_ns.is_none() || client.is_over())
     }
 
     /// Deals with what happened.
@@ -204,10 +205,10 @@ impl ClientsActor {
     fn look(&mut self, cx: &mut Context<'_, Said>, at: usize) {
         let now = cx.world_ns();
         let client = &mut self.clients[at];
-        if client.is_over() || !(client.begun || self.open) {
+        if client.is_over() || !(client.begun_ns.is_some() || self.open) {
             return;
         }
-        client.begun = true;
+        client.begun_ns.get_or_insert(now);
         if client.accepted && client.cancel_at_ns.is_some_and(|cancel| cancel <= now) {
             let input = Box::new(Input::Cancel { id: client.id.clone() });
             cx.send(client.target, Said::Ask { replica: client.replica, input });
@@ -266,6 +267,12 @@ impl ClientsActor {
                 }
                 if client.finish.as_ref().is_some_and(|known| *known != reason) {
                     wrong(format!("it ends by {reason:?}, and had ended by {:?}", client.finish));
+                }
+                let waited_ns = now - client.begun_ns.unwrap_or(now);
+                // Its time runs from acceptance, by clocks that may be a little fast.
+                let due_ns = client.body.deadline_ns.unwrap_or(0) / 100 * 97;
+                if reason == FinishReason::Deadline && waited_ns < due_ns {
+                    wrong(format!("its time is over after {waited_ns} ns, of {:?}", client.body.deadline_ns));
                 }
                 if client.tokens.len() == generated as usize {
                     cx.note(|| What::Note(format!("{} ends: {reason:?}", client.id)));

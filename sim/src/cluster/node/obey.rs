@@ -10,6 +10,7 @@ use crate::hazard::Hazard;
 use crate::mark::Mark;
 use crate::world::Context;
 use lite_llm_core::cluster::membership::NodeId;
+use lite_llm_core::cluster::orders::LogEnd;
 use lite_llm_core::cluster::peer::{Log, PeerInput, PeerOutput};
 use lite_llm_core::event::Event;
 use lite_llm_core::ids::Seq;
@@ -51,11 +52,14 @@ impl NodeActor {
             },
             PeerOutput::Rewind { keep } => {
                 self.common.watch.mark(Mark::Rewound);
+                // What is cut off, or replaced, is not expected again if that is cut short.
+                self.durable = LogEnd::default();
                 let log = self.journal.cut(keep);
                 return self.rewound(cx, log);
             }
             PeerOutput::Install(snapshot) => {
                 self.common.watch.mark(Mark::Installed);
+                self.durable = LogEnd::default();
                 let log = self.journal.install(&snapshot);
                 return self.rewound(cx, log);
             }

@@ -75,7 +75,7 @@ fn config(setup: &ClusterSetup, decisions: &Decisions) -> Config {
         prefill_chunk: 1 + u32::try_from(draw(6, 8)).unwrap_or(0),
         snapshot_every: [0, 60, 200, 1000][usize::try_from(draw(7, 4)).unwrap_or(0)],
         topology: setup.topology,
-        limits: Limits { retries_max: 6, ..Limits::default() },
+        limits: Limits { retries_max: if draw(8, 4) == 0 { 0 } else { 6 }, ..Limits::default() },
         ..Config::default()
     }
 }
