@@ -188,6 +188,7 @@ impl Peer {
     /// The first input of the epoch: what was volatile is gone on every rank. All that is in the log is committed.
     fn begin(&mut self, now: Time) {
         self.committed_to(end_of(&self.engine).last);
+        self.begun = (now, self.engine.now());
         let incarnation = Incarnation(self.epoch().expect("an epoch is active").0);
         let (config, entropy) = (self.settings.config.clone(), self.settings.entropy);
         self.order(

@@ -206,8 +206,10 @@ pub struct Peer {
     early: Option<Input>,
     /// Outputs that wait until their record is committed, in order.
     held: VecDeque<(Seq, Held)>,
-    /// When the engine wants a tick.
+    /// When the engine wants a tick, by the time of the log.
     engine_until: Option<Time>,
+    /// As the leader: what this clock showed when the time of the log was what.
+    begun: (Time, Time),
     /// Until when commands may be taken and clients told.
     lease_until: Option<Time>,
     drained: bool,
@@ -248,6 +250,7 @@ impl Peer {
             early: None,
             held: VecDeque::new(),
             engine_until: None,
+            begun: (Time(0), Time(0)),
             lease_until: None,
             drained: false,
             draining: false,
@@ -471,7 +474,8 @@ impl Peer {
     }
 
     fn tick(&mut self, now: Time) {
-        if self.leads() && self.obeying && self.engine_until.is_some_and(|until| until <= now) {
+        if self.leads() && self.obeying && self.engine_until.is_some_and(|until| until <= self.log_time(now))
+        {
             self.order(now, Input::Tick);
         }
     }
@@ -488,9 +492,17 @@ impl Peer {
         }
     }
 
+    /// The time of the log, which goes on in every epoch where it stood, whatever the clock of its leader shows.
+    const fn log_time(&self, now: Time) -> Time {
+        let (own, log) = self.begun;
+        log.after_ns(now.0.saturating_sub(own.0))
+    }
+
     fn until(&self) -> Option<Time> {
         let links = self.links.values().filter_map(Link::again);
-        let engine = self.engine_until.filter(|_| self.leads());
+        let (own, log) = self.begun;
+        let engine =
+            self.engine_until.filter(|_| self.leads()).map(|at| own.after_ns(at.0.saturating_sub(log.0)));
         links.chain(engine).min()
     }
 }

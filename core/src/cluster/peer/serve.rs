@@ -16,7 +16,7 @@ use alloc::string::String;
 impl Peer {
     /// As the leader: gives an input its place in the log.
     pub(super) fn order(&mut self, now: Time, input: Input) {
-        let time = now.max(self.engine.now());
+        let time = self.log_time(now).max(self.engine.now());
         let record = Record {
             seq: self.engine.next_seq().0,
             time_ns: time.0,

@@ -217,9 +217,8 @@ impl State {
         for seat in &mut seats {
             *seat = seat.or_else(|| free.next());
         }
-        let last = |node: NodeId| {
-            self.nodes[index(node.0)].beat.as_ref().map_or(Seq(0), |beat| beat.log.last)
-        };
+        let last =
+            |node: NodeId| self.nodes[index(node.0)].beat.as_ref().map_or(Seq(0), |beat| beat.log.last);
         let may_lead = |node: NodeId| replica.is_holder(node) && last(node) >= replica.floor;
         // A seat is worth nothing without somebody who has the log: he takes one, if nobody seated has it.
         if !seats.iter().flatten().any(|&node| may_lead(node))
@@ -231,10 +230,8 @@ impl State {
         let members: Vec<Member> = nodes.iter().map(|&node| self.nodes[index(node.0)].member(node)).collect();
         let before = replica.membership.as_ref().filter(|_| replica.active).map(Membership::leading);
         // Who led goes on, so that no lease has to be waited out; or else who has most, so that least is cut off.
-        let leader = (0..)
-            .zip(&members)
-            .filter(|(_, member)| may_lead(member.node))
-            .max_by_key(|&(rank, member)| {
+        let leader =
+            (0..).zip(&members).filter(|(_, member)| may_lead(member.node)).max_by_key(|&(rank, member)| {
                 (before == Some(*member), last(member.node), core::cmp::Reverse(rank))
             });
         let (leader, &leading): (u32, _) = leader.ok_or(Missing::Holder)?;
