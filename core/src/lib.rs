@@ -27,6 +27,7 @@ mod modification;
 pub mod output;
 pub mod pages;
 pub mod plan;
+pub mod plant;
 pub mod random;
 pub mod replay;
 mod request;

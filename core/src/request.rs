@@ -8,6 +8,7 @@ use crate::lifecycle::Lifecycle;
 use crate::output::{FinishReason, Output, Refusal};
 use crate::pages::PageRun;
 use crate::plan::ModelPlan;
+use crate::plant::{self, Bug};
 use crate::state::State;
 use crate::step::StepRow;
 use crate::time::Time;
@@ -322,7 +323,8 @@ impl State {
             return self.refuse(cx, id, (Refusal::Invalid, reason));
         }
         cx.say(Output::Accepted { id: id.clone(), generated, after: cx.seq });
-        for (offset, &token) in (0..).zip(tokens).skip(index(from)) {
+        let skipped = usize::from(plant::is(Bug::OffsetSkipped) && from > 0);
+        for (offset, &token) in (0..).zip(tokens).skip(index(from) + skipped) {
             cx.say(Output::Token { id: id.clone(), offset, token, after: cx.seq });
         }
         if let Some(reason) = reason {

@@ -9,6 +9,7 @@ use crate::event::Event;
 use crate::ids::{ExpertKey, Generation, Slot, index};
 use crate::output::{Forward, Output, Row, SampleSpec};
 use crate::pages::PageRun;
+use crate::plant::{self, Bug};
 use crate::random::{Purpose, draw};
 use crate::request::Request;
 use crate::state::State;
@@ -82,7 +83,11 @@ impl State {
         let end =
             request.target().min(request.computed.saturating_add(self.config.prefill_chunk.min(positions)));
         match request.generation_at(request.computed) {
-            Some(segment) => Some((segment.generation, end.min(segment.until))),
+            Some(segment) => {
+                let forgotten = plant::is(Bug::GenerationForgotten);
+                let generation = if forgotten { self.generations.current() } else { segment.generation };
+                Some((generation, end.min(segment.until)))
+            }
             None => {
                 let end = end.min(self.generations.cut(&request.id).unwrap_or(u32::MAX));
                 (end > request.computed).then(|| (self.generations.current(), end))
@@ -131,6 +136,9 @@ impl State {
         let request = self.requests.live_mut(victim);
         request.computed = 0;
         cx.event(Event::Preempted { id: request.id.clone() });
+        if plant::is(Bug::PagesLost) {
+            request.pages.clear();
+        }
         self.pages.give_back(&mut request.pages);
         true
     }
@@ -138,7 +146,8 @@ impl State {
     /// Sends the running step, or its next attempt, to the backend.
     pub(crate) fn forward(&self, cx: &mut Context<'_>) {
         let step = self.steps.current.as_ref().expect("a step is running");
-        let tiers = self.generations.tiers(step.generation).to_vec();
+        let all = plant::is(Bug::MaskIgnored).then(|| self.plan().tier_set(&[]).ok()).flatten();
+        let tiers = all.unwrap_or_else(|| self.generations.tiers(step.generation).to_vec());
         cx.say(Output::Forward(Forward {
             step: step.id,
             attempt: step.attempt,

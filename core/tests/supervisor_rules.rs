@@ -281,6 +281,42 @@ fn a_disk_that_lost_what_was_told_never_leads() {
 }
 
 #[test]
+fn a_holder_that_comes_back_gets_a_seat_when_nobody_seated_has_the_log() {
+    let mut rig = Rig::new(config(3));
+    rig.serve();
+    let empty = |rig: &Rig, node| Beat { log: LogEnd::default(), committed: Seq(0), ..rig.beat_of(node) };
+    // One member stays away; the stand-by has its seat when the other comes back with an empty disk.
+    let seated = |rig: &Rig| {
+        let (membership, _) = rig.supervisor.view().memberships().next().unwrap();
+        membership.members.iter().map(|member| member.node.0).collect::<Vec<_>>()
+    };
+    assert_eq!(seated(&rig), [0, 1]);
+    let away = rig.member(1);
+    rig.give(SupervisorInput::Ended { member: away, ending: Ending::Signal(9) });
+    let other = empty(&rig, 2);
+    rig.give(SupervisorInput::Beat(Box::new(other)));
+    assert_eq!(seated(&rig), [0, 2]);
+    rig.lose(0, Ending::Signal(9));
+    let (first, other) = (empty(&rig, 0), empty(&rig, 2));
+    let mut said = rig.give(SupervisorInput::Beat(Box::new(first)));
+    said.extend(rig.give(SupervisorInput::Beat(Box::new(other))));
+    assert!(events(&said).iter().any(|event| matches!(event, SupervisorEvent::Waiting { .. })), "{said:?}");
+    // The last that has the log is back.
+    let tail = Ok(None);
+    let mut said = rig.give(SupervisorInput::Captured { member: away, tail });
+    rig.now = rig.now.after_ns(31 * SECOND);
+    for node in [0, 2] {
+        let beat = empty(&rig, node);
+        rig.give(SupervisorInput::Beat(Box::new(beat)));
+    }
+    said.extend(rig.give(SupervisorInput::Tick));
+    rig.lives[1] += 1;
+    rig.beat(1);
+    let (membership, _) = rig.supervisor.view().memberships().next().unwrap();
+    assert_eq!(membership.leading().node, NodeId(1), "{said:?}");
+}
+
+#[test]
 fn ranks_that_diverge_are_ended_by_name() {
     let mut rig = Rig::new(config(2));
     rig.serve();

@@ -10,6 +10,7 @@ mod inspect;
 mod perplexity;
 mod replay;
 mod run;
+mod sim;
 mod supervise;
 mod synth;
 mod trace;
@@ -52,6 +53,8 @@ pub(crate) enum Command {
     Perplexity(Box<perplexity::PerplexityArgs>),
     /// Write a random checkpoint of any size
     Synth(synth::SynthArgs),
+    /// Run simulated clusters under every fault, and check everything
+    Sim(Box<sim::SimArgs>),
     /// Show it all: generate, get killed in mid-token, recover, prove that the bits are the same
     Demo(demo::DemoArgs),
     /// Write shell completions to standard output
@@ -71,6 +74,7 @@ impl Command {
             Self::Trace(args) => args.run(),
             Self::Perplexity(args) => args.run(),
             Self::Synth(args) => args.run(),
+            Self::Sim(args) => args.run(),
             Self::Demo(args) => args.run(),
             Self::Completions(args) => args.run(),
         }

@@ -309,6 +309,24 @@ mod tests {
     }
 
     #[test]
+    fn a_log_that_reads_shorter_than_it_is_counts_as_lost() {
+        let mut journal = NodeJournal::new(3, SimDisk::new());
+        let mut life = Life { engine: journal.open(1).expect("an empty disk").engine, digests: Vec::new() };
+        for _ in 0..5 {
+            journal.append(life.next()).expect("it is open");
+            journal.flush().expect("no fault");
+        }
+        assert_eq!(journal.read_from(Seq(2)).expect("no fault").1.len(), 4);
+        let mut disk = journal.platter.0.borrow_mut();
+        let name = disk.list().expect("no fault").remove(0);
+        let len = usize::try_from(disk.len(&name).expect("it is there")).expect("short");
+        disk.cut(&name, len - 4096);
+        drop(disk);
+        let lost = JournalError::Missing { from: 5, to: 5 };
+        assert_eq!(journal.read_from(Seq(2)).expect_err("a record is lost").to_string(), lost.to_string());
+    }
+
+    #[test]
     fn a_log_is_cut_and_replaced() {
         let mut journal = NodeJournal::new(3, SimDisk::new());
         let mut life = Life { engine: journal.open(1).expect("an empty disk").engine, digests: Vec::new() };

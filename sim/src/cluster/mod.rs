@@ -9,5 +9,7 @@ pub mod message;
 pub mod node;
 pub mod operator;
 pub mod run;
+#[cfg(feature = "proptest")]
+pub mod strategy;
 pub mod supervisor;
 pub mod watch;

@@ -11,6 +11,7 @@
 //! ```
 
 mod cast;
+mod file;
 mod panics;
 mod phases;
 
@@ -26,6 +27,7 @@ use lite_llm_core::topology::Topology;
 use std::rc::Rc;
 
 pub use cast::Cast;
+pub use file::parse_topology;
 pub use phases::run;
 
 /// Makes more rules for a run.
@@ -68,13 +70,24 @@ impl std::fmt::Debug for ClusterSetup {
 }
 
 impl ClusterSetup {
-    /// A cluster of one replica of two stages and a stand-by, all faults, ten seconds of them.
+    /// The layouts that seeds take turns with, and the nodes that each is tried on.
+    pub const LAYOUTS: [(Topology, u32); 5] = [
+        (Topology { data: 1, tensor: 1, pipeline: 2, expert: 1 }, 3),
+        (Topology::SINGLE, 1),
+        (Topology { data: 1, tensor: 2, pipeline: 1, expert: 2 }, 5),
+        (Topology { data: 2, tensor: 1, pipeline: 1, expert: 2 }, 5),
+        (Topology { data: 1, tensor: 1, pipeline: 2, expert: 2 }, 5),
+    ];
+
+    /// A cluster of the layout whose turn it is, all faults, ten seconds of them.
     #[must_use]
     pub fn of(seed: u64) -> Self {
+        let turn = usize::try_from(seed % Self::LAYOUTS.len() as u64).expect("below a few");
+        let (topology, nodes) = Self::LAYOUTS[turn];
         Self {
             seed,
-            topology: Topology { data: 1, tensor: 1, pipeline: 2, expert: 1 },
-            nodes: 3,
+            topology,
+            nodes,
             hazards: Hazard::ALL.to_vec(),
             decisions: None,
             unrestricted: false,

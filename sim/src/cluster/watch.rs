@@ -88,6 +88,16 @@ pub struct Violation {
     pub what: String,
 }
 
+impl Violation {
+    /// What makes two of them the same failure: the checker, and of a panic the place.
+    #[must_use]
+    pub fn kind(&self) -> String {
+        let place =
+            self.what.rsplit_once('(').filter(|_| self.checker == "panic").map_or("", |(_, place)| place);
+        format!("{} {place}", self.checker)
+    }
+}
+
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let seconds = self.at_ns / 1_000_000_000;

@@ -9,6 +9,7 @@ use crate::digest::Digest;
 use crate::ids::{Incarnation, Seq, len32};
 use crate::input::Input;
 use crate::journal::{Record, Snapshot};
+use crate::plant::{self, Bug};
 use crate::time::Time;
 use alloc::vec::Vec;
 
@@ -65,7 +66,9 @@ impl Peer {
         self.engine_until = None;
         self.diverged = 0;
         self.draining = false;
-        self.out.push_back(PeerOutput::Forget);
+        if !plant::is(Bug::ArenasKept) {
+            self.out.push_back(PeerOutput::Forget);
+        }
         if rank == leader {
             self.standing = Standing::Joined;
             self.followers = (0..ranks).filter(|&other| other != rank).map(|other| (other, None)).collect();
@@ -122,7 +125,8 @@ impl Peer {
 
     /// As the leader: reads its log for the next member whose log is not the same, once all of it can be read.
     pub(super) fn read_next(&mut self) {
-        if self.reads || self.durable != end_of(&self.engine) {
+        let whole = self.durable == end_of(&self.engine) || plant::is(Bug::ReadEarly);
+        if self.reads || !whole {
             return;
         }
         if let Some(&(_, committed, _)) = self.reading.front() {
@@ -143,10 +147,12 @@ impl Peer {
         let common = (first..).zip(mine).take_while(|(at, digest)| theirs(*at) == Some(digest)).last();
         match (common, snapshot) {
             (Some((at, _)), _) if at + 1 == committed.0 + digests.len() as u64 => {
+                let at = at + u64::from(plant::is(Bug::LacksOne));
                 let lacks = records.into_iter().filter(|record| record.seq > at).collect();
                 self.send_records(now, rank, lacks);
                 self.joined(rank, Seq(at));
             }
+            (Some(_), _) if plant::is(Bug::RewindSkipped) => self.joined(rank, end_of(&self.engine).last),
             (Some((at, _)), _) => self.send(now, rank, Payload::Rewind { keep: Seq(at) }),
             (None, Some(snapshot)) => self.send(now, rank, Payload::Install { snapshot }),
             (None, None) => self.broken(committed, *digests.first().unwrap_or(&Digest::default())),
@@ -188,7 +194,9 @@ impl Peer {
     /// The first input of the epoch: what was volatile is gone on every rank. All that is in the log is committed.
     fn begin(&mut self, now: Time) {
         self.committed_to(end_of(&self.engine).last);
-        self.begun = (now, self.engine.now());
+        if !plant::is(Bug::ClockJumps) {
+            self.begun = (now, self.engine.now());
+        }
         let incarnation = Incarnation(self.epoch().expect("an epoch is active").0);
         let (config, entropy) = (self.settings.config.clone(), self.settings.entropy);
         self.order(

@@ -20,6 +20,7 @@ use crate::input::Input;
 use crate::journal::{Record, Snapshot};
 use crate::lifecycle::Lifecycle;
 use crate::output::Output;
+use crate::plant::{self, Bug};
 use crate::time::Time;
 use crate::topology::Topology;
 use alloc::boxed::Box;
@@ -436,7 +437,7 @@ impl Peer {
         if !self.links.entry(rank).or_default().receive(now, retry_ns, link) {
             return;
         }
-        self.progress += u64::from(!self.obeying);
+        self.progress += u64::from(!self.obeying || plant::is(Bug::WishesAreProgress));
         let from_leader = rank == membership.leader;
         match payload {
             Some(Payload::Join { committed, digests }) => self.joining(rank, committed, digests),
@@ -451,6 +452,9 @@ impl Peer {
             Some(Payload::Records { records, committed }) if from_leader => {
                 self.follow(records);
                 self.committed_to(committed);
+                if plant::is(Bug::AckUnflushed) {
+                    self.send(now, rank, Payload::Durable { seq: end_of(&self.engine).last });
+                }
             }
             Some(Payload::Committed { seq }) if from_leader => self.committed_to(seq),
             Some(Payload::Durable { seq }) => self.follower_durable(rank, seq),

@@ -8,6 +8,7 @@ use crate::ids::{ExpertKey, LoadId, Seq, Slot, StepId, index};
 use crate::input::{Fault, Input};
 use crate::journal::{Record, Snapshot};
 use crate::output::{Forward, Output};
+use crate::plant::{self, Bug};
 use crate::replay::encode_input;
 use crate::time::Time;
 use alloc::format;
@@ -34,7 +35,7 @@ impl Peer {
             self.obeying = incarnation.0 == epoch.0;
         }
         // Bringing a log up is work; a record of an epoch that serves may be a mere wish of a client.
-        self.progress += u64::from(!self.obeying);
+        self.progress += u64::from(!self.obeying || plant::is(Bug::WishesAreProgress));
         self.out.push_back(PeerOutput::Append(record));
         self.engine.handle(time, input);
         self.ends.push_back(end_of(&self.engine));
@@ -62,6 +63,9 @@ impl Peer {
                 logic_version: crate::LOGIC_VERSION,
                 bytes: self.engine.snapshot(),
             };
+            if plant::is(Bug::SnapshotEarly) {
+                return self.out.push_back(PeerOutput::Snapshot(snapshot));
+            }
             self.hold(last, Held::Snapshot(snapshot));
         }
     }
@@ -179,7 +183,7 @@ impl Peer {
                 |node| format!("not the leader: ask {node}"),
             ));
         }
-        if self.lease_until.is_none_or(|until| now >= until) {
+        if !self.has_lease(now) {
             return Err("no lease: the supervisor has not been heard; ask again".into());
         }
         let busiest = self.links.values().map(super::Link::unconfirmed).max().unwrap_or(0);
@@ -187,6 +191,10 @@ impl Peer {
             return Err("busy: another rank is behind (unconfirmed_max); ask again later".into());
         }
         Ok(())
+    }
+
+    fn has_lease(&self, now: Time) -> bool {
+        plant::is(Bug::LeaseIgnored) || self.lease_until.is_some_and(|until| now < until)
     }
 
     /// The local driver has answered.
@@ -290,7 +298,9 @@ impl Peer {
             return;
         }
         let followers = self.followers.values().map(|durable| durable.unwrap_or_default());
-        let committed = followers.chain([self.durable.last]).min().expect("the leader itself");
+        let all = followers.chain([self.durable.last]);
+        let committed = if plant::is(Bug::CommitFastest) { all.max() } else { all.min() };
+        let committed = committed.expect("the leader itself");
         if committed > self.committed() {
             self.committed_to(committed);
             self.send_to_followers(now, &Payload::Committed { seq: committed });
@@ -299,10 +309,12 @@ impl Peer {
 
     /// Lets go what is committed; clients hear it only under a lease.
     pub(super) fn release(&mut self, now: Time) {
-        while self.held.front().is_some_and(|&(after, _)| after <= self.committed()) {
+        let own = plant::is(Bug::TellOwnDurable);
+        let released = if own { self.durable.last.max(self.committed()) } else { self.committed() };
+        while self.held.front().is_some_and(|&(after, _)| after <= released) {
             let told =
                 matches!(&self.held[0].1, Held::Output(output) if self.leading() && is_for_clients(output));
-            if told && self.lease_until.is_none_or(|until| now >= until) {
+            if told && !self.has_lease(now) {
                 return;
             }
             let (_, held) = self.held.pop_front().expect("it was there");

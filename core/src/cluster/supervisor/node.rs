@@ -7,6 +7,7 @@ use super::{Context, State};
 use crate::cluster::membership::{Member, NodeId};
 use crate::cluster::orders::{Beat, Facts, Orders};
 use crate::ids::{Incarnation, Seq, index, len32};
+use crate::plant::{self, Bug};
 use crate::time::Time;
 use alloc::collections::VecDeque;
 use alloc::{format, string::String};
@@ -218,6 +219,9 @@ impl State {
         };
         node.failure = Some((failure.clone(), hopeless));
         cx.event(SupervisorEvent::Failed(failure.clone()));
+        if plant::is(Bug::RestartUnrecorded) {
+            return self.captured(cx, member, Ok(None));
+        }
         cx.say(SupervisorOutput::Capture { failure, after: cx.seq });
     }
 
@@ -265,7 +269,8 @@ impl State {
             if node.incarnation > Incarnation(0) {
                 node.restarts.push_back(cx.now);
             }
-            node.incarnation.0 += 1;
+            let again = plant::is(Bug::LifeReused) && node.incarnation > Incarnation(0);
+            node.incarnation.0 += u64::from(!again);
             node.beat = None;
             node.life = Life::Starting { until: cx.now.after_ns(self.config.patience.starting_ns) };
             cx.say(SupervisorOutput::Start { member: node.member(id), after: cx.seq });

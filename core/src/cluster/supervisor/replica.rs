@@ -6,6 +6,7 @@ use super::{Context, State};
 use crate::cluster::membership::{Member, Membership, NodeId};
 use crate::cluster::orders::{Lease, Orders};
 use crate::ids::{Seq, index, len32};
+use crate::plant::{self, Bug};
 use crate::time::Time;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -53,7 +54,11 @@ impl Replica {
 
     /// Whether a node's disk has everything that was told, if it has its log still.
     fn is_holder(&self, node: NodeId) -> bool {
-        self.holders.as_ref().is_none_or(|holders| holders.members.iter().any(|member| member.node == node))
+        plant::is(Bug::AnyLeads)
+            || self
+                .holders
+                .as_ref()
+                .is_none_or(|holders| holders.members.iter().any(|member| member.node == node))
     }
 }
 
@@ -219,7 +224,8 @@ impl State {
         }
         let last =
             |node: NodeId| self.nodes[index(node.0)].beat.as_ref().map_or(Seq(0), |beat| beat.log.last);
-        let may_lead = |node: NodeId| replica.is_holder(node) && last(node) >= replica.floor;
+        let reaches = |node: NodeId| last(node) >= replica.floor || plant::is(Bug::FloorIgnored);
+        let may_lead = |node: NodeId| replica.is_holder(node) && reaches(node);
         // A seat is worth nothing without somebody who has the log: he takes one, if nobody seated has it.
         if !seats.iter().flatten().any(|&node| may_lead(node))
             && let Some(holder) = self.ids().find(|&node| fits(node) && may_lead(node))
@@ -235,7 +241,8 @@ impl State {
                 (before == Some(*member), last(member.node), core::cmp::Reverse(rank))
             });
         let (leader, &leading): (u32, _) = leader.ok_or(Missing::Holder)?;
-        if self.leases(id).any(|(member, until)| member != leading && until > now) {
+        let leased = self.leases(id).any(|(member, until)| member != leading && until > now);
+        if leased && !plant::is(Bug::NoFence) {
             return Err(Missing::Fence);
         }
         Ok((members, leader))
@@ -263,7 +270,7 @@ impl State {
 
     fn adopt(&mut self, cx: &mut Context<'_>, id: u32, members: Vec<Member>, leader: u32) {
         assert!(members.iter().all(|&member| self.is_up(member)), "only who is heard becomes a member");
-        self.epoch.0 += 1;
+        self.epoch.0 += u64::from(!plant::is(Bug::EpochReused) || self.epoch.0 == 0);
         for member in &members {
             self.nodes[index(member.node.0)].home = Some(id);
         }

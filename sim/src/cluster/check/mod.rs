@@ -1,6 +1,31 @@
 //! What must hold in every run, each rule as a checker that is told facts and shares no code with what it checks.
 //!
-//! An embedder's own rules are checkers too: give them to [`ClusterSetup`](super::run::ClusterSetup).
+//! An embedder's own rules are checkers too, and take part in every run:
+//!
+//! ```
+//! use lite_llm_sim::cluster::check::Checker;
+//! use lite_llm_sim::cluster::run::{ClusterSetup, run};
+//! use lite_llm_sim::cluster::watch::Fact;
+//! use std::rc::Rc;
+//!
+//! /// No node tells more than so much in a run.
+//! struct Quota(u64);
+//!
+//! impl Checker for Quota {
+//!     fn name(&self) -> &'static str {
+//!         "quota"
+//!     }
+//!
+//!     fn see(&mut self, fact: &Fact<'_>) -> Result<(), String> {
+//!         self.0 -= u64::from(matches!(fact, Fact::Told { .. }));
+//!         if self.0 == 0 { Err("somebody tells too much".into()) } else { Ok(()) }
+//!     }
+//! }
+//!
+//! let more = Rc::new(|| vec![Box::new(Quota(100_000)) as Box<dyn Checker>]);
+//! let report = run(&ClusterSetup { checkers: Some(more), ..ClusterSetup::of(7) });
+//! assert_eq!(report.violation, None);
+//! ```
 
 mod committed;
 mod generations;

@@ -15,6 +15,7 @@ use lite_llm_core::input::{Fault, Input};
 use lite_llm_core::output::{Carving, Forward, Origin, Output};
 use lite_llm_core::pages::PageRun;
 use lite_llm_core::plan::ModelPlan;
+use lite_llm_core::plant::{self, Bug};
 use lite_llm_core::topology::Topology;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -289,7 +290,7 @@ impl Device {
             (None, Some(bit)) => Some(expected ^ 1 << (bit % 64)),
             (None, None) => Some(expected),
         };
-        if found.is_some_and(|found| found != expected) {
+        if found.is_some_and(|found| found != expected) && !plant::is(Bug::CopyUnverified) {
             bench.watch.mark(Mark::WrongBytes);
             fault = Some(Fault::Corrupt("the copy has not its checksum".into()));
         }

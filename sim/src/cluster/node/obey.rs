@@ -118,6 +118,13 @@ impl NodeActor {
     }
 
     fn snapshot(&mut self, cx: &mut Context<'_, Said>, snapshot: &Snapshot) -> bool {
+        let Some(Life::Running(process)) = &self.life else { return false };
+        let committed = process.peer.committed();
+        if snapshot.next > committed.0 + 1 {
+            let what =
+                format!("a snapshot before {} is written, and {committed} is committed", snapshot.next);
+            self.common.watch.violated(cx.world_ns(), "committed-once", what);
+        }
         if let Err(error) = self.journal.write_snapshot(snapshot) {
             return self.give_up(cx, &error);
         }

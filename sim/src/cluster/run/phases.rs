@@ -34,6 +34,10 @@ const LIVENESS_NS: u64 = 240 * SECOND_NS;
 /// How far clocks of the world may drift apart, in thousandths, and what the cluster allows for.
 const DRIFT_PER_MILLE: u32 = 10;
 const DRIFT_ALLOWED_PER_MILLE: u32 = 25;
+/// No run has more events than these, and one for so many virtual nanoseconds of its faults: whoever makes more gets
+/// nowhere.
+const EVENTS_MAX: u64 = 2_000_000;
+const NS_PER_EVENT: u64 = 10_000;
 /// Bytes of a sector of a node's disk.
 const SECTOR_BYTES: usize = 4096;
 
@@ -114,7 +118,8 @@ impl Cluster {
             facts,
             topology,
             nodes: setup.nodes,
-            lease_ns: SECOND_NS,
+            lease_ns: [SECOND_NS / 2, 4 * SECOND_NS]
+                [usize::try_from(decisions.ordinary(21, 0, 1) % 2).unwrap_or(0)],
             drift_per_mille: DRIFT_ALLOWED_PER_MILLE,
             patience: Patience {
                 silence_min_ns: SECOND_NS / 2,
@@ -179,7 +184,13 @@ impl Cluster {
     }
 
     fn run_until(&mut self, until_ns: u64) {
-        while !self.common.watch.is_violated() && self.world.step(until_ns) {}
+        while !self.common.watch.is_violated() && self.world.step(until_ns) {
+            let most = EVENTS_MAX + self.setup.duration_ns / NS_PER_EVENT;
+            if self.world.events() > most {
+                let what = format!("{most} things have happened, and there is no end");
+                self.common.watch.violated(self.world.now_ns(), "livelock", what);
+            }
+        }
     }
 
     fn is_violated(&self) -> bool {

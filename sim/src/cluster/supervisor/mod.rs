@@ -23,16 +23,19 @@ use lite_llm_core::ids::{Incarnation, Seq};
 use lite_llm_core::journal::{Header, JournalError, Store};
 use lite_llm_core::replay::{encode_input, fold};
 use lite_llm_core::time::Time;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Tokens of wakes.
 const FLUSHED: u64 = 0;
 const TICK: u64 = 1;
 const CAPTURED: u64 = 2;
+/// And, above it, the place of a member that is to be ended.
+const FENCED: u64 = 3;
 
 /// Nanoseconds that a flush takes, a capture, and a start, at least and by how much more.
 const FLUSH_NS: (u64, u64) = (50_000, 300_000);
 const CAPTURE_NS: u64 = 2_000_000;
+const FENCE_NS: u64 = 6_000_000_000;
 const START_NS: (u64, u64) = (5_000_000, 20_000_000);
 /// Nanoseconds until a supervisor that died is started again.
 const RESTART_NS: u64 = 200_000_000;
@@ -49,6 +52,8 @@ pub struct SupervisorActor {
     begun: BTreeMap<NodeId, Incarnation>,
     /// Failures that were written down.
     failures: Vec<Failure>,
+    /// Lives that were begun before everything stopped.
+    ended: BTreeSet<Member>,
     /// Events of all lives that became durable.
     events: Vec<(Seq, SupervisorEvent)>,
     /// Its last word, if it has ended by itself.
@@ -72,6 +77,8 @@ struct Process {
     held: VecDeque<(Seq, SupervisorOutput)>,
     inbox: VecDeque<SupervisorInput>,
     capturing: VecDeque<Member>,
+    /// Members that were to be ended and could not be reached at once.
+    fencing: Vec<Member>,
     alarm: Option<Time>,
     snapshot: Seq,
 }
@@ -86,6 +93,7 @@ impl SupervisorActor {
             luck: Luck::default(),
             begun: BTreeMap::new(),
             failures: Vec::new(),
+            ended: BTreeSet::new(),
             events: Vec::new(),
             exited: None,
             reopens: false,
@@ -161,6 +169,14 @@ impl SupervisorActor {
                     return cx.exit();
                 }
             }
+            Happening::Woken { token } if token >= FENCED => {
+                let member = process.fencing[usize::try_from(token - FENCED).expect("few")];
+                if cx.runs(member.node.0, member.incarnation.0) {
+                    cx.kill(member.node.0);
+                }
+                let ended = SupervisorInput::Ended { member, ending: Ending::Signal(9) };
+                process.inbox.push_back(ended);
+            }
             Happening::Woken { token: CAPTURED } => {
                 if let Some(member) = process.capturing.pop_front() {
                     process.inbox.push_back(SupervisorInput::Captured { member, tail: Ok(None) });
@@ -216,6 +232,7 @@ impl SupervisorActor {
             held: VecDeque::new(),
             inbox: VecDeque::from([started]),
             capturing: VecDeque::new(),
+            fencing: Vec::new(),
             alarm: None,
             snapshot: durable,
         });
@@ -259,9 +276,14 @@ impl SupervisorActor {
         match output {
             SupervisorOutput::Orders { orders, .. } => cx.send(orders.to.node.0, Said::Orders(orders)),
             SupervisorOutput::Start { member, .. } => {
-                let begun = self.begun.entry(member.node).or_default();
-                if *begun < member.incarnation {
-                    *begun = member.incarnation;
+                let begun = self.begun.get(&member.node).copied().unwrap_or_default();
+                if begun < member.incarnation {
+                    let before = Member { incarnation: begun, ..member };
+                    if before.incarnation > Incarnation(0) && !self.recorded(before) {
+                        let what = format!("{member} is started, and the end of {before} is not recorded");
+                        self.watch.violated(cx.world_ns(), "recorded", what);
+                    }
+                    self.begun.insert(member.node, member.incarnation);
                     let more = cx.decisions().ordinary(TICK, u64::from(member.node.0), member.incarnation.0);
                     cx.start(member.node.0, member.incarnation.0, START_NS.0 + more % START_NS.1);
                 } else if !cx.runs(member.node.0, member.incarnation.0) {
@@ -269,10 +291,17 @@ impl SupervisorActor {
                 }
             }
             SupervisorOutput::Kill { member, cause, .. } => {
-                if cx.runs(member.node.0, member.incarnation.0) {
-                    if matches!(cause, Cause::Suspected(_)) {
-                        self.watch.mark(Mark::FalselySuspected);
-                    }
+                let runs = cx.runs(member.node.0, member.incarnation.0);
+                if runs && matches!(cause, Cause::Suspected(_)) {
+                    self.watch.mark(Mark::FalselySuspected);
+                }
+                if runs && let Some(value) = self.luck.befalls(cx, Hazard::SlowFence) {
+                    let process = self.process.as_mut().expect("only a running process obeys");
+                    process.fencing.push(member);
+                    let last = process.fencing.len() as u64 - 1;
+                    return cx.wake_in(value % FENCE_NS, FENCED + last);
+                }
+                if runs {
                     cx.kill(member.node.0);
                 }
                 process.inbox.push_back(ended(member, Ending::Signal(9)));
@@ -289,6 +318,9 @@ impl SupervisorActor {
                 self.events.push((seq, event));
             }
             SupervisorOutput::Exit { error, .. } => {
+                // What ends in a drain is meant to.
+                let lives = self.begun.iter().map(|(&node, &incarnation)| Member { node, incarnation });
+                self.ended.extend(lives);
                 self.exited = Some(error);
                 cx.exit_with(0);
             }
@@ -298,6 +330,11 @@ impl SupervisorActor {
 }
 
 impl SupervisorActor {
+    /// Whether the end of a life was written down; one that ended in a drain needs no record.
+    fn recorded(&self, member: Member) -> bool {
+        self.ended.contains(&member) || self.failures.iter().any(|failure| failure.member == member)
+    }
+
     /// Counts what runs are to have.
     fn note(&mut self, event: &SupervisorEvent) {
         let watch = self.watch.clone();

@@ -1,0 +1,62 @@
+//! `lite-llm sim` as a person uses it.
+
+use lite_llm_tests::command::Place;
+
+#[test]
+fn seeds_are_run_and_the_same_seeds_give_the_same_digest() {
+    let place = Place::new();
+    let run = || {
+        let ran = place.run(["sim", "--seeds", "4", "--from", "10", "--json"]);
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let object: serde_json::Value = serde_json::from_str(&ran.stdout).expect("one object");
+        assert_eq!(object["runs"], 4);
+        object["digest"].clone()
+    };
+    assert_eq!(run(), run());
+}
+
+#[test]
+fn a_run_is_logged_drawn_and_replayed() {
+    let place = Place::new();
+    let digest = |ran: lite_llm_tests::command::Ran| {
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let object: serde_json::Value = serde_json::from_str(&ran.stdout).expect("one object");
+        object["digest"].clone()
+    };
+    let files = ["--log", "run.log", "--timeline", "run.html", "--trace", "run.json"];
+    let seeded = digest(place.run(["sim", "--seed", "3", "--json"].iter().chain(&files)));
+    assert_eq!(digest(place.run(["sim", "--replay", "run.log", "--json"])), seeded);
+    let page = std::fs::read_to_string(place.path("run.html")).expect("it was written");
+    assert!(page.starts_with("<!doctype html>") && page.contains("supervisor"));
+    let trace = std::fs::read_to_string(place.path("run.json")).expect("it was written");
+    assert!(serde_json::from_str::<serde_json::Value>(&trace).is_ok());
+    for (damage, parts) in [
+        ("nonsense", &["run.log", "no decision log"][..]),
+        ("lite-llm decisions 9\n", &["run.log", "version 9", "run its seed again"]),
+        ("lite-llm decisions 1\nseed 3\nend 0\n", &["run.log", "topology is missing"]),
+    ] {
+        std::fs::write(place.path("run.log"), damage).expect("a place to write");
+        let ran = place.run(["sim", "--replay", "run.log"]);
+        assert_ne!(ran.code, Some(0));
+        for part in parts {
+            assert!(ran.stderr.contains(part), "{part}: {}", ran.stderr);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_simulated_is_refused_with_the_remedy() {
+    let place = Place::new();
+    for (args, parts) in [
+        (&["--faults", "gremlins"][..], &["no fault \"gremlins\"", "--list-faults"][..]),
+        (&["--topology", "dp=two"], &["dp=two", "write it as dp=2"]),
+        (&["--topology", "pp=9"], &["pipeline is 9", "4 layers"]),
+        (&["--topology", "pp=2,ep=2", "--nodes", "3"], &["nodes is 3", "needs 4"]),
+        (&["--timeline", "run.html"], &["--seed"]),
+        (&["--plant", "skip-sync"], &["--features plant"]),
+    ] {
+        place.run(["sim"].iter().chain(args)).refuses(2, parts);
+    }
+    let ran = place.run(["sim", "--list-faults"]);
+    assert_eq!(ran.stdout.lines().count(), lite_llm_sim::hazard::Hazard::ALL.len());
+}
