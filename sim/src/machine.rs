@@ -123,7 +123,7 @@ pub struct Machine {
     blobs: BTreeSet<Digest>,
     /// Modified bytes on their way there.
     persisting: Option<(Seq, Vec<(ExpertKey, Digest)>)>,
-    pages: Vec<Vec<u64>>,
+    pages: Vec<[u64; 4]>,
     compute: Option<Compute>,
     clients: BTreeMap<RequestId, Client>,
     /// What the journal says of each generation, and in which record.
@@ -320,7 +320,7 @@ impl Machine {
                 let bytes = slots * 1000 + u64::from(carving.pages) * carving.page_bytes + 1900;
                 assert!(bytes <= self.config.memory_bytes, "arenas stay within the budget");
                 self.arenas = Arenas::of(carving);
-                self.pages = vec![vec![0; 4]; carving.pages as usize];
+                self.pages = vec![[0; 4]; carving.pages as usize];
             }
             Output::LoadBase { shard } => self.inbox.push_back(Input::BaseLoaded { shard }),
             Output::LoadRouters => self.inbox.push_back(Input::RoutersLoaded),

@@ -5,6 +5,8 @@ use lite_llm_core::config::Placement;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::ExpertKey;
 use lite_llm_core::input::Body;
+use lite_llm_core::output::Row;
+use lite_llm_core::pages::PageRun;
 use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
 use lite_llm_core::random::{Purpose, draw};
 use std::collections::BTreeMap;
@@ -76,6 +78,33 @@ pub fn cached(before: u64, seen: impl IntoIterator<Item = u64>, token: u32, tier
 /// The positions before this one that its window shows.
 pub fn seen(position: u32) -> core::ops::Range<u32> {
     (position + 1).saturating_sub(WINDOW)..position
+}
+
+/// What the positions of a row leave, in order; their pages, of four positions each, have it too.
+///
+/// # Panics
+/// If a position, or one that it sees, has no page: the engine gives one to each.
+pub fn row(pages: &mut [[u64; 4]], row: &Row, tiers: &[u32]) -> Vec<u64> {
+    let [whole, window] = row.pages.as_slice() else { panic!("a run for each group of layers") };
+    let place = |run: &PageRun, position: u32| {
+        let page = run.page(position / 4).expect("a page of every position that is computed or seen");
+        (page as usize, position as usize % 4)
+    };
+    let mut states = Vec::new();
+    for (position, &token) in (row.start..).zip(&row.tokens) {
+        let read = |run, position| {
+            let (page, at) = place(run, position);
+            pages[page][at]
+        };
+        let before = position.checked_sub(1).map_or(0, |before| read(whole, before));
+        let state = cached(before, seen(position).map(|seen| read(window, seen)), token, tiers);
+        for run in [whole, window] {
+            let (page, at) = place(run, position);
+            pages[page][at] = state;
+        }
+        states.push(state);
+    }
+    states
 }
 
 /// The experts that a position selects in a layer: one or two of the active tiers.

@@ -5,13 +5,12 @@
 #![cfg(feature = "plant")]
 
 use lite_llm_core::plant::{Bug, plant};
-use lite_llm_sim::cluster::run::{ClusterSetup, run};
+use lite_llm_sim::cluster::run::{ClusterSetup, run, run_many};
 use lite_llm_sim::cluster::watch::Violation;
 use lite_llm_sim::decision::Decision;
 use lite_llm_sim::minimise::minimise;
-use std::num::NonZero;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 
 /// Runs that a minimisation may take.
 const TRIES_MAX: u32 = 400;
@@ -20,22 +19,13 @@ const SEEDS: u64 = 200;
 
 /// The first seed that finds what is planted.
 fn found() -> Option<u64> {
-    let (next, first) = (AtomicU64::new(0), AtomicU64::new(SEEDS));
-    let workers = thread::available_parallelism().map_or(1, NonZero::get);
-    thread::scope(|scope| {
-        for _ in 0..workers {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= first.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    if run(&ClusterSetup::of(seed)).violation.is_some() {
-                        first.fetch_min(seed, Ordering::Relaxed);
-                    }
-                }
-            });
+    let first = AtomicU64::new(SEEDS);
+    run_many(0..SEEDS, ClusterSetup::of, |report| {
+        if report.violation.is_none() {
+            return ControlFlow::Continue(());
         }
+        first.fetch_min(report.seed, Ordering::Relaxed);
+        ControlFlow::Break(())
     });
     Some(first.into_inner()).filter(|seed| *seed < SEEDS)
 }

@@ -97,7 +97,7 @@ impl SimArgs {
                     "give the --seed that is meant: --minimise, --timeline, --trace and --log are of one run",
                 ));
             }
-            self.setup(0, &hazards)?.check().map_err(usage)?;
+            self.setup(0, &hazards).check().map_err(usage)?;
             return seeds::run_all(&self, &hazards);
         }
         let mut setup = match &self.replay {
@@ -105,7 +105,7 @@ impl SimArgs {
                 let file = LogFile::parse(&read(path)?).with_context(|| path.display().to_string())?;
                 ClusterSetup::of_log(&file).map_err(|why| usage(format!("{}: {why}", path.display())))?
             }
-            None => self.setup(self.seed.unwrap_or_default(), &hazards)?,
+            None => self.setup(self.seed.unwrap_or_default(), &hazards),
         };
         setup.check().map_err(usage)?;
         setup.chronicle = (self.timeline.is_some() || self.trace.is_some()) && !self.minimise;
@@ -121,7 +121,7 @@ impl SimArgs {
     }
 
     /// The run of a seed, as the flags say.
-    fn setup(&self, seed: u64, hazards: &[Hazard]) -> anyhow::Result<ClusterSetup> {
+    fn setup(&self, seed: u64, hazards: &[Hazard]) -> ClusterSetup {
         let mut setup = ClusterSetup { hazards: hazards.to_vec(), ..ClusterSetup::of(seed) };
         if let Some(topology) = self.topology {
             (setup.topology, setup.nodes) = (topology, topology.nodes());
@@ -130,7 +130,7 @@ impl SimArgs {
         setup.unrestricted = self.unrestricted;
         setup.duration_ns = u64::try_from(self.duration.as_nanos()).unwrap_or(u64::MAX);
         setup.workload.requests = self.requests;
-        Ok(setup)
+        setup
     }
 
     /// The flags that make the same run again, seed aside.

@@ -12,6 +12,7 @@
 
 mod cast;
 mod file;
+mod many;
 mod panics;
 mod phases;
 
@@ -28,6 +29,7 @@ use std::rc::Rc;
 
 pub use cast::Cast;
 pub use file::parse_topology;
+pub use many::run_many;
 pub use phases::run;
 
 /// Makes more rules for a run.

@@ -6,7 +6,6 @@ use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_core::input::{Fault, Input, RowResult};
 use lite_llm_core::output::Forward;
-use lite_llm_core::pages::PageRun;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A step that is being computed.
@@ -28,22 +27,8 @@ pub(super) struct Compute {
 impl Machine {
     pub(super) fn begin(&mut self, forward: Forward) {
         assert!(self.compute.is_none(), "one step at a time");
-        let mut cached = Vec::new();
-        for row in &forward.rows {
-            let mut states = Vec::new();
-            let [whole, window] = row.pages.as_slice() else { panic!("a run for each group of layers") };
-            for (position, &token) in (row.start..).zip(&row.tokens) {
-                let before = position.checked_sub(1).map_or(0, |before| self.read(whole, before));
-                let seen = model::seen(position).map(|seen| self.read(window, seen));
-                let state = model::cached(before, seen, token, &forward.tiers);
-                for run in [whole, window] {
-                    let page = run.page(position / 4).expect("a page for each position");
-                    self.pages[page as usize][position as usize % 4] = state;
-                }
-                states.push(state);
-            }
-            cached.push(states);
-        }
+        let (rows, tiers) = (forward.rows.iter(), &forward.tiers);
+        let cached = rows.map(|row| model::row(&mut self.pages, row, tiers)).collect();
         self.compute = Some(Compute {
             forward,
             cached,
@@ -56,12 +41,6 @@ impl Machine {
             wave_len: 0,
             aborted: false,
         });
-    }
-
-    /// What a position left in a group of layers.
-    fn read(&self, run: &PageRun, position: u32) -> u64 {
-        let page = run.page(position / 4).expect("a page of every position that is seen");
-        self.pages[page as usize][position as usize % 4]
     }
 
     /// The next thing that the compute backend does.

@@ -13,7 +13,6 @@ use lite_llm_core::cluster::peer::{Peer, PeerInput};
 use lite_llm_core::ids::{ExpertKey, LoadId, Slot};
 use lite_llm_core::input::{Fault, Input};
 use lite_llm_core::output::{Carving, Forward, Origin, Output};
-use lite_llm_core::pages::PageRun;
 use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::plant::{self, Bug};
 use lite_llm_core::topology::Topology;
@@ -336,22 +335,8 @@ impl Device {
         for &(key, slot) in forward.resident.iter().flatten() {
             self.check_there(bench, key, slot);
         }
-        let mut states = Vec::new();
-        for row in &forward.rows {
-            let [whole, window] = row.pages.as_slice() else { panic!("a run for each group of layers") };
-            let mut of_row = Vec::new();
-            for (position, &token) in (row.start..).zip(&row.tokens) {
-                let before = position.checked_sub(1).map_or(0, |before| self.cached(whole, before));
-                let seen = model::seen(position).map(|seen| self.cached(window, seen));
-                let state = model::cached(before, seen, token, &forward.tiers);
-                for run in [whole, window] {
-                    let page = run.page(position / 4).expect("a page for each position");
-                    self.pages[page as usize][position as usize % 4] = state;
-                }
-                of_row.push(state);
-            }
-            states.push(of_row);
-        }
+        let (rows, tiers) = (forward.rows.iter(), &forward.tiers);
+        let states = rows.map(|row| model::row(&mut self.pages, row, tiers)).collect();
         let slow = bench.befalls(Hazard::SlowDevice).map_or(0, |value| value % SLOW_NS);
         self.steps += 1;
         let ns = STEP_NS.0 + bench.ordinary(2, self.steps) % STEP_NS.1 + slow;
@@ -360,12 +345,6 @@ impl Device {
         if bench.befalls(Hazard::DeviceHang).is_none() {
             bench.cx.wake_in(ns, super::token(Rung::Begun(self.steps)));
         }
-    }
-
-    /// What a position left in a group of layers.
-    fn cached(&self, run: &PageRun, position: u32) -> u64 {
-        let page = run.page(position / 4).expect("a page of every position that is seen");
-        self.pages[page as usize][position as usize % 4]
     }
 
     fn check_there(&self, bench: &Bench<'_, '_>, key: ExpertKey, slot: Slot) {
