@@ -166,7 +166,7 @@ fn hex(bytes: &[u8]) -> String {
 fn golden_bytes() {
     let identity: [u8; 32] = std::array::from_fn(|i| i as u8);
     let header = Header { logic_version: 0x0102_0304, node: 5, incarnation: 6, identity };
-    let (segment, tag) = SegmentHeader { header, index: 7, first_seq: 8 }.encode();
+    let (segment, tag) = SegmentHeader { header, index: 7, first_seq: 8, torn: false }.encode();
     insta::assert_snapshot!("segment_header", hex(&segment));
     let records = [
         Record { seq: 8, time_ns: 9, digest: [10; 32], payload: b"payload".to_vec() },
@@ -290,6 +290,7 @@ fn a_cut_is_cut_for_good() {
         let (mut store, recovered) = Store::open(&mut disk, &header(2)).unwrap();
         let kept = recovered.records.len() as u64;
         assert_eq!(recovered.records, records(kept));
+        assert_eq!(recovered.torn, recovered.cut.is_some());
         // What is written now takes the numbers of what was cut, and is what is found from now on.
         let other = Record { seq: kept + 1, time_ns: 1, digest: [1; 32], payload: b"other".to_vec() };
         push(&mut store, other.clone());
@@ -364,6 +365,36 @@ fn files_that_are_gone_are_missed() {
 }
 
 #[test]
+fn a_cut_tail_is_remembered_until_the_log_is_known_to_be_whole() {
+    let mut disk = Memory::default();
+    write(&mut disk, &GROUPS);
+    let newest = segments(&disk).pop().unwrap().0;
+    disk.0.get_mut(&newest).unwrap().push(1);
+    let open =
+        |disk: &mut Memory, life| Store::open(disk, &header(life)).map(|(_, found)| found.torn).unwrap();
+    assert!(
+        [2, 3].map(|life| open(&mut disk, life)).iter().all(|torn| *torn),
+        "further lives change nothing"
+    );
+    let mut store = Store::open(&mut disk, &header(4)).unwrap().0;
+    push(&mut store, Record { seq: 18, time_ns: 1, digest: [1; 32], payload: b"other".to_vec() });
+    store.flush().unwrap();
+    store.cut(17).unwrap();
+    assert!(scan(&mut disk).unwrap().torn, "nor do further segments");
+    let mut store = Store::open(&mut disk, &header(5)).unwrap().0;
+    store.whole().unwrap();
+    assert_eq!(scan(&mut disk).unwrap().records, records(17));
+    assert!([6, 7].map(|life| open(&mut disk, life)).iter().all(|torn| !torn));
+    // A flag of a later version is not taken for this one.
+    let begin = SegmentHeader { header: header(8), index: 9, first_seq: 1, torn: true };
+    let (mut bytes, _) = begin.encode();
+    bytes[20] = 3;
+    let sum = crc32fast::hash(&bytes[..80]).to_le_bytes();
+    bytes[80..84].copy_from_slice(&sum);
+    assert!(SegmentHeader::decode(&bytes).is_err());
+}
+
+#[test]
 fn stale_blocks_of_another_segment_are_no_groups() {
     let mut disk = Memory::default();
     write(&mut disk, &GROUPS);
@@ -425,7 +456,7 @@ fn crc(bytes: &[u8]) -> u32 {
 #[test]
 fn numbers_out_of_bounds_are_refused() {
     for (index, first_seq) in [(u64::MAX, 1), (1, u64::MAX), (1, 0), (1 << 63, 1 << 63)] {
-        let (mut bytes, tag) = SegmentHeader { header: header(1), index, first_seq }.encode();
+        let (mut bytes, tag) = SegmentHeader { header: header(1), index, first_seq, torn: false }.encode();
         let frame = Record { seq: first_seq, ..record(1) };
         if first_seq > 0 {
             bytes.extend(encode_group(tag, BLOCK_BYTES as u64, first_seq - 1, &[frame]));
@@ -448,7 +479,7 @@ fn numbers_out_of_bounds_are_refused() {
 fn a_tail_of_two_large_groups_is_recovered() {
     // The last group is torn in its last record, so two groups' worth of records is not known to be durable.
     let large = |seq: u64| Record { seq, payload: vec![seq as u8; PAYLOAD_BYTES_MAX - 100], ..record(seq) };
-    let (mut bytes, tag) = SegmentHeader { header: header(1), index: 1, first_seq: 1 }.encode();
+    let (mut bytes, tag) = SegmentHeader { header: header(1), index: 1, first_seq: 1, torn: false }.encode();
     let groups: [Vec<Record>; 2] = [(1..=3).map(large).collect(), (4..=6).map(large).collect()];
     for group in &groups {
         let offset = bytes.len() as u64;

@@ -124,6 +124,7 @@ fn settings(topology: Topology, config: &Config, member: Member) -> PeerConfig {
         member,
         facts: Facts::default(),
         config: config.clone(),
+        torn: true,
         entropy: 1,
         retry_ns: 300,
         unconfirmed_max: 1000,
@@ -228,6 +229,7 @@ impl Rig {
                 self.handle_nested(at, PeerInput::Rewound(Box::new(Log::new(engine, &log))));
             }
             PeerOutput::Install(Snapshot { .. }) => unreachable!("nothing is trimmed here"),
+            PeerOutput::Whole => assert!(node.peer.is_in_active_epoch() && !node.peer.beat(Time(0)).torn),
             PeerOutput::Diverged { seq, .. } => panic!("record {seq} diverges"),
             PeerOutput::Data { from, tag, bytes } => {
                 assert_eq!(bytes, [7]);

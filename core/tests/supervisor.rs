@@ -368,6 +368,7 @@ impl Rig {
             sent: machine.clock.read(self.now),
             facts: machine.facts.clone(),
             log: LogEnd { last: machine.log, digest: Digest::default() },
+            torn: false,
             committed: machine.committed,
             epoch: process.membership.as_ref().map(|membership| membership.epoch).unwrap_or_default(),
             synced: process.synced,

@@ -60,6 +60,7 @@ impl Rig {
             sent: self.now,
             facts: Facts::default(),
             log: LogEnd { last: Seq(9), digest: Digest::default() },
+            torn: false,
             committed: Seq(9),
             epoch: membership.map_or(Epoch(0), |(membership, _)| membership.epoch),
             synced: membership.is_some_and(|(membership, _)| membership.leading() == member),
@@ -278,6 +279,43 @@ fn a_disk_that_lost_what_was_told_never_leads() {
     rig.beat(1);
     let (membership, _) = rig.supervisor.view().memberships().next().unwrap();
     assert_eq!(membership.leading().node, NodeId(1));
+}
+
+#[test]
+fn a_log_whose_tail_was_torn_leads_only_once_all_logs_are_known() {
+    let torn = |rig: &Rig, node, last| {
+        let log = LogEnd { last: Seq(last), digest: Digest::default() };
+        SupervisorInput::Beat(Box::new(Beat { torn: true, log, ..rig.beat_of(node) }))
+    };
+    let serve = || {
+        let mut rig = Rig::new(config(3));
+        rig.serve();
+        rig.lose(0, Ending::Signal(9));
+        rig.lose(1, Ending::Signal(9));
+        let beat = torn(&rig, 2, 0);
+        rig.give(beat);
+        rig
+    };
+    let leader = |rig: &Rig| rig.supervisor.view().memberships().next().unwrap().0.leading();
+    // One is torn, the other away: who is there may lack what the other has.
+    let mut rig = serve();
+    let epoch = rig.supervisor.view().epoch();
+    let beat = torn(&rig, 0, 11);
+    let said = rig.give(beat);
+    assert_eq!(rig.supervisor.view().epoch(), epoch);
+    assert!(events(&said).iter().any(|event| matches!(event, SupervisorEvent::Waiting { .. })), "{said:?}");
+    // The other is whole, and leads although it ends earlier.
+    rig.beat(1);
+    assert_eq!(leader(&rig), rig.member(1));
+    // Both are torn: what the longer one has is all there is.
+    for (first, second, leads) in [(11, 10, 0), (10, 11, 1)] {
+        let mut rig = serve();
+        let beat = torn(&rig, 0, first);
+        rig.give(beat);
+        let beat = torn(&rig, 1, second);
+        rig.give(beat);
+        assert_eq!(leader(&rig), rig.member(leads));
+    }
 }
 
 #[test]

@@ -35,6 +35,8 @@ marks! {
     Recovered "recovered" "A node folds records of an earlier life.",
     RecoveredSnapshot "recovered-snapshot" "A node begins from a snapshot.",
     DiskReplaced "disk-replaced" "A journal cannot be read, and its disk is replaced.",
+    Torn "torn" "A life begins with a log whose tail was cut, and nobody has said yet that it is whole.",
+    WholeAgain "whole-again" "Such a log is known to be whole.",
     OpenFailed "open-failed" "A journal cannot be opened now, and can later.",
     Rewound "rewound" "A log is cut to what its leader has.",
     Installed "installed" "A log is replaced by a snapshot of its leader.",

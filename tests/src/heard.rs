@@ -58,6 +58,7 @@ impl Rank {
             member: member(0),
             facts: Facts::default(),
             config: Config { topology, ..Config::default() },
+            torn: true,
             entropy: 1,
             retry_ns: 100,
             unconfirmed_max: 16,

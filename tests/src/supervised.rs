@@ -87,6 +87,7 @@ fn beat(choice: &mut Choice, supervisor: &Supervisor, member: Member) -> Beat {
         sent: Time(supervisor.now().0.saturating_add(choice.below(3))),
         facts,
         log: LogEnd { last: Seq(choice.below(9)), digest: Digest::default() },
+        torn: false,
         committed: Seq(choice.below(9)),
         epoch,
         synced: choice.chance(500),

@@ -57,6 +57,9 @@ pub struct Beat {
     pub facts: Facts,
     /// Where its log ends.
     pub log: LogEnd,
+    /// Its journal's tail was torn when it was opened, and it has not been in an active epoch since: some of what it had may be
+    /// gone.
+    pub torn: bool,
     /// Up to where it knows every member of its epoch to have the log durable.
     pub committed: Seq,
     /// The newest epoch that it has joined; 0 for none.

@@ -88,6 +88,8 @@ pub struct SegmentHeader {
     pub index: u64,
     /// The first record in it; every record below was durable when it was made.
     pub first_seq: u64,
+    /// A torn tail was cut since it was last known that nothing is missing: see [`Store::whole`](super::Store::whole).
+    pub torn: bool,
 }
 
 /// Binds groups and frames to their segment: the checksum of its header.
@@ -102,7 +104,7 @@ impl SegmentHeader {
         out.extend(FORMAT_VERSION.to_le_bytes());
         out.extend(self.header.logic_version.to_le_bytes());
         out.extend(self.header.node.to_le_bytes());
-        out.extend([0; 4]);
+        out.extend(u32::from(self.torn).to_le_bytes());
         out.extend(self.index.to_le_bytes());
         out.extend(self.header.incarnation.to_le_bytes());
         out.extend(self.first_seq.to_le_bytes());
@@ -134,12 +136,16 @@ impl SegmentHeader {
         }
         let logic_version = at.u32();
         let node = at.u32();
-        at.u32();
+        let torn = match at.u32() {
+            0 => false,
+            1 => true,
+            _ => return Err(Invalid::Bytes("the header has flags that nobody writes")),
+        };
         let index = at.u64();
         let incarnation = at.u64();
         let first_seq = at.u64();
         let header = Header { logic_version, node, incarnation, identity: at.array() };
-        Ok((Self { header, index, first_seq }, Tag(crc)))
+        Ok((Self { header, index, first_seq, torn }, Tag(crc)))
     }
 }
 

@@ -51,6 +51,8 @@ pub struct Scanned {
     pub records: Vec<Record>,
     /// The torn tail, if there was one.
     pub cut: Option<Cut>,
+    /// A torn tail was cut, now or at an earlier opening, and nobody has said since that nothing is missing.
+    pub torn: bool,
     /// The last record known to be durable; those above may exist only in the page cache.
     pub durable: u64,
     /// The segments with records from the snapshot on, oldest first.
@@ -96,6 +98,7 @@ pub(super) fn read<D: Disk>(disk: &mut D, expected: Option<&Header>) -> Result<S
         snapshot,
         records: Vec::new(),
         cut: None,
+        torn: false,
         durable: next - 1,
         segments: Vec::new(),
         index_max,
@@ -112,6 +115,7 @@ pub(super) fn read<D: Disk>(disk: &mut D, expected: Option<&Header>) -> Result<S
         let segment = Segment::read(disk, name, index, first_seq, expected)?;
         if end.is_none() {
             header = Some(segment.info.header.header);
+            out.torn = segment.info.header.torn;
         }
         let mut records = segment.parse(end, next, &mut out)?;
         records.retain(|record| record.seq >= next && end.is_none_or(|end| record.seq < end));
@@ -131,6 +135,7 @@ pub(super) fn read<D: Disk>(disk: &mut D, expected: Option<&Header>) -> Result<S
     {
         return Err(JournalError::Missing { from: next, to: end - 1 });
     }
+    out.torn |= out.cut.is_some();
     out.segments.reverse();
     out.records = parts.into_iter().rev().flatten().collect();
     out.header = header;

@@ -30,6 +30,8 @@ pub struct Recovered {
     pub records: Vec<Record>,
     /// The torn tail that was left out.
     pub cut: Option<Cut>,
+    /// A torn tail was left out, now or at an earlier opening, and [`Store::whole`] has not been called since.
+    pub torn: bool,
     /// The incarnation that last opened this journal.
     pub incarnation: Option<u64>,
 }
@@ -45,6 +47,7 @@ pub struct Store<D: Disk> {
     durable: u64,
     snapshot_next: u64,
     segment_bytes: u64,
+    torn: bool,
     poisoned: bool,
 }
 
@@ -72,7 +75,9 @@ impl<D: Disk> Store<D> {
         let first_seq = scanned.durable + 1;
         let tail: Vec<Record> = scanned.records.iter().filter(|r| r.seq >= first_seq).cloned().collect();
         let index = scanned.index_max + 1;
-        let active = create_segment(&mut disk, header, index, first_seq, &tail)?;
+        let torn = scanned.torn;
+        let begin = SegmentHeader { header: *header, index, first_seq, torn };
+        let active = create_segment(&mut disk, &begin, &tail)?;
         let next = scanned.snapshot.as_ref().map_or(1, |snapshot| snapshot.next);
         let durable = scanned.durable + tail.len() as u64;
         let mut store = Self {
@@ -84,6 +89,7 @@ impl<D: Disk> Store<D> {
             durable,
             snapshot_next: next,
             segment_bytes: SEGMENT_BYTES,
+            torn,
             poisoned: false,
         };
         store.remove_unused(first_seq)?;
@@ -91,6 +97,7 @@ impl<D: Disk> Store<D> {
             snapshot: scanned.snapshot,
             records: scanned.records,
             cut: scanned.cut,
+            torn,
             incarnation: scanned.header.map(|header| header.incarnation),
         };
         Ok((store, recovered))
@@ -217,8 +224,7 @@ impl<D: Disk> Store<D> {
             return Err(JournalError::OutOfOrder { expected: self.durable, found: keep });
         }
         self.or_poison(|store| {
-            let index = store.active.index + 1;
-            store.active = create_segment(&mut store.disk, &store.header, index, keep + 1, &[])?;
+            store.begin_segment(keep + 1)?;
             store.durable = keep;
             store.buffer.clear();
             store.buffer_bytes = 0;
@@ -249,8 +255,8 @@ impl<D: Disk> Store<D> {
             disk.create_new(REPLACING)?;
             disk.sync_dir()?;
             remove_all(disk)?;
-            let index = store.active.index + 1;
-            store.active = create_segment(disk, &store.header, index, snapshot.next, &[])?;
+            store.begin_segment(snapshot.next)?;
+            let disk = &mut store.disk;
             disk.rename(&aside, &name)?;
             disk.sync_dir()?;
             disk.remove(REPLACING)?;
@@ -261,6 +267,20 @@ impl<D: Disk> Store<D> {
             store.buffer_bytes = 0;
             Ok(())
         })
+    }
+
+    /// Notes, durably, that nothing is missing, whatever tail was once cut: others hold the same log.
+    ///
+    /// A torn tail is what a crash leaves of a group that was never acknowledged. But a disk that misreads its newest group looks
+    /// the same, and then something acknowledged is gone; so the cut is remembered until somebody knows better.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    pub fn whole(&mut self) -> Result<(), JournalError> {
+        if !core::mem::replace(&mut self.torn, false) {
+            return Ok(());
+        }
+        self.or_poison(|store| store.begin_segment(store.durable + 1))
     }
 
     /// The records from `from` on, none of them buffered; if the journal begins later, its snapshot and what follows.
@@ -280,12 +300,19 @@ impl<D: Disk> Store<D> {
         Ok((scanned.snapshot.filter(|snapshot| snapshot.next > from), records.collect()))
     }
 
+    /// Makes an empty segment after the present one, for records from there on.
+    fn begin_segment(&mut self, first_seq: u64) -> Result<(), JournalError> {
+        let (header, index, torn) = (self.header, self.active.index + 1, self.torn);
+        let begin = SegmentHeader { header, index, first_seq, torn };
+        self.active = create_segment(&mut self.disk, &begin, &[])?;
+        Ok(())
+    }
+
     fn write_group(&mut self) -> Result<(), JournalError> {
         let group_bytes = (self.buffer_bytes + 2 * BLOCK_BYTES) as u64;
         let empty = self.active.bytes == BLOCK_BYTES as u64;
         if !empty && self.active.bytes + group_bytes > self.segment_bytes {
-            let (index, first_seq) = (self.active.index + 1, self.durable + 1);
-            self.active = create_segment(&mut self.disk, &self.header, index, first_seq, &[])?;
+            self.begin_segment(self.durable + 1)?;
         }
         let group = encode_group(self.active.tag, self.active.bytes, self.durable, &self.buffer);
         self.disk.append(&self.active.name, &group)?;
@@ -343,12 +370,11 @@ fn check_bound(bytes: u64, max: u64) -> Result<(), JournalError> {
 /// Makes a durable segment that begins with `records`, all of them above what is durable elsewhere.
 fn create_segment<D: Disk>(
     disk: &mut D,
-    header: &Header,
-    index: u64,
-    first_seq: u64,
+    begin: &SegmentHeader,
     records: &[Record],
 ) -> Result<Active, JournalError> {
-    let (mut bytes, tag) = SegmentHeader { header: *header, index, first_seq }.encode();
+    let &SegmentHeader { index, first_seq, .. } = begin;
+    let (mut bytes, tag) = begin.encode();
     assert!(records.first().is_none_or(|record| record.seq == first_seq));
     let mut rest = records;
     while !rest.is_empty() {

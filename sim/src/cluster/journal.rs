@@ -74,16 +74,16 @@ impl NodeJournal {
         Self { platter: Platter::new(disk), node, store: None }
     }
 
-    /// Opens it for a life and folds what is there.
+    /// Opens it for a life and folds what is there; with it, whether a tail was torn since it was known to be whole.
     ///
     /// # Errors
     /// If it cannot be read, written or folded; the process cannot go on, and may try again in its next life.
-    pub fn open(&mut self, incarnation: u64) -> Result<Log, OpenError> {
+    pub fn open(&mut self, incarnation: u64) -> Result<(Log, bool), OpenError> {
         let header = Header { logic_version: LOGIC_VERSION, node: self.node, incarnation, identity: [0; 32] };
         let (store, found) = Store::open(self.platter.clone(), &header)?;
         let log = folded(found.snapshot.as_ref(), &found.records)?;
         self.store = Some(store);
-        Ok(log)
+        Ok((log, found.torn))
     }
 
     /// Adds a record, not yet durable.
@@ -143,6 +143,17 @@ impl NodeJournal {
     pub fn cut(&mut self, keep: Seq) -> Result<Log, OpenError> {
         self.store().cut(keep.0)?;
         self.fold_all()
+    }
+
+    /// Notes that nothing is missing.
+    ///
+    /// # Errors
+    /// If the disk fails.
+    ///
+    /// # Panics
+    /// If it is not open.
+    pub fn whole(&mut self) -> Result<(), JournalError> {
+        self.store().whole()
     }
 
     /// Takes a snapshot in place of everything.
@@ -271,7 +282,7 @@ mod tests {
         let mut life = Life { engine: Engine::new(), digests: Vec::new() };
         let (mut acknowledged, mut deaths) = (0, 0);
         for incarnation in 1..60 {
-            let Ok(log) = journal.open(incarnation) else {
+            let Ok((log, _)) = journal.open(incarnation) else {
                 journal.die(None);
                 continue;
             };
@@ -311,7 +322,7 @@ mod tests {
     #[test]
     fn a_log_that_reads_shorter_than_it_is_counts_as_lost() {
         let mut journal = NodeJournal::new(3, SimDisk::new());
-        let mut life = Life { engine: journal.open(1).expect("an empty disk").engine, digests: Vec::new() };
+        let mut life = Life { engine: journal.open(1).expect("an empty disk").0.engine, digests: Vec::new() };
         for _ in 0..5 {
             journal.append(life.next()).expect("it is open");
             journal.flush().expect("no fault");
@@ -329,7 +340,7 @@ mod tests {
     #[test]
     fn a_log_is_cut_and_replaced() {
         let mut journal = NodeJournal::new(3, SimDisk::new());
-        let mut life = Life { engine: journal.open(1).expect("an empty disk").engine, digests: Vec::new() };
+        let mut life = Life { engine: journal.open(1).expect("an empty disk").0.engine, digests: Vec::new() };
         for _ in 0..5 {
             journal.append(life.next()).expect("it is open");
         }
@@ -342,9 +353,9 @@ mod tests {
         let log = journal.install(&snapshot).expect("no fault");
         assert_eq!((log.engine.next_seq(), log.engine.digest().0), (Seq(6), digest));
         journal.die(None);
-        assert_eq!(journal.open(2).expect("it was durable").engine.digest().0, digest);
+        assert_eq!(journal.open(2).expect("it was durable").0.engine.digest().0, digest);
         assert!(journal.open(1).is_err(), "an older life does not write here");
         journal.replace_disk();
-        assert_eq!(journal.open(3).expect("an empty disk").engine.next_seq(), Seq(1));
+        assert_eq!(journal.open(3).expect("an empty disk").0.engine.next_seq(), Seq(1));
     }
 }

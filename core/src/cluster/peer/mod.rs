@@ -36,6 +36,8 @@ pub struct PeerConfig {
     pub facts: Facts,
     /// The engine's configuration, the topology in it.
     pub config: Config,
+    /// The journal's tail was torn, and nobody has said since that nothing is missing.
+    pub torn: bool,
     /// A random number, for a replica whose routing seed is to be drawn.
     pub entropy: u64,
     /// Nanoseconds after which an unconfirmed message is sent again.
@@ -139,6 +141,8 @@ pub enum PeerOutput {
     },
     /// Take this in place of the local journal; answered by `Rewound`.
     Install(Snapshot),
+    /// Nothing is missing in the local journal, although its tail was torn: remember that with it.
+    Whole,
     /// A new epoch: drop arenas, loads, the running step and every answer that is still to come.
     Forget,
     /// A command is not taken, and why.
@@ -289,6 +293,11 @@ impl Peer {
         self.commit(now);
         self.release(now);
         self.confirm(now);
+        // All members of an active epoch have one log, and who began it had everything.
+        if self.settings.torn && self.is_in_active_epoch() {
+            self.settings.torn = false;
+            self.out.push_back(PeerOutput::Whole);
+        }
     }
 
     /// The next output; [`PeerOutput::Wait`] when there is none.
@@ -305,6 +314,7 @@ impl Peer {
             sent: now,
             facts: self.settings.facts.clone(),
             log: self.durable,
+            torn: self.settings.torn,
             committed: self.committed(),
             epoch: self.epoch().filter(|_| in_epoch).unwrap_or_default(),
             synced: self.synced(),

@@ -199,6 +199,7 @@ mod tests {
             sent: Time(0),
             facts: Default::default(),
             log: Default::default(),
+            torn: false,
             committed: Default::default(),
             epoch: Default::default(),
             synced: false,

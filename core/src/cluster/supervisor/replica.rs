@@ -225,7 +225,17 @@ impl State {
         let last =
             |node: NodeId| self.nodes[index(node.0)].beat.as_ref().map_or(Seq(0), |beat| beat.log.last);
         let reaches = |node: NodeId| last(node) >= replica.floor || plant::is(Bug::FloorIgnored);
-        let may_lead = |node: NodeId| replica.is_holder(node) && reaches(node);
+        let has_all = |node: NodeId| replica.is_holder(node) && reaches(node);
+        let is_whole = |node: NodeId| has_all(node) && !self.is_torn(node);
+        let whole = self.ids().any(|node| fits(node) && is_whole(node));
+        // A log whose tail was torn may lack what was told: it is as good as any only once all are known.
+        let longest = replica
+            .holders
+            .iter()
+            .flat_map(|holders| &holders.members)
+            .try_fold(Seq(0), |most, member| fits(member.node).then(|| most.max(last(member.node))));
+        let is_longest = |node: NodeId| has_all(node) && longest.is_some_and(|most| last(node) >= most);
+        let may_lead = |node: NodeId| is_whole(node) || !whole && is_longest(node);
         // A seat is worth nothing without somebody who has the log: he takes one, if nobody seated has it.
         if !seats.iter().flatten().any(|&node| may_lead(node))
             && let Some(holder) = self.ids().find(|&node| fits(node) && may_lead(node))
@@ -246,6 +256,10 @@ impl State {
             return Err(Missing::Fence);
         }
         Ok((members, leader))
+    }
+
+    fn is_torn(&self, node: NodeId) -> bool {
+        self.nodes[index(node.0)].beat.as_ref().is_none_or(|beat| beat.torn)
     }
 
     /// Nodes without a replica that this one may take: the others have to find as many as they have ranks.

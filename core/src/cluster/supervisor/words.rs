@@ -120,7 +120,8 @@ pub enum SupervisorEvent {
     Adopted(Membership),
     /// Their logs are one; it begins.
     Activated(Epoch),
-    /// A replica cannot go on until one of these nodes is back: only their disks hold what was told.
+    /// A replica cannot go on until one of these nodes is back, or all, if the tail of each log was torn: only their disks hold
+    /// what was told.
     Waiting {
         /// Which replica.
         replica: u32,

@@ -63,6 +63,12 @@ impl NodeActor {
                 let log = self.journal.install(&snapshot);
                 return self.rewound(cx, log);
             }
+            PeerOutput::Whole => {
+                self.common.watch.mark(Mark::WholeAgain);
+                if let Err(error) = self.journal.whole() {
+                    return self.give_up(cx, &error);
+                }
+            }
             PeerOutput::Refused { input, reason } => {
                 let mark = if reason.starts_with("not the leader") {
                     Some(Mark::NotLeader)

@@ -40,7 +40,7 @@ impl NodeActor {
             return cx.exit();
         }
         match opened {
-            Ok(log) => self.begin(cx, incarnation, log, damages),
+            Ok((log, torn)) => self.begin(cx, incarnation, log, torn, damages),
             Err(error) => self.unopened(cx, &error),
         }
     }
@@ -67,12 +67,15 @@ impl NodeActor {
         cx.exit_with(3);
     }
 
-    fn begin(&mut self, cx: &mut Context<'_, Said>, incarnation: u64, log: Log, damages: u64) {
+    fn begin(&mut self, cx: &mut Context<'_, Said>, incarnation: u64, log: Log, torn: bool, damages: u64) {
         self.failures = 0;
         self.check_recovered(cx, &log);
         let common = &self.common;
         let member = Member { node: NodeId(self.node), incarnation: Incarnation(incarnation) };
         let digests = log.ends.iter().map(|end| (end.last.0 + 1, first_bytes(&end.digest.0))).collect();
+        if torn {
+            common.watch.mark(Mark::Torn);
+        }
         if log.ends.len() > 1 {
             common.watch.mark(Mark::Recovered);
         }
@@ -87,6 +90,7 @@ impl NodeActor {
             member,
             facts: Facts { logic, ..common.facts.clone() },
             config: common.config.clone(),
+            torn,
             entropy: cx.decisions().ordinary(7, u64::from(self.node), incarnation),
             retry_ns: RETRY_NS,
             unconfirmed_max: 1000,

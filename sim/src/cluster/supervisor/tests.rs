@@ -60,6 +60,7 @@ impl Toy {
                     sent: cx.clock(),
                     facts: Facts::default(),
                     log: LogEnd { last: Seq(1), ..LogEnd::default() },
+                    torn: false,
                     committed: Seq(1),
                     epoch: membership.map(|membership| membership.epoch).unwrap_or_default(),
                     synced: membership.is_some_and(|membership| membership.leading() == member),
