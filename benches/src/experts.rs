@@ -30,7 +30,8 @@ impl Experts {
     #[must_use]
     pub fn open(dir: &Path) -> Self {
         let checkpoint = Arc::new(Checkpoint::open(dir).expect("a checkpoint"));
-        let options = ModelOptions { threads: 1, isa: Isa::detect(), kv_dtype: None, routing_seed: 0 };
+        let options =
+            ModelOptions { threads: 1, isa: Isa::detect(), kv_dtype: None, ..ModelOptions::default() };
         let model = Model::open(checkpoint, options).expect("a model");
         let plan = model.plan(1, 1, Digest::default()).expect("a plan");
         let entries =

@@ -91,7 +91,7 @@ impl Resident {
     #[must_use]
     pub fn load(dir: &std::path::Path, threads: usize) -> Self {
         let checkpoint = Arc::new(Checkpoint::open(dir).expect("a checkpoint"));
-        let options = ModelOptions { threads, isa: Isa::detect(), kv_dtype: None, routing_seed: 0 };
+        let options = ModelOptions { threads, isa: Isa::detect(), kv_dtype: None, ..ModelOptions::default() };
         let mut model = Model::open(checkpoint, options).expect("a model");
         model.load_base(0).expect("base parameters");
         model.load_routers().expect("routers");

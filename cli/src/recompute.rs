@@ -72,7 +72,8 @@ impl Recompute {
         let Some(kv_dtype) = kv_dtype else {
             bail!("{} has another architecture or tiers than the journal's model", dir.display());
         };
-        let options = ModelOptions { threads, isa, kv_dtype: Some(kv_dtype), routing_seed };
+        let options =
+            ModelOptions { threads, isa, kv_dtype: Some(kv_dtype), routing_seed, ..ModelOptions::default() };
         let mut model = Model::open(checkpoint, options)?;
         let here = model.plan(limits.step_positions_max, limits.rows_max, tokenizer)?;
         if here.identity != plan.identity {

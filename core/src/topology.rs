@@ -205,6 +205,12 @@ impl Topology {
         share(layers, self.pipeline, stage)
     }
 
+    /// The rows, or groups of rows, that a tensor rank holds.
+    #[must_use]
+    pub fn rows(&self, rows: u32, rank: u32) -> Range<u32> {
+        share(rows, self.tensor, rank)
+    }
+
     /// The experts of a layer, by ordinal, that an expert rank holds.
     #[must_use]
     pub fn experts(&self, experts: u32, rank: u32) -> Range<u32> {
@@ -238,8 +244,8 @@ pub fn assign(topology: &Topology, layers: u32, tensors: &[BaseTensor]) -> Resul
                 if together == 0 || !tensor.rows.is_multiple_of(together) {
                     return Err(format!("tensor {index}: {} rows are not groups of {together}", tensor.rows));
                 }
-                let shares = (0..topology.tensor)
-                    .map(|rank| (rank, share(tensor.rows / together, topology.tensor, rank)));
+                let shares =
+                    (0..topology.tensor).map(|rank| (rank, topology.rows(tensor.rows / together, rank)));
                 slices.extend(shares.filter(|(_, groups)| !groups.is_empty()).map(|(rank, groups)| Slice {
                     tensor: index,
                     rank: at(rank),

@@ -1,9 +1,10 @@
 //! A model on this machine: its base parameters packed for the kernels, its routers, and how experts are loaded.
 
-use crate::arch::Arch;
+use crate::arch::{Arch, Attention};
 use crate::checkpoint::{Checkpoint, CheckpointError, Tier};
 use crate::forward::{KvGroups, planned_bytes};
 use crate::kernels::{CONTRACT_VERSION, DType, Isa, KvShape, PAGE_POSITIONS, Pool, RopeTable, SelfTestError};
+use crate::share::Share;
 use crate::weights::{Base, ExpertLayout, Router, expert_layout, load_base, pack_expert};
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::ExpertKey;
@@ -22,6 +23,9 @@ pub enum ModelError {
     /// The checkpoint is at fault.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The model cannot be shared out like that.
+    #[error("{0}")]
+    Share(String),
     /// This machine computes other bits.
     #[error(transparent)]
     SelfTest(#[from] SelfTestError),
@@ -52,6 +56,14 @@ pub struct ModelOptions {
     pub kv_dtype: Option<DType>,
     /// Seed of ties between experts.
     pub routing_seed: u64,
+    /// Which part of the model is computed here.
+    pub share: Share,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self { threads: 1, isa: Isa::detect(), kv_dtype: None, routing_seed: 0, share: Share::WHOLE }
+    }
 }
 
 /// A model.
@@ -65,6 +77,11 @@ pub struct Model {
     pub(crate) routing_seed: u64,
     pub(crate) base: Option<Base>,
     pub(crate) routers: Vec<Option<Router>>,
+    pub(crate) share: Share,
+    /// Attention over the heads of this rank.
+    pub(crate) attention: Attention,
+    /// A whole expert, and what of it this rank has.
+    expert_whole: Option<ExpertLayout>,
     pub(crate) expert: Option<ExpertLayout>,
     threads: usize,
 }
@@ -79,9 +96,13 @@ impl Model {
         let pool = Pool::new(threads);
         pool.self_test(options.isa)?;
         let arch = checkpoint.arch();
+        let share = options.share;
+        Share::check(share.topology(), arch).map_err(ModelError::Share)?;
         let weights = checkpoint.embedding()?;
-        let kv = arch.attention.kv_shape(options.kv_dtype.unwrap_or(weights.dtype));
-        let expert = expert_layout(&checkpoint)?;
+        let attention = share.attention(arch);
+        let kv = attention.kv_shape(options.kv_dtype.unwrap_or(weights.dtype));
+        let expert_whole = expert_layout(&checkpoint)?;
+        let expert = expert_whole.as_ref().map(|whole| whole.of_rank(&share, share.seat().tensor));
         // Filled with the base parameters, once the engine has found that the budget allows for them.
         let rope = RopeTable::new(&[], 1.0, 0);
         let routers = arch.layers.iter().map(|_| None).collect();
@@ -89,11 +110,14 @@ impl Model {
             pool,
             isa: options.isa,
             kv,
-            kv_groups: KvGroups::of(arch),
+            kv_groups: KvGroups::of(arch, share.layers(arch)),
             rope,
             routing_seed: options.routing_seed,
             base: None,
             routers,
+            share,
+            attention,
+            expert_whole,
             expert,
             threads,
             checkpoint,
@@ -108,6 +132,19 @@ impl Model {
     /// The checkpoint.
     pub fn checkpoint(&self) -> &Arc<Checkpoint> {
         &self.checkpoint
+    }
+
+    /// What of the model is computed here.
+    pub const fn share(&self) -> &Share {
+        &self.share
+    }
+
+    /// Whether an expert, or rows of it, are this rank's.
+    pub fn holds(&self, key: ExpertKey) -> bool {
+        let (arch, share) = (self.arch(), &self.share);
+        let place = self.checkpoint.place(key);
+        share.layers(arch).contains(&(key.layer as usize))
+            && place.is_some_and(|place| share.holder(arch, place) == share.seat().expert)
     }
 
     /// Sets the seed of ties between experts, once the engine has decided it.
@@ -141,11 +178,11 @@ impl Model {
             moe_layers: arch.moe_layers(),
             top_k: moe.map_or(0, |moe| moe.top_k as u32),
             slot_bytes: self.slot_bytes() as u64,
-            base_shards: vec![self.base_bytes()?],
-            router_bytes: self.router_bytes()?,
+            base_shards: vec![self.most(Self::base_bytes)?],
+            router_bytes: self.most(Self::router_bytes)?,
             overhead_bytes: self.overhead_bytes(u64::from(step_positions_max), u64::from(rows_max)),
             page_positions: PAGE_POSITIONS as u32,
-            page_bytes: self.page_bytes() as u64,
+            page_bytes: self.most(|_, share| Ok(self.page_bytes_of(share)))?,
             kv_groups: self.kv_groups().to_vec(),
             context: arch.context,
             vocab: arch.vocab as u32,
@@ -153,9 +190,12 @@ impl Model {
         })
     }
 
-    /// Bytes of a slot: an expert, padded to whole 4 KiB blocks.
+    /// Bytes of a slot: an expert, or what the rank with most of it has, padded to whole 4 KiB blocks.
     pub fn slot_bytes(&self) -> usize {
-        self.expert.as_ref().map_or(0, |layout| layout.bytes().next_multiple_of(4096))
+        let Some(whole) = &self.expert_whole else { return 0 };
+        let ranks = 0..self.share.topology().tensor;
+        let bytes = ranks.map(|tensor| whole.of_rank(&self.share, tensor).bytes()).max();
+        bytes.unwrap_or(0).next_multiple_of(4096)
     }
 
     /// The groups of layers that have pages of KV cache of their own: how many last positions a position sees in them.
@@ -168,17 +208,51 @@ impl Model {
         self.kv_groups.layers * (self.kv.key_page_bytes() + self.kv.value_page_bytes())
     }
 
-    fn base_bytes(&self) -> Result<u64, ModelError> {
+    fn page_bytes_of(&self, share: &Share) -> u64 {
+        let kv = share.attention(self.arch()).kv_shape(self.kv.dtype);
+        let layers = KvGroups::of(self.arch(), share.layers(self.arch())).layers;
+        (layers * (kv.key_page_bytes() + kv.value_page_bytes())) as u64
+    }
+
+    /// What the rank that needs most of something needs: all have the same plan.
+    fn most(&self, of: impl Fn(&Self, &Share) -> Result<u64, ModelError>) -> Result<u64, ModelError> {
+        let topology = self.share.topology();
+        let shares = (0..topology.ranks()).map(|rank| Share::new(*topology, rank));
+        let mut most = shares.map(|share| of(self, &share));
+        most.try_fold(0, |most, bytes| Ok(most.max(bytes?)))
+    }
+
+    fn base_bytes(&self, share: &Share) -> Result<u64, ModelError> {
+        let arch = self.arch();
+        let own = share.layers(arch);
         let list = self.checkpoint.inventory()?;
         let base =
             list.iter().filter(|item| !item.name.contains(".experts.") && !item.name.ends_with(".router"));
-        let head = if self.arch().tied { 2 } else { 1 };
-        Ok(base.map(|item| item.bytes * if item.name.contains("embed") { head } else { 1 }).sum())
+        let bytes = base.map(|item| {
+            let rows = item.shape[0];
+            let held = |rows_held: usize| item.bytes / rows as u64 * rows_held as u64;
+            match layer_of(&item.name) {
+                Some(layer) if own.contains(&layer) => held(share.rows_held(arch, &item.name, rows)),
+                Some(_) => 0,
+                None if item.name.contains("embed") => {
+                    let head =
+                        if arch.tied && share.is_last_stage() { held(share.rows(rows).len()) } else { 0 };
+                    head + if share.is_first_stage() { item.bytes } else { 0 }
+                }
+                None if share.is_last_stage() => held(share.rows_held(arch, &item.name, rows)),
+                None => 0,
+            }
+        });
+        Ok(bytes.sum())
     }
 
-    fn router_bytes(&self) -> Result<u64, ModelError> {
+    fn router_bytes(&self, share: &Share) -> Result<u64, ModelError> {
+        let own = share.layers(self.arch());
         let list = self.checkpoint.inventory()?;
-        Ok(list.iter().filter(|item| item.name.ends_with(".router")).map(|item| item.bytes).sum())
+        let routers = list.iter().filter(|item| {
+            item.name.ends_with(".router") && layer_of(&item.name).is_some_and(|layer| own.contains(&layer))
+        });
+        Ok(routers.map(|item| item.bytes).sum())
     }
 
     /// Buffers of the largest step, the rotation tables, and the process itself.
@@ -189,7 +263,7 @@ impl Model {
         let loading = self.threads as u64 * self.slot_bytes() as u64 + LARGE_PAGE_BYTES;
         // Sampling has the candidates beside the logits, which may be shown too.
         let sampling = rows * arch.vocab as u64 * 5 * 4;
-        let steps = planned_bytes(arch, self.kv, self.threads as u64, positions, rows);
+        let steps = planned_bytes(arch, self.kv, &self.share, self.threads as u64, positions, rows);
         PROCESS_BYTES + loading + rope + steps + sampling
     }
 
@@ -204,7 +278,7 @@ impl Model {
         let rope = &checkpoint.arch().rope;
         self.rope =
             RopeTable::new(&rope.inverse_frequencies(), rope.factor as f32, checkpoint.arch().context);
-        self.base = Some(load_base(checkpoint)?);
+        self.base = Some(load_base(checkpoint, &self.share)?);
         Ok(())
     }
 
@@ -213,7 +287,8 @@ impl Model {
     /// # Errors
     /// If a tensor cannot be read.
     pub fn load_routers(&mut self) -> Result<(), ModelError> {
-        for layer in self.arch().moe_layers() {
+        let own = self.share.layers(self.arch());
+        for layer in self.arch().moe_layers().into_iter().filter(|&layer| own.contains(&(layer as usize))) {
             self.routers[layer as usize] = Some(Router::load(&self.checkpoint, layer as usize)?);
         }
         Ok(())
@@ -221,7 +296,8 @@ impl Model {
 
     /// What loads experts into slots, on any thread.
     pub fn expert_loader(&self) -> ExpertLoader {
-        ExpertLoader { checkpoint: Arc::clone(&self.checkpoint), layout: self.expert.clone() }
+        let own = self.expert.clone().filter(|_| self.share.is_tensor());
+        ExpertLoader { checkpoint: Arc::clone(&self.checkpoint), whole: self.expert_whole.clone(), own }
     }
 }
 
@@ -229,7 +305,9 @@ impl Model {
 #[derive(Clone, Debug)]
 pub struct ExpertLoader {
     checkpoint: Arc<Checkpoint>,
-    layout: Option<ExpertLayout>,
+    whole: Option<ExpertLayout>,
+    /// What a rank has of it, if not all.
+    own: Option<ExpertLayout>,
 }
 
 impl ExpertLoader {
@@ -238,8 +316,22 @@ impl ExpertLoader {
     /// # Errors
     /// If the checkpoint has no such expert, its bytes are not what they should be, or the slot is too small.
     pub fn load(&self, key: ExpertKey, slot: &mut [u8]) -> Result<(), ModelError> {
-        let layout = self.layout.as_ref().filter(|layout| slot.len() >= layout.bytes());
-        let layout = layout.ok_or(ModelError::Expert(key))?;
+        let whole = self.whole.as_ref().ok_or(ModelError::Expert(key))?;
+        let Some(own) = &self.own else { return self.load_whole(key, whole, slot) };
+        // Its checksum is that of all of it, so all of it is read.
+        let mut expert = vec![0; whole.bytes()];
+        self.load_whole(key, whole, &mut expert)?;
+        if slot.len() < own.bytes() {
+            return Err(ModelError::Expert(key));
+        }
+        own.cut(whole, &expert, slot);
+        Ok(())
+    }
+
+    fn load_whole(&self, key: ExpertKey, layout: &ExpertLayout, slot: &mut [u8]) -> Result<(), ModelError> {
+        if slot.len() < layout.bytes() {
+            return Err(ModelError::Expert(key));
+        }
         let ordinal = self.checkpoint.ordinal(key).ok_or(ModelError::Expert(key))?;
         if let Some(native) = self.checkpoint.native() {
             return Ok(native.read(key.layer, ordinal, &mut slot[..layout.bytes()])?);
@@ -248,6 +340,11 @@ impl ExpertLoader {
         pack_expert(&self.checkpoint, &gated, layout, slot);
         Ok(())
     }
+}
+
+/// The layer that a tensor belongs to.
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
 }
 
 fn tier_plan(tier: &Tier) -> TierPlan {

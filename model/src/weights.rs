@@ -6,8 +6,10 @@ use crate::checkpoint::{
 };
 use crate::kernels::{DType, Isa, PackedView, Storage, convert, pack, packed_len};
 use crate::model::ModelError;
+use crate::share::Share;
 use memmap2::{Advice, MmapMut};
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// A matrix in the packed layout.
 #[derive(Debug)]
@@ -21,8 +23,15 @@ pub(crate) struct Matrix {
 
 impl Matrix {
     pub(crate) fn load(checkpoint: &Checkpoint, tensor: &Tensor) -> Result<Self, ModelError> {
-        let [outputs, inputs] = tensor.shape[..] else { unreachable!("matrices are asked for by shape") };
-        let matrix = Self::pack(tensor.dtype, outputs, inputs, &checkpoint.row_major(tensor))?;
+        Self::load_rows(checkpoint, tensor, 0..tensor.shape[0])
+    }
+
+    /// Some rows of a matrix.
+    fn load_rows(checkpoint: &Checkpoint, tensor: &Tensor, rows: Range<usize>) -> Result<Self, ModelError> {
+        let [_, inputs] = tensor.shape[..] else { unreachable!("matrices are asked for by shape") };
+        let row = inputs * tensor.dtype.bytes();
+        let bytes = checkpoint.row_major(tensor);
+        let matrix = Self::pack(tensor.dtype, rows.len(), inputs, &bytes[rows.start * row..rows.end * row])?;
         checkpoint.forget(tensor);
         Ok(matrix)
     }
@@ -64,12 +73,9 @@ pub(crate) struct GatedBlock {
 }
 
 impl GatedBlock {
-    fn load(checkpoint: &Checkpoint, gated: &Gated) -> Result<Self, ModelError> {
-        Ok(Self {
-            gate: Matrix::load(checkpoint, &gated.gate)?,
-            up: Matrix::load(checkpoint, &gated.up)?,
-            down: Matrix::load(checkpoint, &gated.down)?,
-        })
+    fn load(checkpoint: &Checkpoint, gated: &Gated, share: &Share) -> Result<Self, ModelError> {
+        let load = |tensor: &Tensor| Matrix::load_rows(checkpoint, tensor, share.rows(tensor.shape[0]));
+        Ok(Self { gate: load(&gated.gate)?, up: load(&gated.up)?, down: load(&gated.down)? })
     }
 
     pub(crate) fn views(&self) -> GatedViews<'_> {
@@ -139,12 +145,14 @@ pub(crate) struct LayerWeights {
     pub(crate) shared: Option<(GatedBlock, Option<Matrix>)>,
 }
 
-/// The base parameters.
+/// The base parameters of a rank.
 #[derive(Debug)]
 pub(crate) struct Base {
     pub(crate) embedding: Tensor,
     pub(crate) norm: NormWeights,
-    pub(crate) head: Projection,
+    /// Only the last stage has it.
+    pub(crate) head: Option<Projection>,
+    /// The layers of the stage.
     pub(crate) layers: Vec<LayerWeights>,
 }
 
@@ -173,14 +181,19 @@ impl Router {
     }
 }
 
-/// Where the parts of an expert lie in its slot, and how its matrices are typed: the three matrices packed, then their
-/// biases as `f32`.
+/// Where the parts of an expert, or of a rank's rows of it, lie in its slot, and how its matrices are typed: the three
+/// matrices packed, then their biases as `f32`.
 #[derive(Clone, Debug)]
 pub(crate) struct ExpertLayout {
     /// As published, of each part.
     pub(crate) storages: Vec<Storage>,
+    /// Inputs of gate and up; of down.
     pub(crate) hidden: usize,
     pub(crate) width: usize,
+    /// Which rows of gate and up, and of down.
+    wide: Range<usize>,
+    deep: Range<usize>,
+    /// Where each ends.
     matrices: [usize; 3],
 }
 
@@ -188,15 +201,50 @@ impl ExpertLayout {
     /// `None` where a size cannot be said.
     pub(crate) fn new(storages: &[Storage], arch: &Arch) -> Option<Self> {
         let (width, hidden) = (arch.moe.as_ref()?.intermediate, arch.hidden);
-        let gate = packed_len(storages[0], width, hidden)?;
-        let up = gate.checked_add(packed_len(storages[1], width, hidden)?)?;
-        let down = up.checked_add(packed_len(storages[2], hidden, width)?)?;
-        let layout = Self { storages: storages.into(), hidden, width, matrices: [gate, up, down] };
+        Self::of_rows(storages.into(), [hidden, width], [0..width, 0..hidden])
+    }
+
+    fn of_rows(
+        storages: Vec<Storage>,
+        [hidden, width]: [usize; 2],
+        [wide, deep]: [Range<usize>; 2],
+    ) -> Option<Self> {
+        let gate = packed_len(storages[0], wide.len(), hidden)?;
+        let up = gate.checked_add(packed_len(storages[1], wide.len(), hidden)?)?;
+        let down = up.checked_add(packed_len(storages[2], deep.len(), width)?)?;
+        let layout = Self { storages, hidden, width, wide, deep, matrices: [gate, up, down] };
         down.checked_add(layout.bias_bytes()).map(|_| layout)
     }
 
+    /// The same of the rows of a tensor rank.
+    pub(crate) fn of_rank(&self, share: &Share, tensor: u32) -> Self {
+        let rows = [self.width, self.hidden].map(|rows| share.rows_of(tensor, rows));
+        Self::of_rows(self.storages.clone(), [self.hidden, self.width], rows)
+            .expect("the whole can be counted")
+    }
+
+    /// Cuts a rank's rows out of a whole expert: rows of whole tiles lie together.
+    pub(crate) fn cut(&self, whole: &Self, expert: &[u8], slot: &mut [u8]) {
+        let rows = [&self.wide, &self.wide, &self.deep];
+        let inputs = [self.hidden, self.hidden, self.width];
+        let (mut from, mut to) = (0, 0);
+        for i in 0..3 {
+            let before = packed_len(self.storages[i], rows[i].start, inputs[i]).expect("less than the whole");
+            let part = self.matrices[i] - to;
+            slot[to..to + part].copy_from_slice(&expert[from + before..][..part]);
+            (from, to) = (whole.matrices[i], self.matrices[i]);
+        }
+        if self.storages.len() > 3 {
+            for (rows, all) in rows.into_iter().zip([self.width, self.width, self.hidden]) {
+                slot[to..to + 4 * rows.len()]
+                    .copy_from_slice(&expert[from + 4 * rows.start..][..4 * rows.len()]);
+                (from, to) = (from + 4 * all, to + 4 * rows.len());
+            }
+        }
+    }
+
     fn bias_bytes(&self) -> usize {
-        if self.storages.len() > 3 { 4 * (2 * self.width + self.hidden) } else { 0 }
+        if self.storages.len() > 3 { 4 * (2 * self.wide.len() + self.deep.len()) } else { 0 }
     }
 
     /// Bytes of an expert.
@@ -219,9 +267,9 @@ impl ExpertLayout {
         });
         GatedViews {
             matrices: [
-                view(0, self.width, self.hidden, 0, gate),
-                view(1, self.width, self.hidden, gate, up),
-                view(2, self.hidden, self.width, up, down),
+                view(0, self.wide.len(), self.hidden, 0, gate),
+                view(1, self.wide.len(), self.hidden, gate, up),
+                view(2, self.deep.len(), self.width, up, down),
             ],
             biases,
         }
@@ -273,50 +321,59 @@ pub(crate) fn expert_layout(checkpoint: &Checkpoint) -> Result<Option<ExpertLayo
     first.map_or(Ok(None), |storages| layout(&storages))
 }
 
-/// Loads the base parameters, routers apart.
-pub(crate) fn load_base(checkpoint: &Checkpoint) -> Result<Base, ModelError> {
+/// Loads the base parameters of a rank, routers apart.
+pub(crate) fn load_base(checkpoint: &Checkpoint, share: &Share) -> Result<Base, ModelError> {
     let arch = checkpoint.arch();
     let embedding = checkpoint.embedding()?;
-    let head = if arch.tied {
-        embedding.clone()
-    } else {
-        checkpoint.tensor("lm_head.weight", &[arch.vocab, arch.hidden])?
-    };
-    let bias = arch.head_bias.then(|| vector(checkpoint, "lm_head.bias", arch.vocab)).transpose()?;
+    let mut head = None;
+    if share.is_last_stage() {
+        let tensor = if arch.tied {
+            embedding.clone()
+        } else {
+            checkpoint.tensor("lm_head.weight", &[arch.vocab, arch.hidden])?
+        };
+        let bias = arch.head_bias.then(|| vector(checkpoint, "lm_head.bias", arch.vocab)).transpose()?;
+        let rows = share.rows(arch.vocab);
+        let bias = bias.map(|bias| bias[rows.clone()].to_vec());
+        head = Some(Projection { matrix: Matrix::load_rows(checkpoint, &tensor, rows)?, bias });
+    }
     let layers =
-        (0..arch.layers.len()).map(|layer| load_layer(checkpoint, layer)).collect::<Result<_, _>>()?;
-    Ok(Base {
-        norm: norm(checkpoint, "model.norm")?,
-        head: Projection { matrix: Matrix::load(checkpoint, &head)?, bias },
-        embedding,
-        layers,
-    })
+        share.layers(arch).map(|layer| load_layer(checkpoint, share, layer)).collect::<Result<_, _>>()?;
+    Ok(Base { norm: norm(checkpoint, "model.norm")?, head, embedding, layers })
 }
 
-fn load_layer(checkpoint: &Checkpoint, layer: usize) -> Result<LayerWeights, ModelError> {
+fn load_layer(checkpoint: &Checkpoint, share: &Share, layer: usize) -> Result<LayerWeights, ModelError> {
     let arch = checkpoint.arch();
     let prefix = format!("model.layers.{layer}");
-    let projection = |(name, outputs, inputs, bias): (&str, usize, usize, bool)| {
+    let (tensor, attention) = (share.seat().tensor, &arch.attention);
+    let heads = share.heads_of(tensor, attention);
+    let of_heads = |width: usize| heads.start * width..heads.end * width;
+    let kv_heads = share.kv_heads_of(tensor, attention);
+    let of_kv_heads = |width: usize| kv_heads.start * width..kv_heads.end * width;
+    let projection = |(name, outputs, inputs, bias): (&str, usize, usize, bool), rows: Range<usize>| {
         let name = format!("{prefix}.self_attn.{name}");
         let bias = bias.then(|| vector(checkpoint, &format!("{name}.bias"), outputs)).transpose()?;
+        let bias = bias.map(|bias| bias[rows.clone()].to_vec());
         let tensor = checkpoint.tensor(&format!("{name}.weight"), &[outputs, inputs])?;
-        Ok::<_, ModelError>(Projection { matrix: Matrix::load(checkpoint, &tensor)?, bias })
+        Ok::<_, ModelError>(Projection { matrix: Matrix::load_rows(checkpoint, &tensor, rows)?, bias })
     };
     let of_attention =
         |name: &str, size: usize| vector(checkpoint, &format!("{prefix}.self_attn.{name}"), size);
     let [q, k, v, o] = projections(arch);
     let inputs = if let Some(latent) = arch.attention.latent {
-        Inputs::Latent(load_latent(checkpoint, &prefix, latent, projection)?)
+        Inputs::Latent(load_latent(checkpoint, &prefix, latent, heads.clone(), projection)?)
     } else {
         let qk_norm = match qk_norm_sizes(arch) {
             Some((q, k)) => Some((of_attention("q_norm.weight", q)?, of_attention("k_norm.weight", k)?)),
             None => None,
         };
-        Inputs::Plain { projections: [projection(q)?, projection(k)?, projection(v)?], qk_norm }
+        let (key, value) = (attention.head_dim, attention.value_dim);
+        let (q, k) = (projection(q, of_heads(key))?, projection(k, of_kv_heads(key))?);
+        Inputs::Plain { projections: [q, k, projection(v, of_kv_heads(value))?], qk_norm }
     };
     let dense = match arch.layers[layer].dense {
         Some(width) => {
-            Some(GatedBlock::load(checkpoint, &checkpoint.gated(&format!("{prefix}.mlp"), width)?)?)
+            Some(GatedBlock::load(checkpoint, &checkpoint.gated(&format!("{prefix}.mlp"), width)?, share)?)
         }
         None => None,
     };
@@ -330,14 +387,15 @@ fn load_layer(checkpoint: &Checkpoint, layer: usize) -> Result<LayerWeights, Mod
         } else {
             None
         };
-        shared = Some((GatedBlock::load(checkpoint, &gated)?, gate));
+        shared = Some((GatedBlock::load(checkpoint, &gated, share)?, gate));
     }
+    let sinks = attention.sinks.then(|| of_attention("sinks", attention.heads)).transpose()?;
     Ok(LayerWeights {
         attention_norm: norm(checkpoint, &format!("{prefix}.input_layernorm"))?,
         block_norm: norm(checkpoint, &format!("{prefix}.post_attention_layernorm"))?,
         inputs,
-        output: projection(o)?,
-        sinks: arch.attention.sinks.then(|| of_attention("sinks", arch.attention.heads)).transpose()?,
+        output: projection(o, share.rows(arch.hidden))?,
+        sinks: sinks.map(|sinks| sinks[heads].to_vec()),
         dense,
         shared,
     })
@@ -347,25 +405,30 @@ fn load_latent(
     checkpoint: &Checkpoint,
     prefix: &str,
     latent: Latent,
-    projection: impl Fn((&str, usize, usize, bool)) -> Result<Projection, ModelError>,
+    own: Range<usize>,
+    projection: impl Fn((&str, usize, usize, bool), Range<usize>) -> Result<Projection, ModelError>,
 ) -> Result<LatentWeights, ModelError> {
     let attention = &checkpoint.arch().attention;
+    let of_heads = own.start * attention.head_dim..own.end * attention.head_dim;
     let mut list = latent_projections(checkpoint.arch(), latent).into_iter();
     let mut next = || list.next().expect("as many projections as are taken here");
     let of_attention =
         |name: &str, size: usize| vector(checkpoint, &format!("{prefix}.self_attn.{name}"), size);
-    let query = projection(next())?;
+    // What all heads share is computed by every rank.
+    let of_first = latent.query_rank.map_or(of_heads.clone(), |rank| 0..rank);
+    let query = projection(next(), of_first)?;
     let query_norm = match latent.query_rank {
-        Some(rank) => Some((of_attention("q_a_layernorm.weight", rank)?, projection(next())?)),
+        Some(rank) => Some((of_attention("q_a_layernorm.weight", rank)?, projection(next(), of_heads)?)),
         None => None,
     };
-    let of_latent = projection(next())?;
+    let (name, outputs, inputs, bias) = next();
+    let of_latent = projection((name, outputs, inputs, bias), 0..outputs)?;
     let (name, outputs, inputs, _) = next();
     let tensor = checkpoint.tensor(&format!("{prefix}.self_attn.{name}.weight"), &[outputs, inputs])?;
     let (plain, values, rank) = (latent.plain, attention.value_dim, latent.rank);
     let bytes = checkpoint.row_major(&tensor);
     let row = rank * tensor.dtype.bytes();
-    let heads = bytes.chunks_exact((plain + values) * row).map(|head| {
+    let heads = bytes.chunks_exact((plain + values) * row).skip(own.start).take(own.len()).map(|head| {
         let (keys, of_values) = head.split_at(plain * row);
         let transposed = transpose(keys, plain, rank, tensor.dtype.bytes());
         let query = Matrix::pack(tensor.dtype, rank, plain, &transposed)?;

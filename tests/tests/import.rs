@@ -130,7 +130,7 @@ fn what_cannot_be_imported_is_said() {
 /// Loads everything; what it gives is either an error or the very bytes.
 fn load_all(dir: &Path) -> Result<Vec<u8>, String> {
     let checkpoint = Checkpoint::open(dir).map_err(|e| e.to_string())?;
-    let options = ModelOptions { threads: 1, isa: Isa::detect(), kv_dtype: None, routing_seed: 0 };
+    let options = ModelOptions { threads: 1, isa: Isa::detect(), kv_dtype: None, ..ModelOptions::default() };
     let mut model = Model::open(Arc::new(checkpoint), options).map_err(|e| e.to_string())?;
     let plan = model.plan(16, 2, Default::default()).map_err(|e| e.to_string())?;
     plan.check()?;

@@ -320,7 +320,8 @@ fn logits_are_finite_and_spread_and_experts_are_all_used() {
         };
         let path = dir.path().join(family.name());
         synth(&path, &spec).unwrap();
-        let options = ModelOptions { threads: 2, isa: Isa::detect(), kv_dtype: None, routing_seed: 0 };
+        let options =
+            ModelOptions { threads: 2, isa: Isa::detect(), kv_dtype: None, ..ModelOptions::default() };
         let mut model = Model::open(Arc::new(Checkpoint::open(&path).unwrap()), options).unwrap();
         model.load_base(0).unwrap();
         model.load_routers().unwrap();

@@ -61,7 +61,8 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
         config.placement.entry(tier.name.clone()).or_insert(tier.placement);
     }
     let tokenizer = Tokenizer::of(&checkpoint)?;
-    let options = ModelOptions { threads, isa, kv_dtype, routing_seed: config.routing_seed.unwrap_or(0) };
+    let routing_seed = config.routing_seed.unwrap_or(0);
+    let options = ModelOptions { threads, isa, kv_dtype, routing_seed, ..ModelOptions::default() };
     let model = Model::open(checkpoint, options)?;
     let tokenizer_digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);
     let limits = &config.limits;

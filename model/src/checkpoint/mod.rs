@@ -223,14 +223,19 @@ impl Checkpoint {
 
     /// The original number of an expert, if the checkpoint has it.
     pub fn ordinal(&self, key: ExpertKey) -> Option<u32> {
+        let place = self.place(key)?;
+        Some(self.order(key.layer).map_or(place, |order| order.ordinal(place)))
+    }
+
+    /// The place of an expert among those of its layer, tier by tier, if the checkpoint has it.
+    pub(crate) fn place(&self, key: ExpertKey) -> Option<u32> {
         let tier = self
             .tiers
             .get(key.tier as usize)
             .filter(|t| key.group < t.groups && key.expert < t.group_experts())?;
         let layer = self.arch.layers.get(key.layer as usize).filter(|layer| layer.dense.is_none());
         let before: u32 = self.tiers[..key.tier as usize].iter().map(|tier| tier.experts).sum();
-        let rank = layer.map(|_| before + key.group * tier.group_experts() + key.expert)?;
-        Some(self.order(key.layer).map_or(rank, |order| order.ordinal(rank)))
+        layer.map(|_| before + key.group * tier.group_experts() + key.expert)
     }
 
     /// Whether each expert of a layer, by original number, is in one of some tiers.

@@ -1,13 +1,15 @@
 //! Self-attention: projections over the whole batch, then each row over its pages.
 
-use super::{Batch, KvCache, Layer, Rooms};
-use crate::arch::Pairs;
+use super::ranks::{Among, of_keys, of_mixed, of_output, of_queries};
+use super::{Batch, ExpertSource, KvCache, Layer, Rooms, Stopped};
+use crate::arch::{Pairs, QkNorm};
 use crate::kernels::buffer::emptied;
 use crate::kernels::{
     AttentionParams, Buffer, KvPage, PAGE_POSITIONS, PagedKv, Product, Products, attention, rms_norm_in_place,
 };
 use crate::model::Model;
 use crate::weights::{Inputs, Projection};
+use std::ops::Range;
 
 /// What attention works in.
 #[derive(Debug, Default)]
@@ -16,12 +18,15 @@ pub(super) struct Room {
     k: Buffer,
     v: Buffer,
     mixed: Buffer,
+    /// What all tensor ranks have.
+    whole: Buffer,
+    outputs: Buffer,
     pages: Vec<KvPage<'static>>,
 }
 
 impl Room {
     pub(super) fn bytes(&self) -> usize {
-        let buffers = [&self.q, &self.k, &self.v, &self.mixed];
+        let buffers = [&self.q, &self.k, &self.v, &self.mixed, &self.whole, &self.outputs];
         buffers.map(Buffer::bytes).iter().sum::<usize>() + self.pages.capacity() * size_of::<KvPage<'_>>()
     }
 }
@@ -33,8 +38,9 @@ impl Model {
         cache: &mut KvCache,
         batch: &mut Batch<'_>,
         rooms: &mut Rooms,
-    ) {
-        let attention = &self.arch().attention;
+        source: &dyn ExpertSource,
+    ) -> Result<(), Stopped> {
+        let attention = &self.attention;
         let Rooms { products, attention: room, latent: room_of_latents, added, .. } = rooms;
         let mixed = match &layer.weights.inputs {
             Inputs::Latent(weights) => self.attend_latents(
@@ -50,29 +56,39 @@ impl Model {
                 let q = room.q.values(rows * attention.q_dim());
                 let k = room.k.values(rows * attention.k_dim());
                 let v = room.v.values(rows * attention.v_dim());
-                let norms = qk_norm.as_ref().map(|(q, k)| [&q[..], &k[..]]);
-                self.keys_and_values(projections, norms, batch, [&mut *q, &mut *k, &mut *v], products);
+                let [of_q, of_k, of_v] = projections;
+                self.project([of_q, of_k, of_v], batch.normed, [&mut *q, &mut *k, &mut *v], products);
+                let mut norms = qk_norm.as_ref().map(|(q, k)| [&q[..], &k[..]]);
+                let apart = self.share.is_tensor() && attention.qk_norm == QkNorm::Whole;
+                if let Some(norms) = norms.take_if(|_| apart) {
+                    self.norms_of_all(layer, norms, [&mut *q, &mut *k], rows, &mut room.whole, source)?;
+                }
+                self.keys_and_values(norms, batch, [&mut *q, &mut *k, &mut *v]);
                 let mixed = room.mixed.values(rows * attention.mixed_dim());
                 self.attend_over_pages(layer, cache, batch, [q, k, v], mixed, &mut room.pages);
                 mixed
             }
         };
-        let y = added.values(batch.x.len());
-        self.project([&layer.weights.output], mixed, [&mut *y], products);
+        let rows = batch.at.len();
+        let mixed = {
+            let among = Among { source, exchange: of_mixed(layer.index) };
+            let heads = |tensor| self.share.heads_of(tensor, &self.arch().attention);
+            let columns = |tensor| times(heads(tensor), attention.value_dim);
+            self.gather(mixed, rows, columns, &mut room.whole, among)?
+        };
+        let output = &layer.weights.output;
+        let y = added.values(batch.at.len() * output.matrix.view().outputs());
+        self.project([output], mixed, [&mut *y], products);
+        let among = Among { source, exchange: of_output(layer.index) };
+        let columns = |tensor| self.share.rows_of(tensor, self.arch().hidden);
+        let y = self.gather(y, rows, columns, &mut room.outputs, among)?;
         self.add(batch.x, y);
+        Ok(())
     }
 
-    /// Queries, keys and values of every position, rotated.
-    fn keys_and_values(
-        &self,
-        [of_q, of_k, of_v]: &[Projection; 3],
-        norms: Option<[&[f32]; 2]>,
-        batch: &Batch<'_>,
-        [q, k, v]: [&mut [f32]; 3],
-        products: &mut Products,
-    ) {
-        let attention = &self.arch().attention;
-        self.project([of_q, of_k, of_v], batch.normed, [&mut *q, &mut *k, &mut *v], products);
+    /// Normalises, clips and rotates queries and keys of every position, and clips values.
+    fn keys_and_values(&self, norms: Option<[&[f32]; 2]>, batch: &Batch<'_>, [q, k, v]: [&mut [f32]; 3]) {
+        let attention = &self.attention;
         let clip = |values: &mut [f32]| {
             if let Some(limit) = attention.clip_qkv {
                 values.iter_mut().for_each(|value| *value = value.clamp(-limit, limit));
@@ -94,6 +110,44 @@ impl Model {
         clip(v);
     }
 
+    /// Normalises whole queries and keys, of which each tensor rank has some heads.
+    fn norms_of_all(
+        &self,
+        layer: Layer<'_>,
+        norms: [&[f32]; 2],
+        [q, k]: [&mut [f32]; 2],
+        rows: usize,
+        room: &mut Buffer,
+        source: &dyn ExpertSource,
+    ) -> Result<(), Stopped> {
+        let (whole, share) = (&self.arch().attention, &self.share);
+        let of_q = |tensor| times(share.heads_of(tensor, whole), whole.head_dim);
+        let of_k = |tensor| times(share.kv_heads_of(tensor, whole), whole.head_dim);
+        let [norm_of_q, norm_of_k] = norms;
+        let among = |exchange| Among { source, exchange };
+        self.norm_of_all((q, rows), norm_of_q, &of_q, room, among(of_queries(layer.index)))?;
+        self.norm_of_all((k, rows), norm_of_k, &of_k, room, among(of_keys(layer.index)))
+    }
+
+    fn norm_of_all(
+        &self,
+        (own, rows): (&mut [f32], usize),
+        weight: &[f32],
+        columns: &dyn Fn(u32) -> Range<usize>,
+        room: &mut Buffer,
+        among: Among<'_>,
+    ) -> Result<(), Stopped> {
+        let whole = room.values(rows * weight.len());
+        self.gather_into(own, rows, columns, whole, among)?;
+        // Ranks that share a head of keys have it several times; in the whole it is there once.
+        self.norm_parts(whole, weight, self.arch().norm_eps);
+        let mine = columns(self.share.seat().tensor);
+        for (own, whole) in own.chunks_exact_mut(mine.len().max(1)).zip(whole.chunks_exact(weight.len())) {
+            own.copy_from_slice(&whole[mine.clone()]);
+        }
+        Ok(())
+    }
+
     /// Writes keys and values of every position into the cache, and mixes the values that each position sees.
     pub(super) fn attend_over_pages(
         &self,
@@ -104,7 +158,10 @@ impl Model {
         mixed: &mut [f32],
         room: &mut Vec<KvPage<'static>>,
     ) {
-        let heads = self.arch().attention.heads;
+        let heads = self.attention.heads;
+        if heads == 0 {
+            return;
+        }
         let (of_query, of_output) = (heads * self.kv.key_dim, heads * self.kv.value_dim);
         let of_key = self.kv.kv_heads * self.kv.key_dim;
         let of_value = if self.kv.values_in_keys { 0 } else { self.kv.kv_heads * self.kv.value_dim };
@@ -118,7 +175,7 @@ impl Model {
         }
         let params = AttentionParams {
             heads,
-            scale: self.arch().attention.scale,
+            scale: self.attention.scale,
             window: self.arch().layers[index].window,
             sinks: weights.sinks.as_deref(),
         };
@@ -165,4 +222,9 @@ impl Model {
             rms_norm_in_place(self.isa, part, weight, eps);
         }
     }
+}
+
+/// The values of some heads.
+fn times(heads: Range<usize>, width: usize) -> Range<usize> {
+    heads.start * width..heads.end * width
 }

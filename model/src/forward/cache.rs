@@ -5,37 +5,40 @@ use crate::kernels::{KvPage, KvShape};
 use crate::model::{Model, ModelError};
 use memmap2::MmapMut;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// Which layers share pages. All groups have equally many layers, so that all pages have one size and one budget; the
-/// layers of a group see one window, so that its pages are of use to all of them, or to none.
+/// layers of a group see one window, so that its pages are of use to all of them, or to none. A stage has the same groups, and of
+/// each the layers that it has.
 #[derive(Clone, Debug)]
 pub(crate) struct KvGroups {
     /// The window of each group.
     pub(crate) windows: Vec<Option<u32>>,
-    /// Layers of a group.
+    /// Layers of a group, at most.
     pub(crate) layers: usize,
-    /// The group of each layer, and its place there.
+    /// The group of each layer, and its place there among those of the stage.
     places: Vec<(usize, usize)>,
 }
 
 impl KvGroups {
-    pub(crate) fn of(arch: &Arch) -> Self {
+    pub(crate) fn of(arch: &Arch, own: Range<usize>) -> Self {
         let mut alike: BTreeMap<Option<u32>, Vec<usize>> = BTreeMap::new();
         for (i, layer) in arch.layers.iter().enumerate() {
             // A window that no sequence outgrows is none.
             alike.entry(layer.window.filter(|&window| window < arch.context)).or_default().push(i);
         }
         let layers = alike.values().map(Vec::len).reduce(greatest_common_divisor).unwrap_or(1);
-        let (mut windows, mut places) = (Vec::new(), vec![(0, 0); arch.layers.len()]);
+        let (mut windows, mut places, mut most) = (Vec::new(), vec![(0, 0); arch.layers.len()], 0);
         for (window, of_window) in alike {
             for group in of_window.chunks_exact(layers) {
-                for (place, &layer) in group.iter().enumerate() {
+                for (place, &layer) in group.iter().filter(|layer| own.contains(layer)).enumerate() {
                     places[layer] = (windows.len(), place);
+                    most = most.max(place + 1);
                 }
                 windows.push(window);
             }
         }
-        Self { windows, layers, places }
+        Self { windows, layers: most, places }
     }
 
     /// The group of a layer.
@@ -109,7 +112,8 @@ mod tests {
         let mut arch = crate::families::read(&config).unwrap();
         let layer = arch.layers[0].clone();
         arch.layers = windows.iter().map(|&window| crate::arch::Layer { window, ..layer.clone() }).collect();
-        KvGroups::of(&arch)
+        let all = 0..arch.layers.len();
+        KvGroups::of(&arch, all)
     }
 
     #[test]

@@ -4,8 +4,9 @@
 //! order of the experts' original numbers, so that the order of arrival never changes a bit.
 
 use super::gated::{self, Block};
+use super::ranks::{Among, bytes_of, of_block, of_experts, of_results, read_values};
 use super::router::{self, Routed};
-use super::{Batch, Capture, ExpertSource, Layer, Rooms, StepError};
+use super::{Batch, Capture, ExpertSource, Layer, Provided, Rooms, StepError, Stopped};
 use crate::arch::{Activation, Moe};
 use crate::kernels::math::sigmoid;
 use crate::kernels::{Buffer, Product, Products, axpy};
@@ -94,11 +95,22 @@ impl Users {
         self.firsts[experts.start] as usize..self.firsts[experts.end] as usize
     }
 
-    /// Neighbours from an expert on that have no more than [`ROWS_TOGETHER`] users: the fewer products wait for each
-    /// other, the less do threads.
-    fn together(&self, first: usize) -> Range<usize> {
+    /// Those that are this rank's: neighbours.
+    fn own(&self, model: &Model) -> Range<usize> {
+        let seat = model.share.seat().expert;
+        let holder = |key: &ExpertKey| {
+            let place = model.checkpoint.place(*key).expect("a key of this checkpoint");
+            model.share.holder(model.arch(), place)
+        };
+        let first = self.keys.partition_point(|key| holder(key) < seat);
+        first..self.keys.partition_point(|key| holder(key) <= seat)
+    }
+
+    /// Neighbours from an expert on, up to another, that have no more than [`ROWS_TOGETHER`] users: the fewer products wait
+    /// for each other, the less do threads.
+    fn together(&self, first: usize, end: usize) -> Range<usize> {
         let fits = |end: &usize| self.of(first..*end).len() <= ROWS_TOGETHER;
-        let end = (first + 2..=self.keys.len()).take_while(fits).last();
+        let end = (first + 2..=end).take_while(fits).last();
         first..end.unwrap_or(first + 1)
     }
 }
@@ -129,41 +141,60 @@ impl Model {
         users.find(self, number, routed, moe);
         let results = results.values(users.positions.len() * hidden);
         let normed = &*batch.normed;
-        let mut compute =
-            |source: &dyn ExpertSource, experts: Range<usize>, slot: &dyn Fn(ExpertKey) -> Slot| {
-                let y = &mut results[users.of(experts.start..experts.start + 1).start * hidden..];
-                self.experts(source, users, experts, slot, (normed, y), (gated, products));
-            };
+        let mut compute = |among: Among<'_>, experts: Range<usize>, slot: &dyn Fn(ExpertKey) -> Slot| {
+            let y = &mut results[users.of(experts.start..experts.start + 1).start * hidden..];
+            self.experts(among, users, experts, slot, (normed, y), (gated, products))
+        };
+        // Those that this rank computes are neighbours, as an expert rank's always are.
+        let own = users.own(self);
         if let Some(resident) = &layer.step.resident {
             let slot = |key: ExpertKey| {
                 let at = resident.binary_search_by_key(&key, |&(key, _)| key);
                 resident[at.expect("every expert of the tiers is resident")].1
             };
-            let mut first = 0;
-            while first < users.keys.len() {
-                let together = users.together(first);
+            let (mut first, mut count) = (own.start, 0);
+            while first < own.end {
+                let together = users.together(first, own.end);
                 first = together.end;
-                compute(source, together, &slot);
+                compute(Among { source, exchange: of_experts(layer.index, count) }, together, &slot)?;
+                count += 1;
             }
         } else {
             source.need(number, &users.keys)?;
-            let mut left = users.keys.len();
+            // Experts come in any order, which tensor ranks do not share: they compute a whole wave in the order of experts.
+            let together = self.share.is_tensor();
+            let (mut left, mut count, mut came) = (own.len(), 0, 0);
+            let mut wave: Vec<Provided> = Vec::new();
             while left > 0 {
-                let mut got = 0;
-                loop {
-                    let provided = source.provided()?;
+                let last = source.provided()?;
+                came += 1;
+                let whole = came == last.wave_len;
+                if together {
+                    wave.push(last);
+                    wave.sort_unstable_by_key(|provided| provided.expert);
+                }
+                let ready = match (together, whole) {
+                    (false, _) => std::slice::from_ref(&last),
+                    (true, false) => &[],
+                    (true, true) => &wave[..],
+                };
+                for provided in ready {
                     let at = users.keys.binary_search(&provided.expert).expect("an expert that is needed");
-                    compute(source, at..at + 1, &|_| provided.slot);
-                    got += 1;
-                    left -= 1;
-                    if got == provided.wave_len {
-                        source.released(number, provided.wave)?;
-                        break;
-                    }
+                    let among = Among { source, exchange: of_experts(layer.index, count) };
+                    compute(among, at..at + 1, &|_| provided.slot)?;
+                    (left, count) = (left - 1, count + 1);
+                }
+                if whole {
+                    came = 0;
+                    wave.clear();
+                    source.released(number, last.wave)?;
                 }
             }
         }
-        let shared = self.shared(layer, batch, shared, gates, (gated, products));
+        if self.share.is_expert() {
+            self.exchange_results(layer, source, users, results)?;
+        }
+        let shared = self.shared(layer, batch, shared, gates, source, (gated, products))?;
         let results = (&*results, &users.results[..]);
         self.combine(moe.top_k, routed, results, shared, batch.x);
         Ok(())
@@ -172,21 +203,44 @@ impl Model {
     /// Computes some experts, each for all its users.
     fn experts(
         &self,
-        source: &dyn ExpertSource,
+        among: Among<'_>,
         users: &Users,
         experts: Range<usize>,
         slot: &dyn Fn(ExpertKey) -> Slot,
         (x, y): (&[f32], &mut [f32]),
-        (room, products): (&mut gated::Room, &mut Products),
-    ) {
+        rooms: (&mut gated::Room, &mut Products),
+    ) -> Result<(), Stopped> {
         let layout = self.expert.as_ref().expect("a mixture has experts");
         let activation = self.arch().moe.as_ref().expect("a mixture").activation;
         let y = &mut y[..users.of(experts.clone()).len() * self.arch().hidden];
         let blocks = experts.map(|expert| Block {
-            views: layout.views(source.slot(slot(users.keys[expert]))),
+            views: layout.views(among.source.slot(slot(users.keys[expert]))),
             picked: Some(&users.positions[users.of(expert..expert + 1)]),
         });
-        self.gated(blocks, activation, x, y, room, products);
+        self.gated(blocks, activation, x, y, among, rooms)
+    }
+
+    /// Gives the other expert ranks what this one's experts gave, and takes what theirs did.
+    fn exchange_results(
+        &self,
+        layer: Layer<'_>,
+        source: &dyn ExpertSource,
+        users: &Users,
+        results: &mut [f32],
+    ) -> Result<(), Stopped> {
+        let (hidden, own) = (self.arch().hidden, users.own(self));
+        let rows = users.of(own);
+        let part = bytes_of(&results[rows.start * hidden..rows.end * hidden]);
+        let parts = source.gather(&self.share.expert_ranks(), of_results(layer.index), &part)?;
+        // In the order of ranks they are all results, in the order of experts.
+        let mut rest = results;
+        for part in parts {
+            let into = rest
+                .split_off_mut(..part.len() / 4)
+                .expect("ranks of this very version have the same routes");
+            read_values(&part, into);
+        }
+        Ok(())
     }
 
     /// What the shared expert gives every position, and its weight there.
@@ -196,12 +250,14 @@ impl Model {
         batch: &Batch<'_>,
         y: &'a mut Buffer,
         gates: &'a mut Buffer,
+        source: &dyn ExpertSource,
         (room, products): (&mut gated::Room, &mut Products),
-    ) -> Option<[&'a [f32]; 2]> {
-        let (block, gate) = layer.weights.shared.as_ref()?;
+    ) -> Result<Option<[&'a [f32]; 2]>, Stopped> {
+        let Some((block, gate)) = &layer.weights.shared else { return Ok(None) };
         let y = y.values(batch.x.len());
         let block = Block { views: block.views(), picked: None };
-        self.gated([block], Activation::SwiGlu, batch.normed, y, room, products);
+        let among = Among { source, exchange: of_block(layer.index) };
+        self.gated([block], Activation::SwiGlu, batch.normed, y, among, (room, &mut *products))?;
         let gates = gates.values(batch.at.len());
         match gate {
             None => gates.fill(1.0),
@@ -211,7 +267,7 @@ impl Model {
                 gates.iter_mut().for_each(|gate| *gate = sigmoid(*gate));
             }
         }
-        Some([y, gates])
+        Ok(Some([y, gates]))
     }
 
     /// Adds the weighted results in ascending order of expert, then the shared expert, to the residual stream.

@@ -1,5 +1,7 @@
 //! Gated blocks: `down(silu(gate x) * up x)`.
 
+use super::Stopped;
+use super::ranks::Among;
 use crate::arch::Activation;
 use crate::kernels::buffer::emptied;
 use crate::kernels::{Buffer, Product, Products, clamped_swiglu, swiglu};
@@ -26,6 +28,9 @@ pub(super) struct Room {
     gates: Buffer,
     ups: Buffer,
     h: Buffer,
+    /// What all tensor ranks have.
+    whole: Buffer,
+    own: Buffer,
 }
 
 impl Room {
@@ -33,25 +38,27 @@ impl Room {
         self.blocks.capacity() * size_of::<Block<'_>>()
             + self.gates.bytes()
             + self.ups.bytes()
-            + self.h.bytes()
+            + [&self.h, &self.whole, &self.own].map(Buffer::bytes).iter().sum::<usize>()
     }
 }
 
 impl Model {
-    /// Computes blocks of one shape, each of its rows of `x`; the results stand one after the other in `y`.
+    /// Computes blocks of one shape, each of its rows of `x`; the results stand one after the other in `y`. Tensor ranks compute
+    /// the same blocks, each its rows of their matrices.
     pub(super) fn gated<'a>(
         &self,
         blocks: impl IntoIterator<Item = Block<'a>>,
         activation: Activation,
         x: &[f32],
         y: &mut [f32],
-        room: &mut Room,
-        products: &mut Products,
-    ) {
+        among: Among<'_>,
+        (room, products): (&mut Room, &mut Products),
+    ) -> Result<(), Stopped> {
         let mut list: Vec<Block<'a>> = emptied(std::mem::take(&mut room.blocks));
         list.extend(blocks);
-        if let Some(Block { views: GatedViews { matrices: [gate, ..], .. }, .. }) = list.first() {
-            let (all, width) = (x.len() / gate.inputs(), gate.outputs());
+        if let Some(Block { views: GatedViews { matrices: [gate, _, down], .. }, .. }) = list.first() {
+            let (all, width, inner) = (x.len() / gate.inputs(), gate.outputs(), down.inputs());
+            let (deep, hidden) = (down.outputs(), gate.inputs());
             let rows: usize = list.iter().map(|block| block.rows(all)).sum();
             let gates = room.gates.values(rows * width);
             let ups = room.ups.values(rows * width);
@@ -67,17 +74,31 @@ impl Model {
                     }
                 }
             });
-            let (mut h, mut y) = (&*h, y);
+            let columns = |tensor| self.share.rows_of(tensor, inner);
+            let mut h = self.gather(h, rows, columns, &mut room.whole, among)?;
+            let own = if self.share.is_tensor() { room.own.values(rows * deep) } else { &mut *y };
+            let mut rest = own;
             let downs = list.iter().map(|block| {
                 let ([_, _, w], [_, _, bias], rows) =
                     (block.views.matrices, block.views.biases(), block.rows(all));
-                let x = h.split_off(..rows * width).expect("rows for every block");
-                let out = y.split_off_mut(..rows * w.outputs()).expect("rows for every block");
+                let x = h.split_off(..rows * inner).expect("rows for every block");
+                let out = rest.split_off_mut(..rows * deep).expect("rows for every block");
                 Product::new(x, w, bias, out)
             });
             products.compute(&self.pool, self.isa, downs);
+            if self.share.is_tensor() {
+                let columns = |tensor| self.share.rows_of(tensor, hidden);
+                self.gather_into(
+                    room.own.written(rows * deep),
+                    rows,
+                    columns,
+                    &mut y[..rows * hidden],
+                    among.next(),
+                )?;
+            }
         }
         room.blocks = emptied(list);
+        Ok(())
     }
 
     fn gates_and_ups(

@@ -44,7 +44,7 @@ impl Model {
         (room, pages): (&'a mut Room, &mut Vec<KvPage<'static>>),
         products: &mut Products,
     ) -> &'a [f32] {
-        let attention = &self.arch().attention;
+        let attention = &self.attention;
         let (rows, heads) = (batch.at.len(), attention.heads);
         let (width, rank) = (self.kv.key_dim, self.kv.value_dim);
         let values = attention.value_dim;

@@ -10,6 +10,7 @@ mod experts;
 mod gated;
 mod latent;
 mod output;
+mod ranks;
 mod router;
 mod tiered;
 mod workspace;
@@ -29,6 +30,7 @@ use gated::Block;
 use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_core::input::RowResult;
 use lite_llm_core::output::Forward;
+use ranks::Among;
 use thiserror::Error;
 use workspace::{Rooms, Stream};
 
@@ -90,6 +92,34 @@ pub trait ExpertSource {
     /// # Errors
     /// If the step is given up.
     fn released(&mut self, layer: u32, wave: u32) -> Result<(), Stopped>;
+
+    /// Gives other ranks a part, and waits for theirs: the parts of all `ranks`, this one among them, in their order. All of
+    /// them number the exchange alike. Only a model with a share of its own asks for this.
+    ///
+    /// # Errors
+    /// If the step is given up.
+    fn gather(&self, ranks: &[u32], exchange: u32, part: &[u8]) -> Result<Vec<Vec<u8>>, Stopped> {
+        let _ = (ranks, exchange, part);
+        unreachable!("a whole model has nobody to exchange with")
+    }
+
+    /// Gives the next stage what it goes on from.
+    ///
+    /// # Errors
+    /// If the step is given up.
+    fn hand_on(&self, rank: u32, exchange: u32, part: &[u8]) -> Result<(), Stopped> {
+        let _ = (rank, exchange, part);
+        unreachable!("a whole model has one stage")
+    }
+
+    /// Waits for what the stage before hands on.
+    ///
+    /// # Errors
+    /// If the step is given up.
+    fn take_over(&self, rank: u32, exchange: u32) -> Result<Vec<u8>, Stopped> {
+        let _ = (rank, exchange);
+        unreachable!("a whole model has one stage")
+    }
 }
 
 /// Who wants to see more than tokens.
@@ -131,7 +161,7 @@ pub(crate) struct Batch<'a> {
     /// The normalised input of a block: positions x hidden.
     pub(crate) normed: &'a mut [f32],
     /// What is digested of each row.
-    pub(crate) digests: &'a mut [blake3::Hasher],
+    pub(crate) digests: &'a mut [ranks::RowDigest],
 }
 
 impl Model {
@@ -152,26 +182,36 @@ impl Model {
     ) -> Result<Vec<RowResult>, StepError> {
         let base = self.base.as_ref().expect("base parameters are loaded before the first step");
         let Workspace { stream, rooms } = workspace;
-        let mut batch = self.embed(base, step, stream);
-        for (index, weights) in base.layers.iter().enumerate() {
+        let mut batch = self.embed(base, step, stream, source)?;
+        for (index, weights) in self.share.layers(self.arch()).zip(&base.layers) {
             let layer = Layer { index, weights, step };
             self.normalise(&mut batch, &weights.attention_norm);
-            self.attend(layer, cache, &mut batch, rooms);
+            self.attend(layer, cache, &mut batch, rooms, source)?;
             self.normalise(&mut batch, &weights.block_norm);
             if let Some(dense) = &weights.dense {
                 let Rooms { gated, products, added, .. } = rooms;
                 let y = added.values(batch.x.len());
                 let block = Block { views: dense.views(), picked: None };
-                self.gated([block], Activation::SwiGlu, batch.normed, y, gated, products);
+                let among = Among { source, exchange: ranks::of_block(index) };
+                self.gated([block], Activation::SwiGlu, batch.normed, y, among, (gated, products))?;
                 self.add(batch.x, y);
             } else {
                 self.mixture(layer, source, &mut capture, &mut batch, rooms)?;
             }
         }
-        self.choose(base, step, &mut batch, &mut capture, rooms)
+        if !self.share.is_last_stage() {
+            return Ok(self.hand_on(&batch, source)?);
+        }
+        self.choose(base, step, &mut batch, &mut capture, rooms, source)
     }
 
-    fn embed<'a>(&self, base: &Base, step: &Forward, stream: &'a mut Stream) -> Batch<'a> {
+    fn embed<'a>(
+        &self,
+        base: &Base,
+        step: &Forward,
+        stream: &'a mut Stream,
+        source: &dyn ExpertSource,
+    ) -> Result<Batch<'a>, Stopped> {
         let hidden = self.arch().hidden;
         stream.at.clear();
         for (index, row) in (0..).zip(&step.rows) {
@@ -186,9 +226,14 @@ impl Model {
         stream.positions.clear();
         stream.positions.extend(stream.at.iter().map(|at| at.position));
         stream.digests.clear();
-        stream.digests.resize_with(step.rows.len(), blake3::Hasher::new);
+        stream.digests.resize_with(step.rows.len(), || ranks::RowDigest::new(&self.share));
         let at = &stream.at[..];
         let x = stream.x.values(at.len() * hidden);
+        if !self.share.is_first_stage() {
+            self.take_over(x, &mut stream.digests, source)?;
+            let normed = stream.normed.values(at.len() * hidden);
+            return Ok(Batch { at, positions: &stream.positions, x, normed, digests: &mut stream.digests });
+        }
         let table = self.checkpoint.bytes(&base.embedding);
         let (dtype, multiplier) = (base.embedding.dtype, self.arch().multipliers.embedding);
         let size = hidden * dtype.bytes();
@@ -199,7 +244,7 @@ impl Model {
             }
         });
         let normed = stream.normed.values(at.len() * hidden);
-        Batch { at, positions: &stream.positions, x, normed, digests: &mut stream.digests }
+        Ok(Batch { at, positions: &stream.positions, x, normed, digests: &mut stream.digests })
     }
 
     fn normalise(&self, batch: &mut Batch<'_>, weights: &NormWeights) {

@@ -1,11 +1,11 @@
 //! The end of a step: logits where they are asked for, the choice of tokens, the digest of each row.
 
-use super::{At, Batch, Capture, Rooms, StepError};
+use super::ranks::{Among, RowDigest, of_output};
+use super::{At, Batch, Capture, ExpertSource, Rooms, StepError};
 use crate::kernels::sample::{Params, penalise, sample};
 use crate::kernels::{Buffer, Product};
 use crate::model::Model;
 use crate::weights::Base;
-use lite_llm_core::digest::Digest;
 use lite_llm_core::input::RowResult;
 use lite_llm_core::output::{Forward, Row, SampleSpec};
 
@@ -16,13 +16,16 @@ pub(super) struct Room {
     wanted: Vec<usize>,
     normed: Buffer,
     logits: Buffer,
+    /// What all tensor ranks have.
+    whole: Buffer,
     /// The token of each row.
     tokens: Vec<Option<u32>>,
 }
 
 impl Room {
     pub(super) fn bytes(&self) -> usize {
-        self.normed.bytes() + self.logits.bytes() + 8 * (self.wanted.capacity() + self.tokens.capacity())
+        let buffers = [&self.normed, &self.logits, &self.whole].map(Buffer::bytes);
+        buffers.iter().sum::<usize>() + 8 * (self.wanted.capacity() + self.tokens.capacity())
     }
 }
 
@@ -34,9 +37,10 @@ impl Model {
         batch: &mut Batch<'_>,
         capture: &mut Option<&mut dyn Capture>,
         rooms: &mut Rooms,
+        source: &dyn ExpertSource,
     ) -> Result<Vec<RowResult>, StepError> {
         let arch = self.arch();
-        let Rooms { products, output: Room { wanted, normed, logits, tokens }, .. } = rooms;
+        let Rooms { products, output: Room { wanted, normed, logits, whole, tokens }, .. } = rooms;
         wanted.clear();
         let all = batch.at.iter().enumerate();
         wanted.extend(all.filter(|(_, at)| is_wanted(at, step, capture.as_deref())).map(|(i, _)| i));
@@ -45,9 +49,22 @@ impl Model {
         self.pool.each_row(normed, arch.hidden, 1, &|i, out| {
             self.norm(&x[wanted[i] * arch.hidden..][..arch.hidden], &base.norm, out);
         });
-        let logits = logits.values(wanted.len() * arch.vocab);
-        let product = Product::new(normed, base.head.matrix.view(), base.head.bias.as_deref(), &mut *logits);
+        let head = base.head.as_ref().expect("the last stage has the output projection");
+        let mut logits = logits.values(wanted.len() * head.matrix.view().outputs());
+        let product = Product::new(normed, head.matrix.view(), head.bias.as_deref(), &mut *logits);
         products.compute(&self.pool, self.isa, [product]);
+        if self.share.is_tensor() {
+            let among = Among { source, exchange: of_output(arch.layers.len()) };
+            let whole = whole.values(wanted.len() * arch.vocab);
+            self.gather_into(
+                logits,
+                wanted.len(),
+                |tensor| self.share.rows_of(tensor, arch.vocab),
+                whole,
+                among,
+            )?;
+            logits = whole;
+        }
         self.pool.each_row(logits, arch.vocab, 1, &|_, logits| {
             logits.iter_mut().for_each(|logit| *logit /= arch.multipliers.logits);
         });
@@ -77,7 +94,7 @@ impl Model {
         for (at, x) in batch.at.iter().zip(batch.x.chunks_exact(arch.hidden)) {
             digest_values(&mut batch.digests[at.row as usize], x);
         }
-        let digests = batch.digests.iter().map(|digest| Digest(*digest.finalize().as_bytes()));
+        let digests = batch.digests.iter().map(RowDigest::digest);
         let results = tokens.iter().zip(digests);
         Ok(results.map(|(&token, digest)| RowResult { token, stop: false, digest }).collect())
     }
@@ -107,7 +124,7 @@ fn token(row: &Row, spec: &SampleSpec, logits: &mut [f32]) -> Option<u32> {
     sample(logits, &params, spec.draw).ok()
 }
 
-fn digest_values(digest: &mut blake3::Hasher, values: &[f32]) {
+fn digest_values(digest: &mut RowDigest, values: &[f32]) {
     if cfg!(target_endian = "little") {
         digest.update(bytemuck::cast_slice(values));
     } else {

@@ -1,10 +1,12 @@
 //! What steps are computed in: buffers that grow to the largest step and are kept, so that a step allocates nothing that
 //! an earlier one already had.
 
+use super::ranks::RowDigest;
 use super::{At, ROWS_TOGETHER, attention, experts, gated, latent, output};
 use crate::arch::Arch;
 use crate::kernels::attention::room_of_thread;
 use crate::kernels::{Buffer, KvShape, Products};
+use crate::share::Share;
 
 /// The memory of steps. Whatever an earlier step left in it, no bit of a later one depends on it.
 #[derive(Debug, Default)]
@@ -19,7 +21,7 @@ impl Workspace {
         let Stream { at, positions, x, normed, digests } = &self.stream;
         let Rooms { products, attention, latent, gated, experts, output, added } = &self.rooms;
         let lists = at.capacity() * size_of::<At>() + 4 * positions.capacity();
-        let stream = lists + digests.capacity() * size_of::<blake3::Hasher>() + x.bytes() + normed.bytes();
+        let stream = lists + digests.capacity() * size_of::<RowDigest>() + x.bytes() + normed.bytes();
         let rooms = [attention.bytes(), latent.bytes(), gated.bytes(), experts.bytes(), output.bytes()];
         stream + products.bytes() + rooms.iter().sum::<usize>() + added.bytes()
     }
@@ -27,7 +29,14 @@ impl Workspace {
 
 /// Bytes of the workspace that a step of so many positions and rows needs at most, and of what the threads of the pool
 /// keep beside it.
-pub(crate) fn planned_bytes(arch: &Arch, kv: KvShape, threads: u64, positions: u64, rows: u64) -> u64 {
+pub(crate) fn planned_bytes(
+    arch: &Arch,
+    kv: KvShape,
+    share: &Share,
+    threads: u64,
+    positions: u64,
+    rows: u64,
+) -> u64 {
     let attention = &arch.attention;
     let (hidden, heads) = (arch.hidden, attention.heads);
     let dense = arch.layers.iter().filter_map(|layer| layer.dense).max().unwrap_or(0);
@@ -56,12 +65,20 @@ pub(crate) fn planned_bytes(arch: &Arch, kv: KvShape, threads: u64, positions: u
         of_experts =
             users * (3 * moe.intermediate + hidden.max(moe.intermediate).next_multiple_of(16)) as u64;
     }
+    let mut of_rows = (hidden + arch.vocab) as u64;
+    if share.topology().ranks() > 1 {
+        // What ranks exchange is there three times at most: in a buffer, on its way out, on its way in.
+        each += 3 * queries.max(attention.mixed_dim()).max(gated).max(2 * hidden);
+        of_experts +=
+            3 * positions.saturating_mul(arch.moe.as_ref().map_or(0, |moe| moe.top_k * hidden) as u64);
+        of_rows += 3 * arch.vocab as u64;
+    }
     // What is picked for experts is repacked in their place; a list entry is a few words.
     widest = widest.max(gated).next_multiple_of(16);
     each += 3 * gated + widest + size_of::<At>() + 64;
     let room = (room_of_thread(kv, heads, arch.context as usize) as u64)
         .max(16 * positions.max(ROWS_TOGETHER as u64));
-    let of_rows = (hidden + arch.vocab) as u64 + widest as u64 + 1024;
+    of_rows += widest as u64 + 1024;
     4 * (positions.saturating_mul(each as u64) + of_experts + rows.saturating_mul(of_rows) + threads * room)
 }
 
@@ -72,7 +89,7 @@ pub(super) struct Stream {
     pub(super) positions: Vec<u32>,
     pub(super) x: Buffer,
     pub(super) normed: Buffer,
-    pub(super) digests: Vec<blake3::Hasher>,
+    pub(super) digests: Vec<RowDigest>,
 }
 
 /// What one part of the computation after another works in.

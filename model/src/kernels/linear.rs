@@ -115,7 +115,8 @@ impl<'a> Product<'a> {
     /// # Panics
     /// If a slice does not fit the shape.
     pub fn new(x: &'a [f32], w: PackedView<'a>, bias: Option<&'a [f32]>, out: &'a mut [f32]) -> Self {
-        let rows = out.len() / w.outputs().max(1);
+        // Without outputs, whatever rows there are give nothing.
+        let rows = out.len().checked_div(w.outputs()).unwrap_or_else(|| x.len() / w.inputs());
         assert_eq!(x.len(), rows * w.inputs(), "the input does not fit the shape");
         Self::of_rows(x, None, rows, w, bias, out)
     }

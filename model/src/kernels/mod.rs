@@ -23,7 +23,9 @@ pub use attention::{AttentionParams, KvPage, KvShape, PAGE_POSITIONS, PagedKv, a
 pub use buffer::Buffer;
 pub use linear::{Product, Products, dot, linear};
 pub use norm::{layer_norm, rms_norm, rms_norm_in_place};
-pub use packed::{PackedError, PackedView, Storage, pack, pack_e4m3, pack_mxfp4, packed_len, unpack};
+pub use packed::{
+    PackedError, PackedView, Storage, TILE_OUTPUTS, pack, pack_e4m3, pack_mxfp4, packed_len, unpack,
+};
 pub use pool::Pool;
 pub use rope::RopeTable;
 pub use sample::{NonFinite, argmax, penalise, sample};
