@@ -45,6 +45,13 @@ impl History {
         let Some(header) = scanned.header else {
             bail!("{} holds no journal; give the directory that --state named", state.display());
         };
+        if header.node == u32::MAX {
+            bail!(
+                "{} is the state of a cluster, whose own journal is its supervisor's; give one of its nodes', as in {}/node-0",
+                state.display(),
+                state.display()
+            );
+        }
         if header.logic_version != LOGIC_VERSION {
             let file = scanned.segments.last().map_or_else(String::new, |segment| segment.name.clone());
             return Err(

@@ -9,14 +9,42 @@ use crate::terminal::tell;
 use anyhow::{Context, anyhow};
 use indicatif::{ProgressBar, ProgressStyle};
 use lite_llm_core::event::{Event, Phase};
-use lite_llm_hw::node::{ExitReport, Node, NodeError, NodeHandle, NodeOptions, Status};
+use lite_llm_core::ids::RequestId;
+use lite_llm_core::input::Body;
+use lite_llm_hw::node::{ExitReport, Node, NodeError, NodeHandle, NodeOptions, Status, StreamEvent};
 use lite_llm_model::Capture;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::path::Path;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Whoever takes requests: a node in this process, or a cluster.
+pub(crate) trait Serving: Sized {
+    /// Asks for a stream from its beginning.
+    fn submit(&self, id: RequestId, body: Body) -> Receiver<StreamEvent>;
+
+    /// Ends it: what is unfinished stays in the journals.
+    fn end(self) -> anyhow::Result<()>;
+
+    /// What became of it when streams broke off.
+    fn broken_off(self) -> anyhow::Error;
+}
+
+impl Serving for Service {
+    fn submit(&self, id: RequestId, body: Body) -> Receiver<StreamEvent> {
+        self.node.submit(id, body, 0)
+    }
+
+    fn end(self) -> anyhow::Result<()> {
+        self.stop().map(|_| ())
+    }
+
+    fn broken_off(self) -> anyhow::Error {
+        self.unfinished()
+    }
+}
 
 /// A node that serves.
 #[derive(Debug)]

@@ -8,7 +8,9 @@
 
 use crate::cluster::membership::NodeId;
 use alloc::{format, string::String, vec::Vec};
+use core::fmt;
 use core::ops::Range;
+use core::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 /// How many ranks there are of each kind.
@@ -273,6 +275,36 @@ fn share(count: u32, parts: u32, part: u32) -> Range<u32> {
         u32::try_from(cut).expect("at most count")
     };
     cut(part)..cut(part + 1)
+}
+
+impl fmt::Display for Topology {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { data, tensor, pipeline, expert } = self;
+        write!(f, "dp={data},tp={tensor},pp={pipeline},ep={expert}")
+    }
+}
+
+/// `dp=2,tp=1,pp=2,ep=2`, in any order; what is left out is 1.
+impl FromStr for Topology {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut topology = Self::SINGLE;
+        for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+            let wrong = || format!("{part:?} is no part of a topology; write it as dp=2,tp=1,pp=2,ep=2");
+            let (name, count) = part.split_once('=').ok_or_else(wrong)?;
+            let count = count.trim().parse().map_err(|_| wrong())?;
+            match name.trim() {
+                "dp" => topology.data = count,
+                "tp" => topology.tensor = count,
+                "pp" => topology.pipeline = count,
+                "ep" => topology.expert = count,
+                _ => return Err(wrong()),
+            }
+        }
+        topology.check_counts()?;
+        Ok(topology)
+    }
 }
 
 impl Default for Topology {

@@ -5,7 +5,9 @@
 
 pub mod arena;
 pub mod blobs;
+pub mod cluster;
 pub mod memory;
+pub mod net;
 pub mod node;
 pub mod supervisor;
 pub mod telemetry;

@@ -86,6 +86,12 @@ pub struct Model {
     threads: usize,
 }
 
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("share", &self.share).finish_non_exhaustive()
+    }
+}
+
 impl Model {
     /// Opens a model: self-test, tables, no weights yet.
     ///

@@ -5,7 +5,7 @@ use crate::exit::Exit;
 use crate::prompt::Prompt;
 use crate::request::PriorityName;
 use crate::results::Results;
-use crate::serve::Service;
+use crate::serve::{Service, Serving};
 use crate::state::StateDir;
 use crate::stream::finish_name;
 use anyhow::{Context, bail};
@@ -14,7 +14,7 @@ use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::Body;
 use lite_llm_core::output::{FinishReason, Refusal};
-use lite_llm_hw::node::{NodeHandle, StreamEvent};
+use lite_llm_hw::node::StreamEvent;
 use lite_llm_model::tokenizer::{Detokenizer, Message};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -99,16 +99,32 @@ enum NoResult {
 
 /// Runs a batch.
 pub(crate) fn run(args: &RunArgs, opened: Opened) -> anyhow::Result<Exit> {
+    let state = StateDir::choose(args.state.as_deref())?;
+    let ended = run_on(args, &opened, &state, || {
+        let service = Service::start(&args.model, &state, &opened.settings, None)?;
+        if args.beats {
+            crate::beats::progress(service.node().handle())?;
+        }
+        Ok(service)
+    });
+    state.end(matches!(ended, Ok(Exit::Ok)));
+    ended
+}
+
+/// Runs a batch on whatever serves.
+pub(crate) fn run_on<S: Serving>(
+    args: &RunArgs,
+    opened: &Opened,
+    state: &StateDir,
+    start: impl FnOnce() -> anyhow::Result<S>,
+) -> anyhow::Result<Exit> {
     let path = args.batch.batch.as_deref().context("a batch")?;
-    let requests = read(args, &opened, path)?;
+    let requests = read(args, opened, path)?;
     let digests = requests.iter().map(|(id, body)| (id.as_str(), Digest::of_value(body))).collect();
     let mut results = Results::open(args.batch.out.as_deref(), args.state.as_deref(), &digests)?;
     let left = requests.into_iter().filter(|(id, _)| !results.has(id.as_str()));
     let left = left.map(|(id, body)| Task { name: id.clone(), id, body }).collect();
-    let state = StateDir::choose(args.state.as_deref())?;
-    let ended = serve(args, &opened, &state, left, &mut results);
-    state.end(ended.is_ok() && results.failed == 0);
-    ended?;
+    serve(args, opened, state, left, &mut results, start)?;
     anyhow::ensure!(
         results.failed == 0,
         "{} requests of the batch failed; their lines say why",
@@ -117,20 +133,18 @@ pub(crate) fn run(args: &RunArgs, opened: Opened) -> anyhow::Result<Exit> {
     Ok(Exit::Ok)
 }
 
-fn serve(
+fn serve<S: Serving>(
     args: &RunArgs,
     opened: &Opened,
     state: &StateDir,
     waiting: VecDeque<Task>,
     results: &mut Results,
+    start: impl FnOnce() -> anyhow::Result<S>,
 ) -> anyhow::Result<()> {
     if waiting.is_empty() {
         return Ok(());
     }
-    let service = Service::start(&args.model, state, &opened.settings, None)?;
-    if args.beats {
-        crate::beats::progress(service.node().handle())?;
-    }
+    let service = start()?;
     if args.state.is_some() {
         results.keep(state.path())?;
     }
@@ -138,8 +152,8 @@ fn serve(
 }
 
 /// Asks for everything, some requests at a time.
-fn ask(
-    service: Service,
+fn ask<S: Serving>(
+    service: S,
     opened: &Opened,
     mut waiting: VecDeque<Task>,
     results: &mut Results,
@@ -154,7 +168,7 @@ fn ask(
             && !busy
             && let Some(task) = waiting.pop_front()
         {
-            submit(&service.node().handle(), task, sender.clone())?;
+            submit(&service, task, sender.clone())?;
             running += 1;
         }
         busy = false;
@@ -168,7 +182,7 @@ fn ask(
         match &done.end {
             // What a node that drains refuses is not done, and has no result: the next run of the batch asks again.
             Err(NoResult::Stopped | NoResult::Refused(Refusal::NotServing, _)) => {
-                return Err(service.unfinished());
+                return Err(service.broken_off());
             }
             Err(NoResult::Refused(Refusal::Busy, _)) => {
                 waiting.push_front(done.task);
@@ -180,8 +194,7 @@ fn ask(
             _ => results.write(&done.task.body, &to_json(opened, &done))?,
         }
     }
-    service.stop()?;
-    Ok(())
+    service.end()
 }
 
 /// The same request under the next name: computed again, it has the same stream.
@@ -194,8 +207,8 @@ fn renamed(task: &Task) -> Option<Task> {
 }
 
 /// Collects a stream on a thread of its own: the node's channels cannot be waited for together.
-fn submit(node: &NodeHandle, task: Task, done: Sender<Done>) -> anyhow::Result<()> {
-    let events = node.submit(task.name.clone(), task.body.clone(), 0);
+fn submit(service: &impl Serving, task: Task, done: Sender<Done>) -> anyhow::Result<()> {
+    let events = service.submit(task.name.clone(), task.body.clone());
     let collect = move || {
         let (tokens, end) = collect(&events);
         // The receiver is gone only when the command has failed.

@@ -1,12 +1,14 @@
 //! The subcommands, one file each.
 
 mod batch;
+mod cluster;
 mod completions;
 mod ctl;
 mod debug;
 mod demo;
 mod import;
 mod inspect;
+mod node;
 mod perplexity;
 mod replay;
 mod run;
@@ -57,6 +59,9 @@ pub(crate) enum Command {
     Sim(Box<sim::SimArgs>),
     /// Show it all: generate, get killed in mid-token, recover, prove that the bits are the same
     Demo(demo::DemoArgs),
+    /// One node of a cluster; started by supervise
+    #[command(hide = true)]
+    Node(node::NodeArgs),
     /// Write shell completions to standard output
     Completions(completions::CompletionsArgs),
 }
@@ -76,6 +81,7 @@ impl Command {
             Self::Synth(args) => args.run(),
             Self::Sim(args) => args.run(),
             Self::Demo(args) => args.run(),
+            Self::Node(args) => args.run(),
             Self::Completions(args) => args.run(),
         }
     }

@@ -92,7 +92,7 @@ impl RunArgs {
         }
     }
 
-    fn check(&self) -> anyhow::Result<()> {
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
         if self.batch.batch.is_none() && self.batch.out.is_some() {
             return Err(usage("--out belongs to --batch"));
         }
@@ -103,7 +103,7 @@ impl RunArgs {
         Ok(())
     }
 
-    fn open(&self) -> anyhow::Result<Opened> {
+    pub(crate) fn open(&self) -> anyhow::Result<Opened> {
         let checkpoint = Checkpoint::open(&self.model)?;
         let mut settings = self.runtime.settle(&checkpoint)?;
         if let Some(map) = &self.generations {

@@ -10,7 +10,8 @@ use crate::terminal;
 use crate::whole_file::write_whole;
 use anyhow::Context;
 use clap::Args;
-use lite_llm_sim::cluster::run::{ClusterSetup, Report, parse_topology, run};
+use lite_llm_core::topology::Topology;
+use lite_llm_sim::cluster::run::{ClusterSetup, Report, run};
 use lite_llm_sim::decision::LogFile;
 use lite_llm_sim::hazard::Hazard;
 use lite_llm_sim::timeline;
@@ -37,8 +38,8 @@ pub(crate) struct SimArgs {
     #[arg(long, value_name = "N")]
     nodes: Option<u32>,
     /// Ranks, as dp=2,tp=1,pp=2,ep=2; seeds take turns with five layouts if left out
-    #[arg(long, value_name = "RANKS", value_parser = parse_topology)]
-    topology: Option<lite_llm_core::topology::Topology>,
+    #[arg(long, value_name = "RANKS")]
+    topology: Option<Topology>,
     /// Faults that may strike: all, none, or names and areas from --list-faults
     #[arg(long, value_name = "LIST", default_value = "all")]
     faults: String,
@@ -138,7 +139,7 @@ impl SimArgs {
         let mut flags = String::new();
         let mut add = |flag: String| flags += &format!(" {flag}");
         if let Some(t) = self.topology {
-            add(format!("--topology dp={},tp={},pp={},ep={}", t.data, t.tensor, t.pipeline, t.expert));
+            add(format!("--topology {t}"));
         }
         if let Some(nodes) = self.nodes {
             add(format!("--nodes {nodes}"));

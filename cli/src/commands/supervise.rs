@@ -3,6 +3,7 @@
 //! The supervisor owns standard output. It makes state directory and request id once, so that each life goes on where
 //! the one before was, and prints each token once, whatever is sent again.
 
+use crate::commands::cluster::ClusterArgs;
 use crate::commands::run::RunArgs;
 use crate::commands::{Cli, Command as Subcommand};
 use crate::exit::{Exit, corrupt, usage};
@@ -31,6 +32,8 @@ pub(crate) struct SuperviseArgs {
     /// Restarts within ten minutes; one more crash is the end
     #[arg(long, value_name = "N", default_value_t = 10)]
     max_restarts: usize,
+    #[command(flatten)]
+    cluster: ClusterArgs,
     /// The command to supervise: run ...
     #[arg(last = true, required = true, value_name = "run ...")]
     command: Vec<OsString>,
@@ -39,6 +42,9 @@ pub(crate) struct SuperviseArgs {
 impl SuperviseArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
         let Some(run) = parse(&self.command)? else { return Ok(Exit::Ok) };
+        if self.cluster.nodes.is_some() {
+            return self.cluster.run(run, self.max_restarts);
+        }
         if run.state.is_none() && run.batch.out.as_ref().is_some_and(|out| out.exists()) {
             return Err(usage(
                 "--out is there already: name another file, or give the --state that wrote it",

@@ -3,12 +3,16 @@
 //! While a step runs, its thread reads from the same channel what the engine provides for it. A step that is given up
 //! stops where it would next wait for an expert; slots are let go before the engine hears of it.
 
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use lite_llm_core::cluster::collective::{Exchange, Kind, Plan};
+use lite_llm_core::cluster::message::Tag;
 use lite_llm_core::ids::{ExpertKey, Slot, StepId};
 use lite_llm_core::input::{Fault, Input};
 use lite_llm_core::output::Forward;
@@ -19,12 +23,12 @@ use lite_llm_model::{
 
 use super::NodeError;
 use super::error::panic_message;
-use super::event_loop::Message;
+use super::reports::{Report, Reports};
 use crate::arena::{Arena, SlotReader};
 
 /// What the compute thread is told.
 #[derive(Debug)]
-pub(super) enum Work {
+pub(crate) enum Work {
     /// Lay out the cache; slots are read from this arena.
     Carve {
         arena: Arc<Arena>,
@@ -47,29 +51,49 @@ pub(super) enum Work {
         step: StepId,
         attempt: u32,
     },
+    /// What another rank computed of a step.
+    Data {
+        from: u32,
+        tag: Tag,
+        bytes: Vec<u8>,
+    },
     /// Let go of arena and cache.
     Release,
+    /// The same, of the running step too; whatever is answered from now on is of this epoch.
+    Forget {
+        epoch: u64,
+        /// Another share of the model, if it changes.
+        model: Option<Box<Model>>,
+    },
 }
 
 /// The event loop's end of the compute thread. The engine bounds what it is told: one step at a time.
 #[derive(Debug)]
-pub(super) struct Compute {
+pub(crate) struct Compute {
     work: Sender<Work>,
     thread: JoinHandle<()>,
 }
 
 impl Compute {
-    pub(super) fn start(
+    pub(crate) fn start(
         model: Model,
         capture: Option<Box<dyn Capture + Send>>,
-        messages: SyncSender<Message>,
+        reports: Reports,
     ) -> Result<Self, NodeError> {
         let (work, receiver) = channel();
         let run = move || {
-            let mut machine = Machine { model, capture, messages, memory: None, failed: false };
+            let mut machine = Machine {
+                model,
+                capture,
+                reports,
+                memory: None,
+                failed: false,
+                epoch: 0,
+                early: RefCell::default(),
+            };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| machine.run(&receiver))) {
                 let message = panic_message(&*panic);
-                let _ = machine.messages.send(Message::Panicked { thread: "compute", message });
+                machine.reports.tell(Report::Panicked { thread: "compute", message });
             }
         };
         let thread = std::thread::Builder::new()
@@ -79,13 +103,13 @@ impl Compute {
         Ok(Self { work, thread })
     }
 
-    pub(super) fn send(&self, work: Work) {
+    pub(crate) fn send(&self, work: Work) {
         // A compute thread that is gone has reported why.
         let _ = self.work.send(work);
     }
 
     /// Gives a running step up, and ends the thread.
-    pub(super) fn close(self) {
+    pub(crate) fn close(self) {
         drop(self.work);
         let _ = self.thread.join();
     }
@@ -94,11 +118,17 @@ impl Compute {
 struct Machine {
     model: Model,
     capture: Option<Box<dyn Capture + Send>>,
-    messages: SyncSender<Message>,
+    reports: Reports,
     memory: Option<Memory>,
     /// A step of the boot sequence failed: the engine has heard it once and wants no more.
     failed: bool,
+    epoch: u64,
+    /// What other ranks computed before this one wanted it.
+    early: RefCell<Vec<(u32, Tag, Vec<u8>)>>,
 }
+
+/// The epoch that has begun, and the share of the model if it is another.
+type Forgotten = (u64, Option<Box<Model>>);
 
 /// What is carved once, so that no step allocates it.
 struct Memory {
@@ -130,17 +160,33 @@ impl Machine {
                     self.loaded(loaded, Input::RoutersLoaded);
                 }
                 Work::Forward(forward) => {
-                    let input = self.forward(&forward, work);
-                    self.say(input);
+                    let (input, then) = self.forward(&forward, work);
+                    match then {
+                        Some((epoch, model)) => self.forget(epoch, model),
+                        None => self.say(input),
+                    }
                 }
                 // Of a step that has ended meanwhile.
                 Work::Provide { .. } | Work::Abort { .. } => {}
+                Work::Data { from, tag, bytes } => self.early.borrow_mut().push((from, tag, bytes)),
+                Work::Forget { epoch, model } => self.forget(epoch, model),
                 Work::Release => {
                     self.memory = None;
                     self.say(Input::ResourcesReleased);
                 }
             }
         }
+    }
+
+    /// Nothing of the epoch before is there any more.
+    fn forget(&mut self, epoch: u64, model: Option<Box<Model>>) {
+        if let Some(model) = model {
+            self.model = *model;
+        }
+        self.memory = None;
+        self.failed = false;
+        self.epoch = epoch;
+        self.early.borrow_mut().clear();
     }
 
     fn loaded(&mut self, loaded: Result<(), ModelError>, input: Input) {
@@ -163,8 +209,10 @@ impl Machine {
         }
     }
 
-    fn forward(&mut self, forward: &Forward, work: &Receiver<Work>) -> Input {
+    /// The answer to a step; and the new epoch, if one began meanwhile and nobody wants the answer.
+    fn forward(&mut self, forward: &Forward, work: &Receiver<Work>) -> (Input, Option<Forgotten>) {
         let (step, attempt) = (forward.step, forward.attempt);
+        self.early.borrow_mut().retain(|(_, tag, _)| (tag.step, tag.attempt) >= (step, attempt));
         let Memory { arena, cache, workspace, readers } =
             self.memory.as_mut().expect("memory is carved before the first step");
         let mut source = Source {
@@ -175,7 +223,12 @@ impl Machine {
             wave: Vec::new(),
             layer: 0,
             work,
-            messages: &self.messages,
+            reports: &self.reports,
+            epoch: self.epoch,
+            rank: self.model.share().rank(),
+            provided: RefCell::default(),
+            early: &self.early,
+            forgotten: Cell::new(None),
         };
         for &(_, slot) in forward.resident.iter().flatten() {
             source.take(slot);
@@ -186,20 +239,21 @@ impl Machine {
             None => None,
         };
         let result = self.model.forward(forward, cache, workspace, &mut source, capture);
+        let forgotten = source.forgotten.take();
         // Every slot is let go before the engine hears that the step is over.
         readers.fill_with(|| None);
         let duration_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let fault = match result {
-            Ok(rows) => return Input::Finished { step, attempt, rows, duration_ns },
+            Ok(rows) => return (Input::Finished { step, attempt, rows, duration_ns }, forgotten),
             Err(StepError::Stopped(stopped)) => Fault::Device(stopped.to_string()),
             Err(StepError::NonFinite { row, layer, position }) => Fault::NonFinite { row, layer, position },
         };
-        Input::Failed { step, attempt, fault }
+        (Input::Failed { step, attempt, fault }, forgotten)
     }
 
     fn say(&self, input: Input) {
-        // An event loop that is gone wants to hear nothing.
-        let _ = self.messages.send(Message::Input(input));
+        // A loop that is gone wants to hear nothing.
+        self.reports.tell(Report::Done { epoch: self.epoch, input, took: None });
     }
 }
 
@@ -213,7 +267,14 @@ struct Source<'a> {
     wave: Vec<Slot>,
     layer: u32,
     work: &'a Receiver<Work>,
-    messages: &'a SyncSender<Message>,
+    reports: &'a Reports,
+    epoch: u64,
+    rank: u32,
+    /// What was provided while something else was waited for.
+    provided: RefCell<VecDeque<Provided>>,
+    early: &'a RefCell<Vec<(u32, Tag, Vec<u8>)>>,
+    /// The epoch that has begun meanwhile.
+    forgotten: Cell<Option<Forgotten>>,
 }
 
 impl Source<'_> {
@@ -222,7 +283,53 @@ impl Source<'_> {
     }
 
     fn say(&self, input: Input) -> Result<(), Stopped> {
-        self.messages.send(Message::Input(input)).map_err(|_| Stopped)
+        let told = self.reports.tell(Report::Done { epoch: self.epoch, input, took: None });
+        if told { Ok(()) } else { Err(Stopped) }
+    }
+
+    const fn tag(&self, exchange: u32) -> Tag {
+        Tag { step: self.step, attempt: self.attempt, exchange }
+    }
+
+    fn give(&self, to: u32, exchange: u32, bytes: Vec<u8>) -> Result<(), Stopped> {
+        let told = self.reports.tell(Report::Data { epoch: self.epoch, to, tag: self.tag(exchange), bytes });
+        if told { Ok(()) } else { Err(Stopped) }
+    }
+
+    /// Waits for the next thing that happens to the step, and keeps it until it is wanted.
+    fn wait(&self) -> Result<(), Stopped> {
+        match self.work.recv().map_err(|_| Stopped)? {
+            Work::Provide { step, attempt, layer, provided } => {
+                if (step, attempt) == (self.step, self.attempt) {
+                    assert_eq!(layer, self.layer, "what is provided is of the layer that needs");
+                    self.provided.borrow_mut().push_back(provided);
+                }
+            }
+            Work::Data { from, tag, bytes } => {
+                if (tag.step, tag.attempt) >= (self.step, self.attempt) {
+                    self.early.borrow_mut().push((from, tag, bytes));
+                }
+            }
+            Work::Abort { step, attempt } => {
+                if (step, attempt) == (self.step, self.attempt) {
+                    return Err(Stopped);
+                }
+            }
+            Work::Forget { epoch, model } => {
+                self.forgotten.set(Some((epoch, model)));
+                return Err(Stopped);
+            }
+            other => unreachable!("the engine does one thing at a time, this is another: {other:?}"),
+        }
+        Ok(())
+    }
+
+    /// Takes what came of an exchange.
+    fn came(&self, exchange: u32) -> Vec<(u32, Vec<u8>)> {
+        let tag = self.tag(exchange);
+        let mut early = self.early.borrow_mut();
+        let came = early.extract_if(.., |(_, of, _)| *of == tag);
+        came.map(|(from, _, bytes)| (from, bytes)).collect()
     }
 }
 
@@ -235,22 +342,13 @@ impl ExpertSource for Source<'_> {
 
     fn provided(&mut self) -> Result<Provided, Stopped> {
         loop {
-            match self.work.recv().map_err(|_| Stopped)? {
-                Work::Provide { step, attempt, layer, provided } => {
-                    if (step, attempt) == (self.step, self.attempt) {
-                        assert_eq!(layer, self.layer, "what is provided is of the layer that needs");
-                        self.take(provided.slot);
-                        self.wave.push(provided.slot);
-                        return Ok(provided);
-                    }
-                }
-                Work::Abort { step, attempt } => {
-                    if (step, attempt) == (self.step, self.attempt) {
-                        return Err(Stopped);
-                    }
-                }
-                other => unreachable!("the engine does one thing at a time, this is another: {other:?}"),
+            let next = self.provided.borrow_mut().pop_front();
+            if let Some(provided) = next {
+                self.take(provided.slot);
+                self.wave.push(provided.slot);
+                return Ok(provided);
             }
+            self.wait()?;
         }
     }
 
@@ -266,5 +364,37 @@ impl ExpertSource for Source<'_> {
         }
         let (step, attempt) = (self.step, self.attempt);
         self.say(Input::Released { step, attempt, layer, wave })
+    }
+
+    fn gather(&self, ranks: &[u32], exchange: u32, part: &[u8]) -> Result<Vec<Vec<u8>>, Stopped> {
+        let plan = Plan::new(Kind::AllGather, ranks.to_vec());
+        let part = part.to_vec();
+        let (mut gathered, sends) =
+            Exchange::begin(plan, self.tag(exchange), self.rank, std::slice::from_ref(&part));
+        for (to, part) in sends {
+            self.give(to, exchange, part)?;
+        }
+        loop {
+            for (from, bytes) in self.came(exchange) {
+                gathered.take(from, self.tag(exchange), bytes);
+            }
+            if let Some(parts) = gathered.parts() {
+                return Ok(parts.into_iter().map(|(_, part)| part).collect());
+            }
+            self.wait()?;
+        }
+    }
+
+    fn hand_on(&self, rank: u32, exchange: u32, part: &[u8]) -> Result<(), Stopped> {
+        self.give(rank, exchange, part.to_vec())
+    }
+
+    fn take_over(&self, rank: u32, exchange: u32) -> Result<Vec<u8>, Stopped> {
+        loop {
+            if let Some((_, bytes)) = self.came(exchange).into_iter().find(|(from, _)| *from == rank) {
+                return Ok(bytes);
+            }
+            self.wait()?;
+        }
     }
 }

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use lite_llm_core::disk::Disk;
 use lite_llm_core::ids::Seq;
 use lite_llm_core::journal::frame::{BLOCK_BYTES, GROUP_BYTES_MAX, GROUP_HEADER_BYTES, frame_bytes};
-use lite_llm_core::journal::{JournalError, Record, Store};
+use lite_llm_core::journal::{JournalError, Record, Snapshot, Store};
 
 use super::NodeError;
-use super::event_loop::Message;
+use super::reports::{Report, Reports};
 
 /// Records that may wait for the disk.
 const RECORDS_MAX: usize = 4096;
@@ -23,43 +23,60 @@ enum Entry {
     Record(Record),
     Snapshot { next: Seq, digest: [u8; 32], bytes: Vec<u8> },
     Trim { before: Seq },
+    Change(Change, SyncSender<Result<Contents, JournalError>>),
     Abandon,
 }
 
+/// What a rank does with its journal beside adding to it.
+#[derive(Debug)]
+pub(crate) enum Change {
+    /// Nothing; its records from here on are wanted.
+    Read { from: Seq },
+    /// Forget what is after this record.
+    Cut { keep: Seq },
+    /// Take this in place of everything.
+    Install(Snapshot),
+    /// Nothing is missing, whatever tail was once cut.
+    Whole,
+}
+
+/// What is in a journal: its snapshot, if it begins after what was asked for, and the records from there on.
+pub(crate) type Contents = (Option<Snapshot>, Vec<Record>);
+
 /// How far the journal is.
 #[derive(Debug, Default)]
-pub(super) struct Progress {
+pub(crate) struct Progress {
     /// The last durable record.
-    pub(super) durable: Seq,
+    pub(crate) durable: Seq,
     /// A snapshot that became durable, and is not yet taken note of.
-    pub(super) snapshot: Option<Seq>,
+    pub(crate) snapshot: Option<Seq>,
     /// Bytes written since the last snapshot, or since the first record.
-    pub(super) bytes: u64,
+    pub(crate) bytes: u64,
     /// How long the last groups took, not yet taken note of.
-    pub(super) flushes: Vec<Duration>,
+    pub(crate) flushes: Vec<Duration>,
     /// Nothing more will be durable.
-    pub(super) failed: Option<JournalError>,
+    pub(crate) failed: Option<JournalError>,
 }
 
 /// The event loop's end of the journal thread.
 #[derive(Debug)]
-pub(super) struct Journal {
+pub(crate) struct Journal {
     entries: SyncSender<Entry>,
     progress: Arc<Mutex<Progress>>,
     thread: JoinHandle<()>,
 }
 
 impl Journal {
-    /// Starts the thread over a journal that has `bytes` already. It wakes the event loop by `messages`.
-    pub(super) fn start<D: Disk + Send + 'static>(
+    /// Starts the thread over a journal that has `bytes` already. It wakes the loop by `reports`.
+    pub(crate) fn start<D: Disk + Send + 'static>(
         store: Store<D>,
         bytes: u64,
-        messages: SyncSender<Message>,
+        reports: Reports,
     ) -> Result<Self, NodeError> {
         let (entries, receiver) = sync_channel(RECORDS_MAX);
         let progress =
             Arc::new(Mutex::new(Progress { durable: Seq(store.durable()), bytes, ..Progress::default() }));
-        let writer = Writer { store, buffered: 0, messages, progress: Arc::clone(&progress) };
+        let writer = Writer { store, buffered: 0, reports, progress: Arc::clone(&progress) };
         let thread = std::thread::Builder::new()
             .name("journal".into())
             .spawn(move || writer.run(&receiver))
@@ -68,27 +85,37 @@ impl Journal {
     }
 
     /// Hands over a record, before its input is handled.
-    pub(super) fn record(&self, record: Record) -> Result<(), NodeError> {
+    pub(crate) fn record(&self, record: Record) -> Result<(), NodeError> {
         self.send(Entry::Record(record))
     }
 
     /// Hands over a snapshot: the state before input `next`.
-    pub(super) fn snapshot(&self, next: Seq, digest: [u8; 32], bytes: Vec<u8>) -> Result<(), NodeError> {
+    pub(crate) fn snapshot(&self, next: Seq, digest: [u8; 32], bytes: Vec<u8>) -> Result<(), NodeError> {
         self.send(Entry::Snapshot { next, digest, bytes })
     }
 
     /// Lets go of records before `before`.
-    pub(super) fn trim(&self, before: Seq) -> Result<(), NodeError> {
+    pub(crate) fn trim(&self, before: Seq) -> Result<(), NodeError> {
         self.send(Entry::Trim { before })
     }
 
+    /// Waits until all that was handed over is durable, then does this and says what is there afterwards.
+    pub(crate) fn change(&self, change: Change) -> Result<Contents, NodeError> {
+        let (reply, answer) = sync_channel(1);
+        self.send(Entry::Change(change, reply))?;
+        match answer.recv() {
+            Ok(contents) => Ok(contents?),
+            Err(_) => Err(self.gone()),
+        }
+    }
+
     /// How far the journal is.
-    pub(super) fn progress(&self) -> MutexGuard<'_, Progress> {
+    pub(crate) fn progress(&self) -> MutexGuard<'_, Progress> {
         lock(&self.progress)
     }
 
     /// Writes what was handed over, and ends the thread.
-    pub(super) fn close(self) -> Result<(), NodeError> {
+    pub(crate) fn close(self) -> Result<(), NodeError> {
         drop(self.entries);
         if let Err(panic) = self.thread.join() {
             let message = super::error::panic_message(&*panic);
@@ -101,21 +128,26 @@ impl Journal {
     }
 
     /// Ends the thread as a kill would: what it has not yet written is lost.
-    pub(super) fn abandon(self) {
+    pub(crate) fn abandon(self) {
         // It may have ended already.
         let _ = self.entries.send(Entry::Abandon);
         let _ = self.thread.join();
     }
 
     fn send(&self, entry: Entry) -> Result<(), NodeError> {
-        self.entries.send(entry).map_err(|_| match self.progress().failed.take() {
+        self.entries.send(entry).map_err(|_| self.gone())
+    }
+
+    fn gone(&self) -> NodeError {
+        let failed = self.progress().failed.take();
+        match failed {
             Some(error) => error.into(),
             None => NodeError::Panic {
                 seq: self.progress().durable,
                 thread: "journal",
                 message: "the thread is gone".into(),
             },
-        })
+        }
     }
 }
 
@@ -123,7 +155,7 @@ struct Writer<D: Disk> {
     store: Store<D>,
     /// Bytes of the records that are not yet written.
     buffered: usize,
-    messages: SyncSender<Message>,
+    reports: Reports,
     progress: Arc<Mutex<Progress>>,
 }
 
@@ -154,6 +186,16 @@ impl<D: Disk> Writer<D> {
                     progress.bytes = 0;
                 }
                 Entry::Trim { before } => self.store.trim(before.0)?,
+                Entry::Change(change, reply) => {
+                    self.flush()?;
+                    let contents = self.change(change);
+                    let failed = contents.is_err();
+                    // Who asked is gone only if all is over.
+                    let _ = reply.send(contents);
+                    if failed {
+                        return Ok(false);
+                    }
+                }
                 Entry::Abandon => return Ok(false),
             }
             next = entries.try_recv().ok();
@@ -161,6 +203,26 @@ impl<D: Disk> Writer<D> {
         self.flush()?;
         self.wake();
         Ok(true)
+    }
+
+    fn change(&mut self, change: Change) -> Result<Contents, JournalError> {
+        let from = match change {
+            Change::Read { from } => from,
+            Change::Cut { keep } => {
+                self.store.cut(keep.0)?;
+                Seq(1)
+            }
+            Change::Install(snapshot) => {
+                self.store.install(&snapshot)?;
+                Seq(1)
+            }
+            Change::Whole => {
+                self.store.whole()?;
+                return Ok((None, Vec::new()));
+            }
+        };
+        lock(&self.progress).durable = Seq(self.store.durable());
+        self.store.read_from(from.0)
     }
 
     /// Buffers a record, after writing out what is buffered if both are more than one group may be.
@@ -189,9 +251,8 @@ impl<D: Disk> Writer<D> {
         Ok(())
     }
 
-    /// A full channel needs no wake-up: the event loop looks at the progress after every message.
     fn wake(&self) {
-        let _ = self.messages.try_send(Message::Wake);
+        self.reports.tell(Report::Wake);
     }
 }
 
@@ -256,9 +317,9 @@ mod tests {
         Record { seq, time_ns: seq, digest: [0; 32], payload: vec![1; bytes] }
     }
 
-    fn wait_for(journal: &Journal, messages: &Receiver<Message>, seq: u64) {
+    fn wait_for(journal: &Journal, messages: &Receiver<Report>, seq: u64) {
         while journal.progress().durable < Seq(seq) {
-            assert!(matches!(messages.recv(), Ok(Message::Wake)));
+            assert!(matches!(messages.recv(), Ok(Report::Wake)));
         }
     }
 
@@ -268,13 +329,14 @@ mod tests {
         let full = Arc::new(AtomicBool::new(false));
         let disk = Full { disk: FileDisk::open(dir.path()).unwrap(), full: Arc::clone(&full) };
         let (messages, wakes) = sync_channel(16);
-        let journal = Journal::start(Store::open(disk, &HEADER).unwrap().0, 0, messages).unwrap();
+        let journal =
+            Journal::start(Store::open(disk, &HEADER).unwrap().0, 0, Reports::to(messages)).unwrap();
         journal.record(record(1, 100)).unwrap();
         wait_for(&journal, &wakes, 1);
         full.store(true, Ordering::SeqCst);
         journal.record(record(2, 100)).unwrap();
         while journal.progress().failed.is_none() {
-            assert!(matches!(wakes.recv(), Ok(Message::Wake)), "a failure wakes the event loop");
+            assert!(matches!(wakes.recv(), Ok(Report::Wake)), "a failure wakes the event loop");
         }
         assert_eq!(journal.progress().durable, Seq(1));
         let error = journal.close().unwrap_err().to_string();
@@ -286,9 +348,9 @@ mod tests {
     #[test]
     fn what_is_more_than_a_group_becomes_several() {
         let dir = tempfile::tempdir().unwrap();
-        let (messages, _wakes) = sync_channel(1);
+        let (messages, _wakes) = sync_channel::<Report>(1);
         let store = Store::open(FileDisk::open(dir.path()).unwrap(), &HEADER).unwrap().0;
-        let journal = Journal::start(store, 0, messages).unwrap();
+        let journal = Journal::start(store, 0, Reports::to(messages)).unwrap();
         let large = 15 << 20;
         for seq in 1..=6 {
             journal.record(record(seq, large)).unwrap();
@@ -306,7 +368,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (messages, wakes) = sync_channel(16);
         let store = Store::open(FileDisk::open(dir.path()).unwrap(), &HEADER).unwrap().0;
-        let journal = Journal::start(store, 0, messages).unwrap();
+        let journal = Journal::start(store, 0, Reports::to(messages)).unwrap();
         journal.record(record(1, 10)).unwrap();
         wait_for(&journal, &wakes, 1);
         journal.record(record(2, 10)).unwrap();

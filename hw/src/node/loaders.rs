@@ -2,7 +2,7 @@
 //! modified ones.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -14,14 +14,14 @@ use lite_llm_model::{CheckpointError, ExpertLoader, ModelError};
 
 use super::NodeError;
 use super::error::panic_message;
-use super::event_loop::Message;
+use super::reports::{Report, Reports};
 use crate::arena::SlotWriter;
 use crate::blobs::Blobs;
 use crate::telemetry::Timing;
 
 /// Something to do with the bytes of experts.
 #[derive(Debug)]
-pub(super) enum Job {
+pub(crate) enum Job {
     /// Read an expert, of the checkpoint or as modified, into a slot of either arena; what is there goes to `keep` first.
     Load { load: LoadId, expert: ExpertKey, blob: Option<Digest>, slot: SlotWriter, keep: Option<SlotWriter> },
     /// Bring an expert from its warm slot into a hot one, or have it change places with what is there.
@@ -30,42 +30,61 @@ pub(super) enum Job {
     Persist { asked: Seq, experts: Vec<(Digest, Vec<u8>)> },
 }
 
+/// A job, in which epoch, and how experts are read there.
+#[derive(Debug)]
+struct Asked {
+    epoch: u64,
+    loader: Arc<ExpertLoader>,
+    job: Job,
+}
+
 /// The event loop's end of the loaders. The engine bounds how many jobs there are (`limits.loads_max`).
 #[derive(Debug)]
-pub(super) struct Loaders {
-    jobs: Sender<Job>,
+pub(crate) struct Loaders {
+    jobs: Sender<Asked>,
+    /// The epoch of the jobs from now on: their answers say it.
+    epoch: u64,
+    loader: Arc<ExpertLoader>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Loaders {
-    pub(super) fn start(
+    pub(crate) fn start(
         count: usize,
-        loader: &ExpertLoader,
+        loader: ExpertLoader,
         blobs: &Blobs,
-        messages: &SyncSender<Message>,
+        reports: &Reports,
     ) -> Result<Self, NodeError> {
         let (jobs, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
-        let mut loaders = Self { jobs, threads: Vec::new() };
+        let mut loaders = Self { jobs, epoch: 0, loader: Arc::new(loader), threads: Vec::new() };
         for index in 0..count.max(1) {
-            let (loader, receiver, messages) = (loader.clone(), Arc::clone(&receiver), messages.clone());
+            let (receiver, reports) = (Arc::clone(&receiver), reports.clone());
             let blobs = blobs.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("loader-{index}"))
-                .spawn(move || run(&loader, &blobs, &receiver, &messages))
+                .spawn(move || run(&blobs, &receiver, &reports))
                 .map_err(|source| NodeError::System { what: "cannot start a loader thread", source })?;
             loaders.threads.push(thread);
         }
         Ok(loaders)
     }
 
-    pub(super) fn send(&self, job: Job) {
+    pub(crate) fn send(&self, job: Job) {
         // A loader that is gone has reported why.
-        let _ = self.jobs.send(job);
+        let _ = self.jobs.send(Asked { epoch: self.epoch, loader: Arc::clone(&self.loader), job });
+    }
+
+    /// Begins another epoch, maybe with another share of each expert.
+    pub(crate) fn begin(&mut self, epoch: u64, loader: Option<ExpertLoader>) {
+        self.epoch = epoch;
+        if let Some(loader) = loader {
+            self.loader = Arc::new(loader);
+        }
     }
 
     /// Waits for the jobs under way, and ends the threads.
-    pub(super) fn close(self) {
+    pub(crate) fn close(self) {
         drop(self.jobs);
         for thread in self.threads {
             let _ = thread.join();
@@ -73,17 +92,17 @@ impl Loaders {
     }
 }
 
-fn run(loader: &ExpertLoader, blobs: &Blobs, jobs: &Mutex<Receiver<Job>>, messages: &SyncSender<Message>) {
+fn run(blobs: &Blobs, jobs: &Mutex<Receiver<Asked>>, reports: &Reports) {
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(job) = job else { return };
+        let Ok(Asked { epoch, loader, job }) = job else { return };
         let began = Instant::now();
         // The slot is given back within: the engine may give it to somebody else as soon as it hears.
-        let message = match catch_unwind(AssertUnwindSafe(|| work(loader, blobs, job))) {
-            Ok((input, what)) => Message::Measured { input, what, duration: began.elapsed() },
-            Err(panic) => Message::Panicked { thread: "loader", message: panic_message(&*panic) },
+        let report = match catch_unwind(AssertUnwindSafe(|| work(&loader, blobs, job))) {
+            Ok((input, what)) => Report::Done { epoch, input, took: Some((what, began.elapsed())) },
+            Err(panic) => Report::Panicked { thread: "loader", message: panic_message(&*panic) },
         };
-        if messages.send(message).is_err() {
+        if !reports.tell(report) {
             return;
         }
     }

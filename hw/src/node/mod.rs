@@ -7,13 +7,15 @@
 //!
 //! A node that is dropped stops as a killed process would: nothing is flushed, and the journal says what goes on.
 
-mod compute;
-mod error;
-mod event_loop;
-mod journal;
-mod loaders;
-mod open;
+pub(crate) mod compute;
+pub(crate) mod device;
+pub(crate) mod error;
+pub(crate) mod event_loop;
+pub(crate) mod journal;
+pub(crate) mod loaders;
+pub(crate) mod open;
 mod report;
+pub(crate) mod reports;
 mod stop;
 mod streams;
 

@@ -11,6 +11,8 @@ use std::sync::mpsc::{channel, sync_channel};
 use std::time::Duration;
 
 use lite_llm_core::LOGIC_VERSION;
+use lite_llm_core::chain::RestoreError;
+use lite_llm_core::cluster::peer::Log;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::ids::{Incarnation, Seq};
@@ -22,10 +24,12 @@ use lite_llm_model::tokenizer::Tokenizer;
 use lite_llm_model::{Checkpoint, Model, ModelOptions};
 
 use super::compute::Compute;
+use super::device::Device;
 use super::error::panic_message;
-use super::event_loop::{Clock, EventLoop, Parts};
-use super::journal::Journal;
+use super::event_loop::{Clock, EventLoop};
+use super::journal::{Contents, Journal};
 use super::loaders::Loaders;
+use super::reports::Reports;
 use super::{Node, NodeError, NodeHandle, NodeOptions};
 use crate::blobs::Blobs;
 use crate::disk::FileDisk;
@@ -35,7 +39,7 @@ use crate::telemetry::Telemetry;
 /// Commands and completions that may wait for the event loop.
 const MESSAGES_MAX: usize = 4096;
 /// Loader threads, if there are cores for them.
-const LOADERS_MAX: usize = 4;
+pub(crate) const LOADERS_MAX: usize = 4;
 /// Segments that a journal of bounded size has: a snapshot lets go of whole ones only.
 const SEGMENTS: u64 = 8;
 /// No segment is ended before it has this many bytes.
@@ -101,22 +105,41 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let blobs = Blobs::of(&state_dir);
     let (messages, receiver) = sync_channel(MESSAGES_MAX);
     let (ready_sender, ready) = channel();
-    let parts = Parts {
-        loaders: Loaders::start(loaders, &model.expert_loader(), &blobs, &messages)?,
-        compute: Compute::start(model, capture, messages.clone())?,
-        journal: Journal::start(store, bytes, messages.clone())?,
-    };
-    let mut event_loop = EventLoop::new(engine, plan, tokenizer, telemetry, blobs, on_event, ready_sender);
+    let reports = Reports::to(messages.clone());
+    let loaders = Loaders::start(loaders, model.expert_loader(), &blobs, &reports)?;
+    let compute = Compute::start(model, capture, reports.clone())?;
+    let journal = Journal::start(store, bytes, reports)?;
+    let device = Device::new(compute, loaders, plan, tokenizer);
+    let mut event_loop = EventLoop::new(engine, device, journal, telemetry, blobs, on_event, ready_sender);
     event_loop.bound_journal(journal_bytes);
     let thread = std::thread::Builder::new()
         .name("node".into())
-        .spawn(move || event_loop.run(parts, receiver, first))
+        .spawn(move || event_loop.run(receiver, first))
         .map_err(|source| NodeError::System { what: "cannot start the event loop", source })?;
     Ok(Node { handle: NodeHandle { messages, identity }, ready, thread: Some(thread) })
 }
 
+/// Opens the journal of a rank.
+pub(crate) fn open_store(disk: FileDisk, header: &Header) -> Result<(Store<FileDisk>, Recovered), NodeError> {
+    Ok(Store::open(disk, header)?)
+}
+
+/// The log that a journal holds after it was cut or replaced.
+pub(crate) fn fold_contents((snapshot, records): Contents) -> Result<Log, NodeError> {
+    let mut engine = match &snapshot {
+        None => Engine::new(),
+        Some(snapshot) => {
+            let broken =
+                |error: RestoreError| NodeError::Snapshot { next: snapshot.next, what: error.to_string() };
+            Engine::restore(&snapshot.bytes).map_err(broken)?
+        }
+    };
+    fold(&mut engine, &records, |_, _| {})?;
+    Ok(Log::new(engine, &records))
+}
+
 /// The engine that the journal yields; telemetry that the former life had not written is written now.
-fn refold(recovered: &Recovered, telemetry: &mut Telemetry) -> Result<Engine, NodeError> {
+pub(crate) fn refold(recovered: &Recovered, telemetry: &mut Telemetry) -> Result<Engine, NodeError> {
     let mut engine = match &recovered.snapshot {
         None => Engine::new(),
         Some(snapshot) => {
@@ -156,7 +179,7 @@ fn refold(recovered: &Recovered, telemetry: &mut Telemetry) -> Result<Engine, No
 
 impl Clock {
     /// A clock that begins now, or at `last` if the system's clock has been set back since.
-    pub(super) fn start(last: lite_llm_core::time::Time) -> Self {
+    pub(crate) fn start(last: lite_llm_core::time::Time) -> Self {
         let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let now = u64::try_from(since_1970.unwrap_or(Duration::ZERO).as_nanos()).unwrap_or(u64::MAX);
         Self::new(lite_llm_core::time::Time(now).max(last))

@@ -28,7 +28,6 @@ use lite_llm_core::topology::Topology;
 use std::rc::Rc;
 
 pub use cast::Cast;
-pub use file::parse_topology;
 pub use many::run_many;
 pub use phases::run;
 

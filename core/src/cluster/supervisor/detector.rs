@@ -119,6 +119,11 @@ impl Detector {
         *self = Self { heard: now, progressed: now, caution: self.caution, ..Self::NEW };
     }
 
+    /// Whether it was heard after a time.
+    pub(super) fn heard_since(&self, time: Time) -> bool {
+        self.heard > time
+    }
+
     /// It beats; `joined` if it is in the epoch that it should be in.
     pub(super) fn heard(&mut self, now: Time, beat: &Beat, joined: bool) {
         let pause = now.0.saturating_sub(self.heard.0);

@@ -25,6 +25,8 @@ pub(super) struct Replica {
     floor: Seq,
     /// It was said whom it waits for.
     waiting: bool,
+    /// Since when a member of its newest epoch is missing.
+    lacks_since: Option<Time>,
     /// When all was finished.
     pub(super) drained: Option<Time>,
     /// Why it will never be.
@@ -189,6 +191,7 @@ impl State {
             if self.is_whole(replica) || replica.is_over() {
                 continue;
             }
+            self.replicas[index(id)].lacks_since.get_or_insert(cx.now);
             match self.choose(cx.now, id) {
                 Ok((members, leader)) => self.adopt(cx, id, members, leader),
                 Err(Missing::Holder) => self.wait_for_holders(cx, id),
@@ -293,12 +296,19 @@ impl State {
         replica.membership = Some(membership.clone());
         replica.active = false;
         replica.waiting = false;
+        replica.lacks_since = None;
         self.decided = cx.seq;
         cx.event(SupervisorEvent::Adopted(membership));
         self.tell_all(cx, id);
     }
 
+    /// Says whose disk is waited for, once everybody who is there has said since how far his log reaches.
     fn wait_for_holders(&mut self, cx: &mut Context<'_>, id: u32) {
+        let mut own = self.nodes.iter().filter(|node| node.home == Some(id) && node.life == Life::Up);
+        let since = self.replicas[index(id)].lacks_since;
+        if own.any(|node| since.is_some_and(|since| !node.detector.heard_since(since))) {
+            return;
+        }
         let replica = &mut self.replicas[index(id)];
         if !core::mem::replace(&mut replica.waiting, true) {
             let holders = replica.holders.iter().flat_map(|holders| &holders.members);

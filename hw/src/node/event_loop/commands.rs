@@ -1,6 +1,6 @@
 //! What handles ask for.
 
-use super::{EventLoop, Parts};
+use super::EventLoop;
 use crate::node::{GenerationSpan, NodeError, Status, StreamEvent, report};
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{ExpertKey, Generation, RequestId, Seq};
@@ -25,24 +25,24 @@ pub(in crate::node) enum Command {
 }
 
 impl EventLoop {
-    pub(super) fn command(&mut self, parts: &Parts, command: Command) -> Result<(), NodeError> {
+    pub(super) fn command(&mut self, command: Command) -> Result<(), NodeError> {
         match command {
-            Command::Submit { id, body, from, events } => self.submit(parts, id, *body, from, events)?,
+            Command::Submit { id, body, from, events } => self.submit(id, *body, from, events)?,
             Command::Cancel { id, reply } => {
-                let seq = self.handle(parts, Input::Cancel { id })?;
+                let seq = self.handle(Input::Cancel { id })?;
                 self.done.insert(seq, reply);
             }
             Command::Switch { target, at, reply } => {
                 // The outcome may already be among the outputs: they are held until after this.
-                let seq = self.handle(parts, Input::Switch { target, at })?;
+                let seq = self.handle(Input::Switch { target, at })?;
                 self.switches.insert(seq, reply);
             }
-            Command::Modify { experts, reply } => self.modify(parts, experts, reply)?,
+            Command::Modify { experts, reply } => self.modify(experts, reply)?,
             Command::Drain { bound_ns } => {
-                self.handle(parts, Input::Drain { bound_ns })?;
+                self.handle(Input::Drain { bound_ns })?;
             }
             Command::Snapshot { reply } => {
-                let seq = self.handle(parts, Input::SnapshotWanted)?;
+                let seq = self.handle(Input::SnapshotWanted)?;
                 self.snapshots.push((seq, reply));
             }
             // Whoever asked and went away wants no answer.
@@ -58,7 +58,6 @@ impl EventLoop {
 
     fn submit(
         &mut self,
-        parts: &Parts,
         id: RequestId,
         body: Body,
         from: u32,
@@ -73,7 +72,7 @@ impl EventLoop {
                 "the request is {} bytes long, above the journal's bound of {PAYLOAD_BYTES_MAX}: shorten the prompt",
                 payload.len()
             ))
-        } else if stops && self.tokenizer.is_none() {
+        } else if stops && !self.device.has_tokenizer() {
             Some("stop texts need a tokenizer, and this checkpoint has none: leave them out".into())
         } else {
             None
@@ -82,7 +81,7 @@ impl EventLoop {
             let _ = events.send(StreamEvent::Refused { refusal: Refusal::Invalid, reason });
             return Ok(());
         }
-        let seq = self.handle_encoded(parts, input, payload)?;
+        let seq = self.handle_encoded(input, payload)?;
         self.streams.listen(id, seq, from, events);
         Ok(())
     }
@@ -90,22 +89,21 @@ impl EventLoop {
     /// Modified bytes must fill a slot. The engine names them by their digests.
     fn modify(
         &mut self,
-        parts: &Parts,
         experts: Vec<(ExpertKey, Vec<u8>)>,
         reply: Sender<Result<Generation, String>>,
     ) -> Result<(), NodeError> {
-        let slot_bytes = self.plan.slot_bytes;
+        let slot_bytes = self.device.plan().slot_bytes;
         if let Some((key, bytes)) = experts.iter().find(|(_, bytes)| bytes.len() as u64 != slot_bytes) {
             let reason = format!("expert {key:?} has {} bytes, a slot has {slot_bytes}", bytes.len());
             let _ = reply.send(Err(reason));
             return Ok(());
         }
         let named: Vec<_> = experts.iter().map(|(key, bytes)| (*key, Digest::of(bytes))).collect();
-        self.staged =
-            named.iter().map(|(_, blob)| *blob).zip(experts.into_iter().map(|(_, bytes)| bytes)).collect();
-        let seq = self.handle(parts, Input::Modify { experts: named })?;
+        let bytes = experts.into_iter().map(|(_, bytes)| bytes);
+        self.device.stage(named.iter().map(|(_, blob)| *blob).zip(bytes).collect());
+        let seq = self.handle(Input::Modify { experts: named })?;
         // Refused, nobody asks for them.
-        self.staged.clear();
+        self.device.stage(Vec::new());
         self.switches.insert(seq, reply);
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! What leaves the node: nothing before the journal has what it follows from.
 
-use super::{EventLoop, Parts};
+use super::EventLoop;
 use crate::node::{NodeError, report};
 use crate::telemetry::Timing;
 use lite_llm_core::event::Event;
@@ -11,9 +11,9 @@ use std::time::Instant;
 
 impl EventLoop {
     /// Lets go of what has become durable, and takes note of a durable snapshot.
-    pub(super) fn release(&mut self, parts: &Parts) -> Result<(), NodeError> {
+    pub(super) fn release(&mut self) -> Result<(), NodeError> {
         let (durable, snapshot, bytes, flushes) = {
-            let mut progress = parts.journal.progress();
+            let mut progress = self.journal.progress();
             if let Some(error) = progress.failed.take() {
                 return Err(error.into());
             }

@@ -29,7 +29,7 @@ impl ClusterSetup {
     pub fn of_log(file: &LogFile) -> Result<Self, String> {
         let of = Settings(&file.settings);
         let mut setup = Self { decisions: Some(file.decisions.clone()), ..Self::of(file.seed) };
-        setup.topology = parse_topology(of.text("topology")?)?;
+        setup.topology = of.text("topology")?.parse()?;
         setup.nodes = of.number("nodes")?;
         setup.duration_ns = of.number("duration_ns")?;
         setup.unrestricted = of.number("unrestricted")?;
@@ -100,26 +100,4 @@ impl Settings<'_> {
         let text = self.text(name)?;
         text.parse().map_err(|_| format!("the setting {name} is {text:?}, which is none"))
     }
-}
-
-/// Reads `dp=2,tp=1,pp=2,ep=2`; what is left out is 1.
-///
-/// # Errors
-/// What is wrong, for people.
-pub fn parse_topology(text: &str) -> Result<Topology, String> {
-    let mut topology = Topology::SINGLE;
-    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-        let wrong = || format!("{part:?} is no part of a topology; write it as dp=2,tp=1,pp=2,ep=2");
-        let (name, count) = part.split_once('=').ok_or_else(wrong)?;
-        let count = count.trim().parse().map_err(|_| wrong())?;
-        match name.trim() {
-            "dp" => topology.data = count,
-            "tp" => topology.tensor = count,
-            "pp" => topology.pipeline = count,
-            "ep" => topology.expert = count,
-            _ => return Err(wrong()),
-        }
-    }
-    topology.check_counts()?;
-    Ok(topology)
 }

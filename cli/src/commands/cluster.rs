@@ -1,0 +1,329 @@
+//! `lite-llm supervise --nodes N`: a model spread over processes, supervised, with the run's requests as its clients.
+
+use crate::commands::batch;
+use crate::commands::node::NodeSettings;
+use crate::commands::run::{Opened, RunArgs};
+use crate::exit::{Exit, fault, usage};
+use crate::request::request_id;
+use crate::serve::Serving;
+use crate::settings::Settings;
+use crate::state::{StateDir, unique};
+use crate::stream::{Format, Printer, finish_name, is_complete};
+use crate::terminal::tell;
+use anyhow::{Context, anyhow};
+use clap::Args;
+use lite_llm_core::cluster::supervisor::{
+    Cause, ClusterConfig, Ending, Failure, Patience, Restarts, SupervisorEvent,
+};
+use lite_llm_core::ids::RequestId;
+use lite_llm_core::input::Body;
+use lite_llm_core::output::FinishReason;
+use lite_llm_core::topology::Topology;
+use lite_llm_hw::cluster::head::HeadHandle;
+use lite_llm_hw::cluster::{Head, HeadOptions, end_all, rank};
+use lite_llm_hw::net::Key;
+use lite_llm_hw::node::StreamEvent;
+use lite_llm_model::kernels::Isa;
+use lite_llm_model::tokenizer::Detokenizer;
+use lite_llm_model::{Checkpoint, Model, ModelOptions, Share};
+use serde_json::json;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+/// What a file of settings is called in the state directory.
+const SETTINGS_NAME: &str = "nodes.json";
+const KEY_NAME: &str = "key";
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Cluster")]
+pub(crate) struct ClusterArgs {
+    /// Spread the model over so many processes of this machine; those beyond the ranks of the topology stand by
+    #[arg(long, value_name = "N")]
+    pub(crate) nodes: Option<u32>,
+    /// Ranks of each kind, as in dp=2,tp=1,pp=2,ep=2: replicas, and how the rows, layers and experts of each are shared
+    #[arg(long, value_name = "RANKS", requires = "nodes")]
+    topology: Option<Topology>,
+    /// Where the supervisor listens; nodes take ports of their own on the same host [default: 127.0.0.1:0]
+    #[arg(long, value_name = "ADDR", requires = "nodes")]
+    listen: Option<SocketAddr>,
+    /// The key that all processes of the cluster share; made in the state directory if left out
+    #[arg(long, value_name = "FILE", requires = "nodes")]
+    key_file: Option<PathBuf>,
+}
+
+impl ClusterArgs {
+    pub(crate) fn run(&self, run: RunArgs, max_restarts: usize) -> anyhow::Result<Exit> {
+        for (given, flag) in [
+            (run.logits.is_some(), "--logits"),
+            (run.routes.is_some(), "--routes"),
+            (run.generations.is_some(), "--generations"),
+        ] {
+            if given {
+                return Err(usage(format!("{flag} needs the model in one process: leave out --nodes")));
+            }
+        }
+        run.check()?;
+        let mut opened = run.open()?;
+        let state = StateDir::choose(run.state.as_deref())?;
+        let cluster = self.settle(&run, &mut opened, &state, max_restarts)?;
+        state
+            .make()
+            .with_context(|| format!("cannot make the state directory {}", state.path().display()))?;
+        let ended = match &run.batch.batch {
+            Some(_) => batch::run_on(&run, &opened, &state, || self.start(&run, &opened, &state, cluster)),
+            None => self.run_one(&run, &opened, &state, cluster),
+        };
+        state.end(matches!(ended, Ok(Exit::Ok)));
+        ended
+    }
+
+    /// How the cluster is run. Each process has its part of what is there.
+    fn settle(
+        &self,
+        run: &RunArgs,
+        opened: &mut Opened,
+        state: &StateDir,
+        max_restarts: usize,
+    ) -> anyhow::Result<ClusterConfig> {
+        let nodes = self.nodes.context("a number of nodes")?;
+        let topology = self.topology.unwrap_or(Topology { pipeline: nodes.clamp(1, 64), ..Topology::SINGLE });
+        let checkpoint = Arc::new(Checkpoint::open(&run.model)?);
+        Share::check(&topology, checkpoint.arch()).map_err(usage)?;
+        let Settings { config, threads, isa, kv_dtype, .. } = &mut opened.settings;
+        config.topology = topology;
+        if run.runtime.memory.is_none() {
+            // What is available is another number each time; nodes of a former life have the one they were given.
+            let former = NodeSettings::read(&state.path().join(SETTINGS_NAME)).ok();
+            let own = config.memory_bytes / u64::from(nodes.max(1));
+            config.memory_bytes = former.map_or(own, |former| former.config.memory_bytes);
+        }
+        if run.runtime.threads.is_none() {
+            *threads = (*threads / nodes.max(1) as usize).max(1);
+        }
+        config.check().map_err(usage)?;
+        let share = Share::new(topology, 0);
+        let options = ModelOptions {
+            threads: 1,
+            isa: *isa,
+            kv_dtype: Some(*kv_dtype),
+            share,
+            ..ModelOptions::default()
+        };
+        let model = Model::open(checkpoint, options)?;
+        let facts = rank::facts(&model, config, opened.tokenizer.as_ref())?;
+        let defaults = Patience::default();
+        let cluster = ClusterConfig {
+            facts,
+            topology,
+            nodes,
+            // A node reads all weights before it is heard.
+            patience: Patience { starting_ns: defaults.loading_ns, ..defaults },
+            restarts: Restarts {
+                most: u32::try_from(max_restarts).unwrap_or(u32::MAX),
+                ..Restarts::default()
+            },
+            ..ClusterConfig::default()
+        };
+        cluster.check().map_err(usage)?;
+        Ok(cluster)
+    }
+
+    fn start(
+        &self,
+        run: &RunArgs,
+        opened: &Opened,
+        state: &StateDir,
+        cluster: ClusterConfig,
+    ) -> anyhow::Result<Cluster> {
+        let Settings { config, threads, isa, kv_dtype, drain_bound, .. } = &opened.settings;
+        let model = run.model.canonicalize().context("cannot find the checkpoint again")?;
+        let settings = NodeSettings {
+            model,
+            config: config.clone(),
+            threads: *threads,
+            scalar: *isa == Isa::Scalar,
+            kv_type: (*kv_dtype).into(),
+            drift_per_mille: cluster.drift_per_mille,
+        };
+        let settings_path = state.path().join(SETTINGS_NAME);
+        let cannot = || format!("cannot write {}", settings_path.display());
+        let text = serde_json::to_string_pretty(&settings)?;
+        if std::fs::read_to_string(&settings_path).is_ok_and(|former| former != text) {
+            // Processes that a former supervisor left behind have other settings: they begin again with these.
+            end_all(state.path()).with_context(|| "cannot end the nodes that are still there")?;
+        }
+        std::fs::write(&settings_path, text).with_context(cannot)?;
+        let key_path = self.key_file.clone().unwrap_or_else(|| state.path().join(KEY_NAME));
+        let key = Key::of_file(&key_path)?;
+        let program = std::env::current_exe().context("cannot find this program")?;
+        let listen = self.listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0));
+        let command = move |member: lite_llm_core::cluster::membership::Member,
+                            at: SocketAddr,
+                            dir: &Path| {
+            let mut command = Command::new(&program);
+            command.arg("node");
+            command.args(["--node", &member.node.0.to_string()]);
+            command.args(["--incarnation", &member.incarnation.to_string()]);
+            command.args(["--join", &at.to_string(), "--listen", &SocketAddr::new(at.ip(), 0).to_string()]);
+            command.arg("--state").arg(dir).arg("--settings").arg(&settings_path);
+            command.arg("--key-file").arg(&key_path);
+            // A terminal's interrupt comes from the supervisor alone.
+            command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+            command
+        };
+        tell!(
+            "{} nodes as {}, memory of each at most {}; model {}, state {}",
+            cluster.nodes,
+            cluster.topology,
+            crate::quantity::Size(config.memory_bytes),
+            run.model.display(),
+            state.path().display()
+        );
+        let head = Head::start(HeadOptions {
+            state_dir: state.path().to_path_buf(),
+            cluster,
+            listen,
+            key,
+            command: Box::new(command),
+            on_event: Some(Box::new(told)),
+        })?;
+        drain_on_signals(head.handle(), *drain_bound)?;
+        Ok(Cluster(head))
+    }
+
+    fn run_one(
+        &self,
+        run: &RunArgs,
+        opened: &Opened,
+        state: &StateDir,
+        cluster: ClusterConfig,
+    ) -> anyhow::Result<Exit> {
+        let prompt = run.prompt.read()?.tokens(opened.tokenizer.as_ref(), &run.model)?;
+        let body = run.request.body(prompt);
+        body.check_prompt(opened.vocab, opened.context).map_err(anyhow::Error::msg)?;
+        let id = match &run.request_id {
+            Some(id) => id.clone(),
+            None => request_id(&unique("request")).map_err(anyhow::Error::msg)?,
+        };
+        let topology = cluster.topology;
+        let cluster = self.start(run, opened, state, cluster)?;
+        let events = cluster.0.handle().submit(id.clone(), body, run.from_offset);
+        let mut printer =
+            Printer::new(Format { stream: run.stream, json: run.json }, opened.tokenizer.as_ref());
+        let mut tokens = Vec::new();
+        loop {
+            match events.recv() {
+                Ok(StreamEvent::Accepted { .. }) => {}
+                Ok(StreamEvent::Token { offset, token }) => {
+                    tokens.push(token);
+                    printer.token(offset, token)?;
+                }
+                Ok(StreamEvent::Finish { reason, generated, .. }) => {
+                    let mut text = Detokenizer::new(opened.tokenizer.as_ref());
+                    let mut whole: String = tokens.iter().map(|&token| text.push(token)).collect();
+                    whole.push_str(&text.end());
+                    let result = json!({
+                        "request_id": id.as_str(),
+                        "tokens": tokens,
+                        "offset": run.from_offset,
+                        "generated": generated,
+                        "text": opened.tokenizer.as_ref().map(|_| whole),
+                        "finish_reason": finish_name(&reason),
+                        "topology": topology.to_string(),
+                    });
+                    printer.end(&result)?;
+                    cluster.end()?;
+                    return match reason {
+                        FinishReason::Fault(reason) => {
+                            Err(fault(format!("request {id} could not be computed: {reason}")))
+                        }
+                        reason if is_complete(&reason) => Ok(Exit::Ok),
+                        reason => Err(anyhow!("request {id} ended early: {}", finish_name(&reason))),
+                    };
+                }
+                Ok(StreamEvent::Refused { reason, .. }) => {
+                    cluster.end()?;
+                    return Err(anyhow!("request {id} is refused: {reason}"));
+                }
+                Err(_) => return Err(cluster.broken_off().context(state.goes_on(Some(&id)))),
+            }
+        }
+    }
+}
+
+/// A cluster that serves.
+struct Cluster(Head);
+
+impl Serving for Cluster {
+    fn submit(&self, id: RequestId, body: Body) -> Receiver<StreamEvent> {
+        self.0.handle().submit(id, body, 0)
+    }
+
+    fn end(self) -> anyhow::Result<()> {
+        self.0.handle().drain(None);
+        Ok(self.0.wait()?)
+    }
+
+    fn broken_off(self) -> anyhow::Error {
+        match self.0.wait() {
+            Ok(()) => anyhow!("drained with unfinished requests"),
+            Err(error) => error.into(),
+        }
+    }
+}
+
+/// SIGTERM and SIGINT drain within the bound, the second at once.
+fn drain_on_signals(head: HeadHandle, bound: Duration) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot listen for signals")?;
+    let listen = move || {
+        for (nth, _) in signals.forever().enumerate() {
+            let bound = if nth == 0 { bound } else { Duration::ZERO };
+            tell!("draining: unfinished requests have {} s; a second signal stops at once", bound.as_secs());
+            head.drain(Some(bound));
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(listen)
+        .context("cannot start the thread that waits for signals")?;
+    Ok(())
+}
+
+/// Says what happens to nodes.
+fn told(event: &SupervisorEvent) {
+    match event {
+        SupervisorEvent::Failed(Failure { member, cause, log, .. }) => {
+            let how = match cause {
+                Cause::Ended(Ending::Clean) => "stopped by itself".to_owned(),
+                Cause::Ended(Ending::Code(code)) => format!("ended with code {code}"),
+                Cause::Ended(Ending::Signal(signal)) => format!("was ended by signal {signal}"),
+                Cause::Ended(Ending::Panic { record }) => format!("met a bug at record {record}"),
+                Cause::Ended(Ending::Unknown) => "is gone".to_owned(),
+                Cause::NeverHeard => "was never heard".to_owned(),
+                Cause::Suspected(suspicion) => format!("was suspected and ended ({suspicion:?})"),
+                Cause::Diverged => "computed something else than the other ranks, and was ended".to_owned(),
+                Cause::Refused(reason) => format!("is refused: {reason}"),
+                Cause::Operator => "was ended by the operator".to_owned(),
+                Cause::Drained => return,
+            };
+            tell!("{member} {how}; its log was durable up to record {}", log.last);
+        }
+        SupervisorEvent::Activated(epoch) => tell!("{epoch} is active"),
+        SupervisorEvent::Waiting { nodes, .. } => {
+            let nodes: Vec<String> = nodes.iter().map(|node| node.0.to_string()).collect();
+            tell!("waiting for the disk of one of nodes {}", nodes.join(", "));
+        }
+        SupervisorEvent::GaveUp { node, reason } => tell!("{node} is given up: {reason}"),
+        SupervisorEvent::Captured { .. }
+        | SupervisorEvent::Adopted(_)
+        | SupervisorEvent::Drained { .. }
+        | SupervisorEvent::State { .. } => {}
+    }
+}

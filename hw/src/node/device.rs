@@ -1,0 +1,225 @@
+//! The device of a node: arenas, the compute thread and the loaders. It obeys what an engine asks of them.
+
+use super::compute::{Compute, Work};
+use super::loaders::{Job, Loaders};
+use super::stop;
+use crate::arena::{Arena, ArenaError};
+use crate::memory;
+use lite_llm_core::cluster::message::Tag;
+use lite_llm_core::digest::Digest;
+use lite_llm_core::engine::Engine;
+use lite_llm_core::input::{Fault, Input, RowResult};
+use lite_llm_core::output::{Carving, Origin, Output};
+use lite_llm_core::plan::ModelPlan;
+use lite_llm_model::tokenizer::Tokenizer;
+use lite_llm_model::{Model, Provided};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+/// How long the last loads of an epoch that is over may keep their arena.
+const FORGET_WAIT: Duration = Duration::from_secs(60);
+
+/// Where experts are: in the hot arena steps read them, in the warm one they are near at hand.
+#[derive(Debug)]
+struct Arenas {
+    hot: Arc<Arena>,
+    warm: Arc<Arena>,
+}
+
+impl Arenas {
+    fn of(carving: Carving, budget: u64) -> Result<Self, ArenaError> {
+        let Carving { slots, warm_slots, slot_bytes, pages: _, page_bytes: _ } = carving;
+        let hot = Arena::new(slots, slot_bytes, budget)?;
+        let warm = Arena::new(warm_slots, slot_bytes, budget - u64::from(slots) * slot_bytes)?;
+        Ok(Self { hot, warm })
+    }
+}
+
+/// What an engine's outputs are done with.
+#[derive(Debug)]
+pub(crate) struct Device {
+    compute: Compute,
+    loaders: Loaders,
+    plan: ModelPlan,
+    tokenizer: Option<Tokenizer>,
+    arenas: Option<Arenas>,
+    /// Arenas of epochs that are over, until the last load lets go of them.
+    former: Vec<Weak<Arena>>,
+    /// Grows when all that was asked for is forgotten: answers of an older one are none.
+    epoch: u64,
+    /// The boot sequence was given up here: what the engine still asks for is not done.
+    boot_failed: bool,
+    /// Modified bytes that the engine has not yet asked for.
+    staged: Vec<(Digest, Vec<u8>)>,
+    /// The requests of the running step's rows.
+    rows: Vec<u64>,
+}
+
+impl Device {
+    pub(crate) const fn new(
+        compute: Compute,
+        loaders: Loaders,
+        plan: ModelPlan,
+        tokenizer: Option<Tokenizer>,
+    ) -> Self {
+        Self {
+            compute,
+            loaders,
+            plan,
+            tokenizer,
+            arenas: None,
+            former: Vec::new(),
+            epoch: 0,
+            boot_failed: false,
+            staged: Vec::new(),
+            rows: Vec::new(),
+        }
+    }
+
+    pub(crate) const fn plan(&self) -> &ModelPlan {
+        &self.plan
+    }
+
+    pub(crate) const fn has_tokenizer(&self) -> bool {
+        self.tokenizer.is_some()
+    }
+
+    /// The epoch whose answers count.
+    pub(crate) const fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Keeps modified bytes for a `Persist` to come.
+    pub(crate) fn stage(&mut self, experts: Vec<(Digest, Vec<u8>)>) {
+        self.staged = experts;
+    }
+
+    /// Drops arenas, loads, the running step, and every answer that is still to come; and takes another share of the model, if it
+    /// changes.
+    pub(crate) fn forget(&mut self, model: Option<Model>) {
+        self.epoch += 1;
+        self.boot_failed = false;
+        self.staged.clear();
+        self.rows.clear();
+        self.former.retain(|arena| arena.strong_count() > 0);
+        if let Some(Arenas { hot, warm }) = self.arenas.take() {
+            self.former.extend([Arc::downgrade(&hot), Arc::downgrade(&warm)]);
+        }
+        self.loaders.begin(self.epoch, model.as_ref().map(Model::expert_loader));
+        self.compute.send(Work::Forget { epoch: self.epoch, model: model.map(Box::new) });
+    }
+
+    /// Hands the running step what another rank computed.
+    pub(crate) fn data(&self, from: u32, tag: Tag, bytes: Vec<u8>) {
+        self.compute.send(Work::Data { from, tag, bytes });
+    }
+
+    /// Does what an engine asks of its device, and says what is done already.
+    pub(crate) fn obey(&mut self, engine: &Engine, output: Output) -> Option<Input> {
+        match output {
+            Output::Reserve { memory_bytes } => return Some(reserve(memory_bytes)),
+            Output::ReadManifest => return Some(Input::ManifestRead { plan: self.plan.clone() }),
+            Output::Carve(carving) => return self.carve(carving, engine.view().config().memory_bytes),
+            Output::LoadBase { shard } => {
+                if !self.boot_failed {
+                    self.compute.send(Work::LoadBase { shard });
+                }
+            }
+            Output::LoadRouters => {
+                let routing_seed = engine.view().routing_seed().expect("decided in the first phase");
+                self.compute.send(Work::LoadRouters { routing_seed });
+            }
+            Output::Load { load, expert, blob, slot, origin } => {
+                let Arenas { hot, warm } = self.arenas.as_ref().expect("carved before any load");
+                let slot = hot.write(slot);
+                self.loaders.send(match origin {
+                    Origin::Disk { keep } => {
+                        Job::Load { load, expert, blob, slot, keep: keep.map(|keep| warm.write(keep)) }
+                    }
+                    Origin::Warm { slot: from, exchange } => {
+                        Job::Promote { load, slot, warm: warm.write(from), exchange }
+                    }
+                });
+            }
+            Output::Stage { load, expert, blob, slot } => {
+                let slot = self.arenas.as_ref().expect("carved before any load").warm.write(slot);
+                self.loaders.send(Job::Load { load, expert, blob, slot, keep: None });
+            }
+            Output::Persist { asked, .. } => {
+                let experts = std::mem::take(&mut self.staged);
+                self.loaders.send(Job::Persist { asked, experts });
+            }
+            Output::Forward(forward) => {
+                self.rows = forward.rows.iter().map(|row| row.request).collect();
+                self.compute.send(Work::Forward(forward));
+            }
+            Output::Provide { step, attempt, layer, wave, wave_len, expert, slot } => {
+                let provided = Provided { wave, wave_len, expert, slot };
+                self.compute.send(Work::Provide { step, attempt, layer, provided });
+            }
+            Output::Abort { step, attempt } => self.compute.send(Work::Abort { step, attempt }),
+            Output::Release => {
+                self.arenas = None;
+                self.compute.send(Work::Release);
+            }
+            other => unreachable!("{other:?} is nothing for a device"),
+        }
+        None
+    }
+
+    fn carve(&mut self, carving: Carving, budget: u64) -> Option<Input> {
+        // The budget holds one set of arenas: the last loads of an epoch that is over end soon.
+        let began = Instant::now();
+        while self.former.iter().any(|arena| arena.strong_count() > 0) && began.elapsed() < FORGET_WAIT {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        match Arenas::of(carving, budget) {
+            Ok(arenas) => {
+                self.compute.send(Work::Carve { arena: Arc::clone(&arenas.hot), pages: carving.pages });
+                self.arenas = Some(arenas);
+                None
+            }
+            Err(error) => {
+                self.boot_failed = true;
+                Some(Input::BootFailed { fault: Fault::Resource(error.to_string()) })
+            }
+        }
+    }
+
+    /// Finds the rows whose text has come to a stop text of their request.
+    pub(crate) fn mark_stops(&self, engine: &Engine, rows: &mut [RowResult]) {
+        let Some(tokenizer) = &self.tokenizer else { return };
+        let view = engine.view();
+        for (row, &number) in rows.iter_mut().zip(&self.rows) {
+            if let (Some(token), Some(request)) = (row.token, view.request(number)) {
+                row.stop = stop::stops(tokenizer, &request.body.stop, request.tokens, token);
+            }
+        }
+    }
+
+    /// Gives a running step up, waits for the loads under way, and ends the threads.
+    pub(crate) fn close(self) {
+        self.loaders.close();
+        self.compute.close();
+    }
+}
+
+fn reserve(memory_bytes: u64) -> Input {
+    let refuse = |what: String| Input::BootFailed { fault: Fault::Resource(what) };
+    match memory::measure() {
+        Err(error) => refuse(format!("cannot tell how much memory there is: {error}")),
+        Ok(memory) => {
+            // The budget is the whole process's: what it has already is part of it.
+            let most = memory.available.saturating_add(memory::resident_bytes().unwrap_or(0));
+            if memory_bytes <= most {
+                Input::Reserved
+            } else {
+                refuse(format!(
+                    "memory_bytes is {memory_bytes}, but of the {} bytes of this machine only {most} can be had: give \
+                     at most that",
+                    memory.total
+                ))
+            }
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! A model spread over real processes, which are killed, halted and left without their supervisor: the stream is that of one
+//! process, every end is recorded, and the journals agree with each other and with a recomputation on one machine.
+
+use lite_llm_core::cluster::membership::{Member, NodeId};
+use lite_llm_core::event::Event;
+use lite_llm_core::ids::{Incarnation, Seq};
+use lite_llm_core::journal::{Record, scan};
+use lite_llm_core::output::Output;
+use lite_llm_core::replay::fold;
+use lite_llm_core::topology::Topology;
+use lite_llm_hw::disk::FileDisk;
+use lite_llm_sim::cluster::check::{all, first_bytes};
+use lite_llm_sim::cluster::watch::Fact;
+use lite_llm_tests::command::{Place, Ran, parse_stream, try_signal};
+use lite_llm_tests::harness::folder;
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+const RUN: [&str; 8] = [
+    "--prompt-tokens",
+    "265,338,449,471,56,294",
+    "--max-tokens",
+    "150",
+    "--ignore-eos",
+    "--stream",
+    "--json",
+    "--temperature",
+];
+const SAMPLING: [&str; 3] = ["1", "--seed", "5"];
+
+/// `supervise --nodes N --topology T -- run olmoe ... --state state`, with the same request in every life.
+fn command(place: &Place, nodes: u32, topology: &str) -> Command {
+    let model = folder("olmoe");
+    let nodes = nodes.to_string();
+    let mut arguments =
+        vec!["supervise", "--max-restarts", "100", "--nodes", &nodes, "--topology", topology, "--", "run"];
+    arguments.push(model.to_str().expect("a path in UTF-8"));
+    arguments.extend(RUN.iter().chain(&SAMPLING));
+    arguments.extend(["--state", "state", "--request-id", "one"]);
+    place.command(arguments)
+}
+
+/// What one process makes of the request.
+fn alone(place: &Place) -> Vec<u64> {
+    let model = folder("olmoe");
+    let arguments = ["run", model.to_str().expect("a path in UTF-8")];
+    let ran = place.run(arguments.iter().chain(&RUN).chain(&SAMPLING));
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    tokens(&ran)
+}
+
+/// The tokens of a stream, each offset once and in order, as the result has them too.
+#[track_caller]
+fn tokens(ran: &Ran) -> Vec<u64> {
+    let (stream, result) = parse_stream(&ran.stdout);
+    let tokens: Vec<u64> = stream.iter().map(|(_, token)| *token).collect();
+    assert!(stream.iter().map(|(offset, _)| *offset).eq(0..tokens.len() as u64), "{stream:?}");
+    let result = result.expect("a result");
+    let of_result: Vec<u64> =
+        result["tokens"].as_array().expect("tokens").iter().filter_map(Value::as_u64).collect();
+    assert_eq!(tokens, of_result);
+    tokens
+}
+
+/// The process of a node, as it says itself.
+fn pid(state: &Path, node: u32) -> Option<u32> {
+    let text = std::fs::read_to_string(state.join(format!("node-{node}/alive"))).ok()?;
+    text.split_whitespace().next()?.parse().ok()
+}
+
+/// Records that a node has, not counting what waits to be written.
+fn records(state: &Path, node: u32) -> Vec<Record> {
+    let disk = FileDisk::open_read_only(state.join(format!("node-{node}")));
+    disk.ok().and_then(|mut disk| scan(&mut disk).ok()).map_or_else(Vec::new, |scanned| scanned.records)
+}
+
+/// Waits until a node has so many records more than another number, or the command has ended.
+fn wait_for(child: &mut Child, state: &Path, node: u32, more_than: usize) -> bool {
+    let began = Instant::now();
+    while records(state, node).len() <= more_than {
+        if child.try_wait().expect("a child").is_some() {
+            return false;
+        }
+        assert!(began.elapsed() < Duration::from_secs(120), "nothing goes on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
+}
+
+/// The journals of all nodes under the checkers of the simulation; and each record of one, computed again by one process.
+fn check_journals(place: &Place, topology: &Topology, nodes: u32) {
+    let state = place.path("state");
+    let mut checkers = all(topology);
+    let mut see = |fact: &Fact<'_>| {
+        for checker in &mut checkers {
+            checker.see(fact).unwrap_or_else(|what| panic!("{}: {what}", checker.name()));
+        }
+    };
+    let mut longest = (0, 0);
+    for node in 0..nodes {
+        let records = records(&state, node);
+        let member = Member { node: NodeId(node), incarnation: Incarnation(1) };
+        let last = Seq(records.len() as u64);
+        see(&Fact::Durable { member, last });
+        for record in &records {
+            let (seq, digest) = (Seq(record.seq), first_bytes(&record.digest));
+            see(&Fact::Committed { member, replica: 0, seq, digest });
+        }
+        let mut engine = lite_llm_core::engine::Engine::new();
+        let folded = fold(&mut engine, &records, |_, output| {
+            if let Output::Event { event: Event::TierSet { generation, tiers }, .. } = output {
+                see(&Fact::Entered { replica: 0, generation: *generation, tiers });
+            }
+        });
+        folded.expect("a journal folds");
+        longest = longest.max((last.0, node));
+    }
+    let (count, node) = longest;
+    assert!(count > 150);
+    let model = folder("olmoe");
+    let dir = state.join(format!("node-{node}"));
+    let arguments =
+        ["replay", "--json", "--full", model.to_str().expect("a path"), dir.to_str().expect("a path")];
+    let replayed = place.run(arguments).json();
+    assert!(replayed["full"].is_object() || replayed["steps"].is_number(), "{replayed}");
+}
+
+fn failures(place: &Place, nodes: u32) -> Vec<Value> {
+    let dirs = (0..nodes).map(|node| place.path(&format!("state/node-{node}")));
+    let files = dirs.flat_map(|dir| std::fs::read_dir(dir).into_iter().flatten().flatten());
+    let failures = files.filter(|file| file.file_name().to_string_lossy().starts_with("failure-"));
+    failures
+        .map(|file| serde_json::from_slice(&std::fs::read(file.path()).expect("a file")).expect("JSON"))
+        .collect()
+}
+
+fn finished(child: Child) -> Ran {
+    let ran: Ran = child.wait_with_output().expect("a child").into();
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    ran
+}
+
+#[test]
+fn every_layout_gives_the_stream_of_one_process() {
+    let place = Place::new();
+    let expected = alone(&place);
+    for (nodes, topology) in [(2, "tp=2"), (2, "pp=2"), (4, "ep=4"), (5, "tp=2,ep=2"), (4, "dp=2,pp=2")] {
+        let place = Place::new();
+        let ran: Ran = command(&place, nodes, topology).output().expect("a command").into();
+        assert_eq!(ran.code, Some(0), "{topology}: {}", ran.stderr);
+        assert_eq!(tokens(&ran), expected, "{topology}");
+        if !topology.contains("dp") {
+            check_journals(&place, &topology.parse().expect("a topology"), nodes);
+        }
+    }
+}
+
+#[test]
+fn nodes_that_are_killed_or_halted_cost_no_bit() {
+    let place = Place::new();
+    let expected = alone(&place);
+    let topology = "pp=2,ep=2";
+    let mut child = command(&place, 5, topology).spawn().expect("a command");
+    let state = place.path("state");
+    let mut struck = 0;
+    for (nth, &how) in ["KILL", "KILL", "STOP", "KILL"].iter().enumerate() {
+        let before = records(&state, 0).len().max(records(&state, 1).len());
+        if !wait_for(&mut child, &state, u32::from(nth % 2 == 1), before + 12) {
+            break;
+        }
+        // Whoever leads is among them.
+        let node = [0, 3, 1, 2][nth];
+        if let Some(pid) = pid(&state, node) {
+            struck += u32::from(try_signal(pid, how));
+        }
+    }
+    let ran = finished(child);
+    assert!(struck >= 3, "it was over before it was attacked");
+    assert_eq!(tokens(&ran), expected);
+    let failures = failures(&place, 5);
+    assert!(failures.len() >= 3, "{}", ran.stderr);
+    let causes: Vec<String> = failures.iter().map(|of| of["failure"]["cause"].to_string()).collect();
+    assert!(causes.iter().any(|cause| cause.contains("\"Signal\":9")), "{causes:?}");
+    assert!(causes.iter().any(|cause| cause.contains("Suspected")), "{causes:?}");
+    assert!(failures.iter().all(|of| of["journal"]["last"].is_number()), "the log is captured");
+    check_journals(&place, &topology.parse().expect("a topology"), 5);
+}
+
+#[test]
+fn a_killed_supervisor_finds_its_nodes_again() {
+    let place = Place::new();
+    let expected = alone(&place);
+    let state = place.path("state");
+    for _ in 0..3 {
+        let mut child = command(&place, 4, "tp=2,pp=2").spawn().expect("a command");
+        let before = records(&state, 0).len();
+        wait_for(&mut child, &state, 0, before + 10);
+        // Its nodes go on without it.
+        drop(child.kill());
+        drop(child.wait());
+    }
+    let lives: Vec<Option<u32>> = (0..4).map(|node| pid(&state, node)).collect();
+    let ran: Ran = command(&place, 4, "tp=2,pp=2").output().expect("a command").into();
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    assert_eq!(tokens(&ran), expected);
+    assert_eq!((0..4).map(|node| pid(&state, node)).collect::<Vec<_>>(), lives, "the processes are the same");
+    assert_eq!(failures(&place, 4), Vec::<Value>::new());
+    check_journals(&place, &"tp=2,pp=2".parse().expect("a topology"), 4);
+}
+
+#[test]
+fn a_batch_is_spread_over_replicas() {
+    let place = Place::new();
+    let lines: Vec<String> = (0..6)
+        .map(|n| {
+            format!(
+                r#"{{"id": "q{n}", "prompt_tokens": [265, {}, 449], "max_tokens": 12, "ignore_eos": true}}"#,
+                300 + n
+            )
+        })
+        .collect();
+    std::fs::write(place.path("in.jsonl"), lines.join("\n")).expect("a file");
+    let model = folder("olmoe");
+    let batch = ["run", model.to_str().expect("a path"), "--batch", "in.jsonl", "--out"];
+    let alone = place.run(batch.iter().chain(&["alone.jsonl"]));
+    assert_eq!(alone.code, Some(0), "{}", alone.stderr);
+    let spread = ["supervise", "--nodes", "4", "--topology", "dp=2,pp=2", "--"];
+    let spread = place.run(spread.iter().chain(&batch).chain(&["spread.jsonl"]));
+    assert_eq!(spread.code, Some(0), "{}", spread.stderr);
+    let sorted = |name: &str| {
+        let text = std::fs::read_to_string(place.path(name)).expect("a file");
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines.sort_unstable();
+        lines
+    };
+    assert_eq!(sorted("spread.jsonl"), sorted("alone.jsonl"));
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_the_remedy() {
+    let place = Place::new();
+    let model = folder("olmoe");
+    let run = |cluster: &[&str], more: &[&str]| {
+        let run = ["--", "run", model.to_str().expect("a path"), "--prompt-tokens", "1"];
+        place.run(["supervise"].iter().chain(cluster).chain(&run).chain(more))
+    };
+    run(&["--nodes", "3", "--topology", "tp=2,pp=2"], &[]).refuses(2, &["nodes is 3", "4 ranks"]);
+    run(&["--nodes", "3", "--topology", "tp=3"], &[]).refuses(2, &["topology.tensor is 3", "take at most"]);
+    run(&["--nodes", "40", "--topology", "pp=40"], &[]).refuses(2, &["topology.pipeline is 40", "layers"]);
+    run(&["--nodes", "2", "--topology", "xp=2"], &[]).refuses(2, &["xp=2", "write it as dp=2,tp=1"]);
+    run(&["--topology", "tp=2"], &[]).refuses(2, &["--nodes"]);
+    run(&["--nodes", "2"], &["--logits", "f"]).refuses(2, &["--logits needs the model in one process"]);
+    std::fs::write(place.path("key"), "no key").expect("a file");
+    let refused = run(&["--nodes", "2", "--key-file", "key"], &[]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("chmod 600"), "{}", refused.stderr);
+}
