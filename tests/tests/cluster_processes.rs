@@ -256,3 +256,59 @@ fn what_cannot_be_is_refused_with_the_remedy() {
     let refused = run(&["--nodes", "2", "--key-file", "key"], &[]);
     assert!(refused.code == Some(1) && refused.stderr.contains("chmod 600"), "{}", refused.stderr);
 }
+
+/// Two machines: a network namespace for the supervisor and three nodes, another for two agents, and a link between them that
+/// is cut in the middle of a stream.
+const TWO_MACHINES: &str = r#"
+set -e
+unshare -n sleep 1000 & other=$!
+trap 'kill -9 $other $agents 2>/dev/null' EXIT
+sleep 0.3
+ip link set lo up
+ip link add v0 type veth peer name v1 netns $other
+ip addr add 10.9.0.1/24 dev v0 && ip link set v0 up
+there="nsenter -t $other -n"
+$there ip link set lo up && $there ip addr add 10.9.0.2/24 dev v1 && $there ip link set v1 up
+$PROGRAM supervise --max-restarts 100 --nodes 2 --elsewhere 2 --topology tp=2,pp=2 --listen 10.9.0.1:7400 -- \
+    run $MODEL $REQUEST --state head --request-id one > out 2> err & head=$!
+until [ -s head/key ]; do sleep 0.05; done
+$there $PROGRAM node $MODEL --join 10.9.0.1:7400 --key-file head/key --state a 2> a.err & agents=$!
+$there $PROGRAM node $MODEL --join 10.9.0.1:7400 --key-file head/key --state b 2> b.err & agents="$agents $!"
+until [ "$(wc -l < out)" -ge 20 ]; do kill -0 $head; sleep 0.02; done
+ip link set v0 down
+sleep 3
+wc -l < out > told
+ip link set v0 up
+wait $head
+kill -TERM $agents
+wait $agents
+"#;
+
+#[test]
+fn a_cut_link_between_machines_costs_no_bit() {
+    let namespaces = Command::new("unshare").args(["-Urn", "ip", "link", "set", "lo", "up"]).status();
+    if !namespaces.is_ok_and(|status| status.success()) {
+        println!("skipped: this machine lets nobody make network namespaces (unshare -Urn)");
+        return;
+    }
+    let place = Place::new();
+    let expected = alone(&place);
+    let mut script = Command::new("unshare");
+    script.args(["-Urn", "bash", "-c", TWO_MACHINES]).current_dir(place.path(""));
+    let request: Vec<&str> = RUN.iter().chain(&SAMPLING).copied().collect();
+    script.env("PROGRAM", lite_llm_tests::command::binary()).env("MODEL", folder("olmoe"));
+    script.env("REQUEST", request.join(" "));
+    let ran = script.output().expect("a script");
+    let read = |name: &str| std::fs::read_to_string(place.path(name)).unwrap_or_default();
+    let said =
+        format!("{}{}{}{}", String::from_utf8_lossy(&ran.stderr), read("err"), read("a.err"), read("b.err"));
+    assert!(ran.status.success(), "{said}");
+    assert_eq!(tokens(&Ran { code: Some(0), stdout: read("out"), stderr: said.clone() }), expected);
+    let told: usize = read("told").trim().parse().expect("a number");
+    assert!(told < expected.len(), "it was over before the link was mended");
+    assert!(said.contains("was suspected and ended (Silent"), "{said}");
+    assert!(
+        said.contains("this is node 2 of the cluster") && said.contains("this is node 3 of the cluster"),
+        "{said}"
+    );
+}

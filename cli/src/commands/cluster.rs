@@ -1,7 +1,7 @@
 //! `lite-llm supervise --nodes N`: a model spread over processes, supervised, with the run's requests as its clients.
 
 use crate::commands::batch;
-use crate::commands::node::NodeSettings;
+use crate::commands::rank::NodeSettings;
 use crate::commands::run::{Opened, RunArgs};
 use crate::exit::{Exit, fault, usage};
 use crate::request::request_id;
@@ -12,6 +12,7 @@ use crate::stream::{Format, Printer, finish_name, is_complete};
 use crate::terminal::tell;
 use anyhow::{Context, anyhow};
 use clap::Args;
+use lite_llm_core::cluster::membership::Member;
 use lite_llm_core::cluster::supervisor::{
     Cause, ClusterConfig, Ending, Failure, Patience, Restarts, SupervisorEvent,
 };
@@ -47,6 +48,9 @@ pub(crate) struct ClusterArgs {
     /// Spread the model over so many processes of this machine; those beyond the ranks of the topology stand by
     #[arg(long, value_name = "N")]
     pub(crate) nodes: Option<u32>,
+    /// Further nodes on other machines, each to be added there with lite-llm node
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "nodes")]
+    elsewhere: u32,
     /// Ranks of each kind, as in dp=2,tp=1,pp=2,ep=2: replicas, and how the rows, layers and experts of each are shared
     #[arg(long, value_name = "RANKS", requires = "nodes")]
     topology: Option<Topology>,
@@ -92,7 +96,8 @@ impl ClusterArgs {
         state: &StateDir,
         max_restarts: usize,
     ) -> anyhow::Result<ClusterConfig> {
-        let nodes = self.nodes.context("a number of nodes")?;
+        let here = self.nodes.context("a number of nodes")?;
+        let nodes = here.saturating_add(self.elsewhere);
         let topology = self.topology.unwrap_or(Topology { pipeline: nodes.clamp(1, 64), ..Topology::SINGLE });
         let checkpoint = Arc::new(Checkpoint::open(&run.model)?);
         Share::check(&topology, checkpoint.arch()).map_err(usage)?;
@@ -101,11 +106,11 @@ impl ClusterArgs {
         if run.runtime.memory.is_none() {
             // What is available is another number each time; nodes of a former life have the one they were given.
             let former = NodeSettings::read(&state.path().join(SETTINGS_NAME)).ok();
-            let own = config.memory_bytes / u64::from(nodes.max(1));
+            let own = config.memory_bytes / u64::from(here.max(1));
             config.memory_bytes = former.map_or(own, |former| former.config.memory_bytes);
         }
         if run.runtime.threads.is_none() {
-            *threads = (*threads / nodes.max(1) as usize).max(1);
+            *threads = (*threads / here.max(1) as usize).max(1);
         }
         config.check().map_err(usage)?;
         let share = Share::new(topology, 0);
@@ -159,24 +164,20 @@ impl ClusterArgs {
             // Processes that a former supervisor left behind have other settings: they begin again with these.
             end_all(state.path()).with_context(|| "cannot end the nodes that are still there")?;
         }
-        std::fs::write(&settings_path, text).with_context(cannot)?;
+        std::fs::write(&settings_path, &text).with_context(cannot)?;
         let key_path = self.key_file.clone().unwrap_or_else(|| state.path().join(KEY_NAME));
         let key = Key::of_file(&key_path)?;
         let program = std::env::current_exe().context("cannot find this program")?;
         let listen = self.listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0));
-        let command = move |member: lite_llm_core::cluster::membership::Member,
-                            at: SocketAddr,
-                            dir: &Path| {
-            let mut command = Command::new(&program);
-            command.arg("node");
-            command.args(["--node", &member.node.0.to_string()]);
-            command.args(["--incarnation", &member.incarnation.to_string()]);
-            command.args(["--join", &at.to_string(), "--listen", &SocketAddr::new(at.ip(), 0).to_string()]);
-            command.arg("--state").arg(dir).arg("--settings").arg(&settings_path);
-            command.arg("--key-file").arg(&key_path);
-            // A terminal's interrupt comes from the supervisor alone.
-            command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
-            command
+        if self.elsewhere > 0 && (listen.ip().is_loopback() || listen.ip().is_unspecified()) {
+            return Err(usage(format!(
+                "--elsewhere needs an address that other machines reach, not {}: give it with --listen IP:PORT",
+                listen.ip()
+            )));
+        }
+        let (settings_file, ip) = (settings_path.clone(), listen.ip());
+        let command = move |member: Member, at: SocketAddr, dir: &Path| {
+            rank_command(&program, member, at, ip, (dir, &settings_file, &key_path))
         };
         tell!(
             "{} nodes as {}, memory of each at most {}; model {}, state {}",
@@ -189,6 +190,8 @@ impl ClusterArgs {
         let head = Head::start(HeadOptions {
             state_dir: state.path().to_path_buf(),
             cluster,
+            elsewhere: self.elsewhere,
+            settings: text,
             listen,
             key,
             command: Box::new(command),
@@ -256,6 +259,25 @@ impl ClusterArgs {
             }
         }
     }
+}
+
+/// The command of a life of a node: where the supervisor listens, the node's own address, and its directory, settings and key.
+pub(crate) fn rank_command(
+    program: &Path,
+    member: Member,
+    supervisor: SocketAddr,
+    own: IpAddr,
+    (dir, settings, key): (&Path, &Path, &Path),
+) -> Command {
+    let mut command = Command::new(program);
+    command.arg("rank");
+    command.args(["--node", &member.node.0.to_string()]);
+    command.args(["--incarnation", &member.incarnation.to_string()]);
+    command.args(["--join", &supervisor.to_string(), "--listen", &SocketAddr::new(own, 0).to_string()]);
+    command.arg("--state").arg(dir).arg("--settings").arg(settings).arg("--key-file").arg(key);
+    // A terminal's interrupt comes from the supervisor alone.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
+    command
 }
 
 /// A cluster that serves.

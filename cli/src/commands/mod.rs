@@ -10,6 +10,7 @@ mod import;
 mod inspect;
 mod node;
 mod perplexity;
+mod rank;
 mod replay;
 mod run;
 mod sim;
@@ -39,6 +40,8 @@ pub(crate) enum Command {
     Run(Box<run::RunArgs>),
     /// Run, and start again after a crash; each token is printed once
     Supervise(supervise::SuperviseArgs),
+    /// Add a node of this machine to a cluster whose supervisor is on another
+    Node(node::NodeArgs),
     /// Ask a running process to switch tiers, drain, cancel, snapshot or tell its status
     Ctl(ctl::CtlArgs),
     /// Verify a journal: fold it again and compare every digest
@@ -59,9 +62,9 @@ pub(crate) enum Command {
     Sim(Box<sim::SimArgs>),
     /// Show it all: generate, get killed in mid-token, recover, prove that the bits are the same
     Demo(demo::DemoArgs),
-    /// One node of a cluster; started by supervise
+    /// One life of a node; started by supervise or node
     #[command(hide = true)]
-    Node(node::NodeArgs),
+    Rank(rank::RankArgs),
     /// Write shell completions to standard output
     Completions(completions::CompletionsArgs),
 }
@@ -81,6 +84,7 @@ impl Command {
             Self::Synth(args) => args.run(),
             Self::Sim(args) => args.run(),
             Self::Demo(args) => args.run(),
+            Self::Rank(args) => args.run(),
             Self::Node(args) => args.run(),
             Self::Completions(args) => args.run(),
         }

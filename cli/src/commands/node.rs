@@ -1,110 +1,85 @@
-//! `lite-llm node`: the process of one node of a cluster.
+//! `lite-llm node`: a node on this machine for a cluster whose supervisor is on another.
 
+use crate::commands::cluster::rank_command;
+use crate::commands::rank::NodeSettings;
 use crate::exit::Exit;
+use crate::terminal::tell;
 use anyhow::Context;
 use clap::Args;
 use lite_llm_core::cluster::membership::{Member, NodeId};
-use lite_llm_core::config::Config;
-use lite_llm_core::ids::Incarnation;
-use lite_llm_hw::cluster::{RankOptions, rank};
+use lite_llm_hw::cluster::{AgentOptions, agent};
 use lite_llm_hw::net::Key;
-use lite_llm_model::kernels::{DType, Isa};
-use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
-
-/// What all nodes of a cluster are started with.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct NodeSettings {
-    /// The checkpoint.
-    pub(crate) model: PathBuf,
-    pub(crate) config: Config,
-    pub(crate) threads: usize,
-    /// Whether portable code is to be used.
-    pub(crate) scalar: bool,
-    pub(crate) kv_type: KvName,
-    pub(crate) drift_per_mille: u32,
-}
-
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum KvName {
-    F32,
-    Bf16,
-    F16,
-}
-
-impl From<DType> for KvName {
-    fn from(dtype: DType) -> Self {
-        match dtype {
-            DType::F32 => Self::F32,
-            DType::Bf16 => Self::Bf16,
-            DType::F16 => Self::F16,
-        }
-    }
-}
-
-impl From<KvName> for DType {
-    fn from(name: KvName) -> Self {
-        match name {
-            KvName::F32 => Self::F32,
-            KvName::Bf16 => Self::Bf16,
-            KvName::F16 => Self::F16,
-        }
-    }
-}
-
-impl NodeSettings {
-    pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
-        let cannot = || format!("cannot read the settings of the nodes in {}", path.display());
-        let text = std::fs::read_to_string(path).with_context(cannot)?;
-        serde_json::from_str(&text).with_context(cannot)
-    }
-}
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 #[derive(Debug, Args)]
 pub(crate) struct NodeArgs {
-    /// Which node
-    #[arg(long, value_name = "N")]
-    node: u32,
-    /// Which life of it
-    #[arg(long, value_name = "N")]
-    incarnation: u64,
+    /// The checkpoint, the same as the supervisor's
+    model: PathBuf,
     /// Where the supervisor listens
     #[arg(long, value_name = "ADDR")]
     join: SocketAddr,
-    /// Where to listen
-    #[arg(long, value_name = "ADDR")]
-    listen: SocketAddr,
-    /// The node's directory
-    #[arg(long, value_name = "DIR")]
-    state: PathBuf,
-    /// What all nodes are started with
-    #[arg(long, value_name = "FILE")]
-    settings: PathBuf,
-    /// The key that all processes of the cluster share
+    /// The key that all processes of the cluster share: a copy of the supervisor's
     #[arg(long, value_name = "FILE")]
     key_file: PathBuf,
+    /// Where this node keeps its journal
+    #[arg(long, value_name = "DIR")]
+    state: PathBuf,
+    /// The address of this machine at which the others reach it; that from which it reaches the supervisor if left out
+    #[arg(long, value_name = "IP")]
+    listen: Option<IpAddr>,
 }
 
 impl NodeArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
-        let NodeSettings { model, config, threads, scalar, kv_type, drift_per_mille } =
-            NodeSettings::read(&self.settings)?;
-        rank::run(RankOptions {
-            model_dir: model,
+        anyhow::ensure!(
+            self.key_file.exists(),
+            "there is no key file {}: copy the one that the supervisor uses",
+            self.key_file.display()
+        );
+        let key = Key::of_file(&self.key_file)?;
+        let model =
+            self.model.canonicalize().with_context(|| format!("no checkpoint {}", self.model.display()))?;
+        let listen = match self.listen {
+            Some(ip) => ip,
+            None => {
+                own_address(self.join).context("cannot tell this machine's address; give it with --listen")?
+            }
+        };
+        let over = Arc::new(AtomicBool::new(false));
+        for signal in [SIGTERM, SIGINT] {
+            signal_hook::flag::register(signal, Arc::clone(&over)).context("cannot listen for signals")?;
+        }
+        let program = std::env::current_exe().context("cannot find this program")?;
+        let key_file = self.key_file.canonicalize().context("the key file is gone")?;
+        let command = move |member: Member, at: SocketAddr, settings: &str, dir: &Path| {
+            let mut settings: NodeSettings = serde_json::from_str(settings).map_err(std::io::Error::other)?;
+            settings.model.clone_from(&model);
+            let path = dir.join("settings.json");
+            std::fs::write(&path, serde_json::to_string_pretty(&settings).map_err(std::io::Error::other)?)?;
+            Ok(rank_command(&program, member, at, listen, (dir, &path, &key_file)))
+        };
+        let supervisor = self.join;
+        agent::run(AgentOptions {
             state_dir: self.state,
-            config,
-            threads,
-            isa: if scalar { Isa::Scalar } else { Isa::detect() },
-            kv_dtype: kv_type.into(),
-            member: Member { node: NodeId(self.node), incarnation: Incarnation(self.incarnation) },
-            drift_per_mille,
-            supervisor: self.join,
-            listen: self.listen,
-            key: Key::of_file(&self.key_file)?,
+            supervisor,
+            listen: SocketAddr::new(listen, 0),
+            key,
+            command: Box::new(command),
+            on_joined: Box::new(move |node: NodeId| tell!("this is {node} of the cluster at {supervisor}")),
+            over,
         })?;
         Ok(Exit::Ok)
     }
+}
+
+/// The address from which packets go to another: nothing is sent.
+fn own_address(to: SocketAddr) -> std::io::Result<IpAddr> {
+    let any: SocketAddr = if to.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+    let socket = UdpSocket::bind(any)?;
+    socket.connect(to)?;
+    Ok(socket.local_addr()?.ip())
 }

@@ -1,6 +1,7 @@
 //! The head of a cluster: the supervisor's state machine with its journal, the nodes' processes, and the clients.
 
 use super::ClusterError;
+use super::elsewhere::Elsewhere;
 use super::processes::Processes;
 use super::requests::Requests;
 use super::said::Said;
@@ -22,10 +23,10 @@ use lite_llm_core::replay::{encode_input, fold};
 use lite_llm_core::time::Time;
 use serde::Serialize;
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::OpenOptions;
+use std::fs::{DirBuilder, OpenOptions};
 use std::io::Write;
 use std::net::SocketAddr;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
@@ -55,6 +56,10 @@ pub struct HeadOptions {
     pub state_dir: PathBuf,
     /// How the cluster is run.
     pub cluster: ClusterConfig,
+    /// How many of the nodes, the last ones, are on other machines; what their processes are started with.
+    pub elsewhere: u32,
+    /// See `elsewhere`.
+    pub settings: String,
     /// Where to listen; port 0 for any, which the next life keeps.
     pub listen: SocketAddr,
     /// What all processes of the cluster share.
@@ -153,7 +158,7 @@ impl Drop for Head {
 #[derive(Debug, Serialize)]
 struct Recorded<'a> {
     failure: &'a Failure,
-    journal: &'a JournalTail,
+    journal: serde_json::Value,
 }
 
 struct Loop {
@@ -166,6 +171,8 @@ struct Loop {
     until: Option<Time>,
     clock: Clock,
     processes: Processes,
+    elsewhere: Elsewhere,
+    settings: String,
     command: NodeCommand,
     on_event: Option<OnEvent>,
     mesh: Mesh,
@@ -176,7 +183,7 @@ struct Loop {
 
 impl Loop {
     fn open(options: HeadOptions, messages: &SyncSender<Happened>) -> Result<Self, ClusterError> {
-        let HeadOptions { state_dir, cluster, listen, key, command, on_event } = options;
+        let HeadOptions { state_dir, cluster, elsewhere, settings, listen, key, command, on_event } = options;
         let mut disk = FileDisk::open(&state_dir).map_err(NodeError::from)?;
         let former = scan(&mut disk).map_err(NodeError::from)?.header.map_or(0, |header| header.incarnation);
         let header = Header {
@@ -205,15 +212,19 @@ impl Loop {
         write_address(&state_dir, mesh.address())?;
         let mut processes = Processes::new(state_dir);
         for (member, standing) in supervisor.view().nodes() {
-            if matches!(standing, Standing::Starting | Standing::Up | Standing::Fencing) {
+            let here = member.node.0 < cluster.nodes.saturating_sub(elsewhere);
+            if here && matches!(standing, Standing::Starting | Standing::Up | Standing::Fencing) {
                 processes.adopt(member);
             }
         }
         let replicas = cluster.topology.data;
+        let elsewhere = Elsewhere::new(cluster.nodes.saturating_sub(elsewhere)..cluster.nodes);
         let started = SupervisorInput::Started { incarnation: Incarnation(former + 1), config: cluster };
         Ok(Self {
             clock: Clock::start(supervisor.now()),
             processes,
+            elsewhere,
+            settings,
             supervisor,
             store,
             snapshot: durable,
@@ -258,7 +269,8 @@ impl Loop {
             }
             if looked.elapsed() >= LOOK_EVERY {
                 looked = Instant::now();
-                let ended = self.processes.poll();
+                let mut ended = self.processes.poll();
+                ended.extend(self.elsewhere.poll());
                 self.inbox.extend(
                     ended.into_iter().map(|(member, ending)| SupervisorInput::Ended { member, ending }),
                 );
@@ -277,7 +289,20 @@ impl Loop {
             }
             Happened::Said(Said::Tell(output)) => self.requests.tell(*output),
             Happened::Said(Said::Refused { input, .. }) => self.requests.refused(&input),
-            Happened::Said(Said::Rank(_) | Said::Orders { .. } | Said::Ask { .. }) => {}
+            Happened::Said(Said::Agent(says)) => {
+                let (to, wanted, new) = self.elsewhere.hear(*says, &self.settings);
+                self.mesh.send(to, Said::Wanted(Box::new(wanted)).encode());
+                // One that was given up for want of a machine has one now.
+                let given_up = |node| {
+                    self.supervisor
+                        .view()
+                        .nodes()
+                        .any(|(member, standing)| member.node == node && standing == Standing::GivenUp)
+                };
+                self.inbox
+                    .extend(new.filter(|&node| given_up(node)).map(|node| SupervisorInput::Restart { node }));
+            }
+            Happened::Said(Said::Rank(_) | Said::Orders { .. } | Said::Ask { .. } | Said::Wanted(_)) => {}
             Happened::Submit { id, body, from, events } => self.requests.submit(id, *body, from, events),
             Happened::Drain { bound_ns } => self.inbox.push_back(SupervisorInput::Drain { bound_ns }),
             Happened::Stop => unreachable!("taken by the caller"),
@@ -335,6 +360,12 @@ impl Loop {
                     self.mesh.send(to, Said::Orders { orders, book }.encode());
                 }
             }
+            SupervisorOutput::Start { member, .. } if self.elsewhere.has(member.node) => {
+                self.elsewhere.start(member)
+            }
+            SupervisorOutput::Kill { member, .. } if self.elsewhere.has(member.node) => {
+                self.elsewhere.kill(member)
+            }
             SupervisorOutput::Start { member, .. } => {
                 let at = self.mesh.address();
                 let command = &mut self.command;
@@ -360,17 +391,26 @@ impl Loop {
     }
 
     /// Writes a failure down, with the end of the node's journal, before anything is started again.
-    fn capture(&self, failure: &Failure) -> Result<Result<Option<Seq>, String>, ClusterError> {
+    fn capture(&mut self, failure: &Failure) -> Result<Result<Option<Seq>, String>, ClusterError> {
         let dir = self.processes.dir(failure.member.node);
-        let journal = JournalTail::read(&dir);
-        let recorded = Recorded { failure, journal: &journal };
+        let (tail, journal) = if self.elsewhere.has(failure.member.node) {
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(&dir);
+            made.map_err(|source| ClusterError::File { path: dir.clone(), source })?;
+            let (tail, journal) = self.elsewhere.take_left(failure.member);
+            (tail, serde_json::from_str(&journal).unwrap_or_default())
+        } else {
+            let journal = JournalTail::read(&dir);
+            let tail = match &journal.error {
+                Some(error) => Err(error.clone()),
+                None => Ok((journal.last > 0).then_some(Seq(journal.last))),
+            };
+            (tail, serde_json::to_value(journal).expect("plain data"))
+        };
+        let recorded = Recorded { failure, journal };
         let text = serde_json::to_string_pretty(&recorded).expect("plain data");
         let name = format!("failure-{}.json", failure.member.incarnation);
         write_durably(&dir, &name, text.as_bytes())?;
-        Ok(match journal.error {
-            Some(error) => Err(error),
-            None => Ok((journal.last > 0).then_some(Seq(journal.last))),
-        })
+        Ok(tail)
     }
 
     /// Asks whoever leads for the streams that clients wait for.

@@ -4,12 +4,15 @@
 //! engine, the head drives a `Supervisor`. Both say everything again until it is answered, so that a message that is lost
 //! does no harm.
 
+pub mod agent;
+mod elsewhere;
 pub mod head;
 mod processes;
 pub mod rank;
 mod requests;
 mod said;
 
+pub use agent::AgentOptions;
 pub use head::{Head, HeadOptions};
 pub use processes::end_all;
 pub use rank::RankOptions;

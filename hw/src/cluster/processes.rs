@@ -64,6 +64,15 @@ impl Processes {
         member: Member,
         command: impl FnOnce(&Path) -> Command,
     ) -> Result<(), ClusterError> {
+        self.try_start(member, |dir| Ok(command(dir)))
+    }
+
+    /// The same, where the command may not be had.
+    pub(super) fn try_start(
+        &mut self,
+        member: Member,
+        command: impl FnOnce(&Path) -> io::Result<Command>,
+    ) -> Result<(), ClusterError> {
         if self.running.get(&member.node).is_some_and(|running| running.member == member) {
             return Ok(());
         }
@@ -81,7 +90,7 @@ impl Processes {
         }
         // The child has the lock as long as it lives; this process lets go of it.
         fcntl_setfd(&alive, FdFlags::empty()).map_err(|error| failed(error.into()))?;
-        let child = command(&dir).spawn().map_err(failed)?;
+        let child = command(&dir).and_then(|mut command| command.spawn()).map_err(failed)?;
         drop(alive);
         self.running.insert(member.node, Running { member, child: Some(child) });
         Ok(())

@@ -38,7 +38,7 @@ use lite_llm_model::{Checkpoint, Model, ModelOptions, Share};
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -298,7 +298,12 @@ impl Node {
                     self.inbox.push_back(PeerInput::Command(*input));
                 }
             }
-            Said::Orders { .. } | Said::Beat { .. } | Said::Tell(_) | Said::Refused { .. } => {}
+            Said::Orders { .. }
+            | Said::Beat { .. }
+            | Said::Tell(_)
+            | Said::Refused { .. }
+            | Said::Agent(_)
+            | Said::Wanted(_) => {}
         }
         Ok(())
     }
@@ -500,10 +505,4 @@ impl Heart {
     fn stop(&self) {
         self.over.store(true, Ordering::Relaxed);
     }
-}
-
-/// The directory of a node in the state directory of a cluster on one machine.
-#[must_use]
-pub fn node_dir(state_dir: &Path, node: NodeId) -> PathBuf {
-    state_dir.join(format!("node-{}", node.0))
 }

@@ -1,8 +1,10 @@
 //! What processes of a cluster say to each other.
 
-use lite_llm_core::cluster::membership::NodeId;
+use lite_llm_core::cluster::membership::{Member, NodeId};
 use lite_llm_core::cluster::message::Message;
 use lite_llm_core::cluster::orders::{Beat, Orders};
+use lite_llm_core::cluster::supervisor::Ending;
+use lite_llm_core::ids::Seq;
 use lite_llm_core::input::Input;
 use lite_llm_core::output::Output;
 use serde::{Deserialize, Serialize};
@@ -23,6 +25,55 @@ pub(super) enum Said {
     Tell(Box<Output>),
     /// From a node: what was asked is not taken, and why.
     Refused { input: Box<Input>, reason: String },
+    /// From the agent of a node on another machine.
+    Agent(Box<AgentSays>),
+    /// To it.
+    Wanted(Box<Wanted>),
+}
+
+/// How an agent stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct AgentSays {
+    /// Which node it is, if it was one before.
+    pub(super) node: Option<NodeId>,
+    /// Where it is to be told.
+    pub(super) address: SocketAddr,
+    /// Lives that are over, until the head knows.
+    pub(super) ended: Vec<Ended>,
+}
+
+/// The end of a life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Ended {
+    pub(super) member: Member,
+    pub(super) ending: Ending,
+    /// The last record of its journal, or why it cannot be read.
+    pub(super) tail: Result<Option<Seq>, String>,
+    /// The end of its journal, as JSON.
+    pub(super) journal: String,
+}
+
+/// What an agent is to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Wanted {
+    /// Which node it is.
+    pub(super) node: NodeId,
+    /// What all nodes are started with.
+    pub(super) settings: String,
+    /// A life that is to run, unless it has ended.
+    pub(super) start: Option<Member>,
+    /// A life that is to end.
+    pub(super) kill: Option<Member>,
+    /// Ends that the head knows.
+    pub(super) known: Vec<Member>,
+    /// Why there is nothing for it to do.
+    pub(super) refused: Option<String>,
+}
+
+impl Wanted {
+    pub(super) const fn of(node: NodeId) -> Self {
+        Self { node, settings: String::new(), start: None, kill: None, known: Vec::new(), refused: None }
+    }
 }
 
 impl Said {

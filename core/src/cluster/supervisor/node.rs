@@ -42,6 +42,8 @@ pub(super) struct Node {
     pub(super) detector: Detector,
     /// The newest beat of this life.
     pub(super) beat: Option<Beat>,
+    /// It was suspected in this life, and heard again.
+    wronged: bool,
     /// Until when it may believe to hold a lease, by the supervisor's clock.
     pub(super) lease_until: Time,
     /// The replica that it has a seat in, or had last.
@@ -64,6 +66,7 @@ impl Node {
             life: Life::Down { until: now },
             detector: Detector::NEW,
             beat: None,
+            wronged: false,
             lease_until: Time(0),
             home: None,
             began: now,
@@ -121,11 +124,14 @@ impl State {
             }
             Life::Up => {}
             Life::Fencing { cause } => {
-                if matches!(cause, Cause::Suspected(_)) && node.beat.is_some() {
+                if matches!(cause, Cause::Suspected(_)) && !core::mem::replace(&mut node.wronged, true) {
                     node.detector.wronged();
-                    node.beat = None;
                 }
-                let reason = format!("{member} is to end ({cause:?}) and come back in its next incarnation");
+                let reason = if *cause == Cause::Drained {
+                    format!("{member} is needed no more: the cluster has drained")
+                } else {
+                    format!("{member} is to end ({cause:?}) and come back in its next incarnation")
+                };
                 return self.refuse(cx, member, reason);
             }
             Life::Down { .. } | Life::Capturing | Life::GivenUp | Life::Stopped => {
@@ -271,7 +277,7 @@ impl State {
             }
             let again = plant::is(Bug::LifeReused) && node.incarnation > Incarnation(0);
             node.incarnation.0 += u64::from(!again);
-            node.beat = None;
+            (node.beat, node.wronged) = (None, false);
             node.life = Life::Starting { until: cx.now.after_ns(self.config.patience.starting_ns) };
             cx.say(SupervisorOutput::Start { member: node.member(id), after: cx.seq });
         }
