@@ -58,6 +58,11 @@ impl History {
                 JournalError::Logic { file, found: header.logic_version, expected: LOGIC_VERSION }.into()
             );
         }
+        Self::of(scanned)
+    }
+
+    /// The history that was read.
+    pub(crate) fn of(scanned: Scanned) -> anyhow::Result<Self> {
         let engine = match &scanned.snapshot {
             Some(snapshot) => {
                 let engine = Engine::restore(&snapshot.bytes)?;

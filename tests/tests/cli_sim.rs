@@ -45,6 +45,27 @@ fn a_run_is_logged_drawn_and_replayed() {
 }
 
 #[test]
+fn a_run_is_stepped_through_in_the_debugger() {
+    let place = Place::new();
+    place.run(["sim", "--seed", "4", "--faults", "none", "--log", "run.log"]);
+    let ran = place.run(["debug", "run.log", "--at", "60", "--print"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    assert!(ran.stderr.contains("nothing is wrong with this run"), "{}", ran.stderr);
+    let of = |node: &str| {
+        let from = ran.stdout.find(node).unwrap_or_else(|| panic!("{node} is not in {}", ran.stdout));
+        let text = &ran.stdout[from + node.len()..];
+        text[..text.find("\nnode ").unwrap_or(text.len())].to_owned()
+    };
+    // Ranks of a replica fold one log.
+    assert!(of("node 0").contains("record  60 at ") && of("node 0").contains("lifecycle"));
+    assert_eq!(of("node 0").lines().nth(2), of("node 1").lines().nth(2), "the digest before it");
+    assert_eq!(place.run(["debug", "run.log", "--at", "60", "--print"]).stdout, ran.stdout);
+    std::fs::write(place.path("run.log"), "lite-llm decisions 9\n").expect("a place to write");
+    let refused = place.run(["debug", "run.log", "--print"]);
+    assert!(refused.stderr.contains("version 9"), "{}", refused.stderr);
+}
+
+#[test]
 fn what_cannot_be_simulated_is_refused_with_the_remedy() {
     let place = Place::new();
     for (args, parts) in [

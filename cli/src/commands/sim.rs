@@ -102,10 +102,7 @@ impl SimArgs {
             return seeds::run_all(&self, &hazards);
         }
         let mut setup = match &self.replay {
-            Some(path) => {
-                let file = LogFile::parse(&read(path)?).with_context(|| path.display().to_string())?;
-                ClusterSetup::of_log(&file).map_err(|why| usage(format!("{}: {why}", path.display())))?
-            }
+            Some(path) => of_log(path)?,
             None => self.setup(self.seed.unwrap_or_default(), &hazards),
         };
         setup.check().map_err(usage)?;
@@ -179,7 +176,7 @@ impl SimArgs {
 
 /// Has the bug of a name in everything that runs from now on.
 #[cfg(feature = "plant")]
-fn plant(name: &str) -> anyhow::Result<()> {
+pub(crate) fn plant(name: &str) -> anyhow::Result<()> {
     use lite_llm_core::plant::{Bug, plant};
     let bug = Bug::named(name)
         .ok_or_else(|| usage(format!("there is no bug {name:?}; --plant list names them all")))?;
@@ -188,8 +185,16 @@ fn plant(name: &str) -> anyhow::Result<()> {
 }
 
 #[cfg(not(feature = "plant"))]
-fn plant(_: &str) -> anyhow::Result<()> {
+pub(crate) fn plant(_: &str) -> anyhow::Result<()> {
     Err(usage("this program was built without bugs to plant: build it with --features plant"))
+}
+
+/// The run of a decision log.
+pub(crate) fn of_log(path: &Path) -> anyhow::Result<ClusterSetup> {
+    let file = LogFile::parse(&read(path)?).with_context(|| path.display().to_string())?;
+    let setup = ClusterSetup::of_log(&file).map_err(|why| usage(format!("{}: {why}", path.display())))?;
+    setup.check().map_err(|why| usage(format!("{}: {why}", path.display())))?;
+    Ok(setup)
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {

@@ -50,7 +50,11 @@ impl Tape {
     /// # Errors
     /// If there is no journal, or it is damaged. One that diverges, or at which the engine panics, is opened up to there.
     pub(crate) fn open(dir: &Path) -> anyhow::Result<Self> {
-        let history = History::open(dir)?;
+        Ok(Self::of(dir.display().to_string(), History::open(dir)?))
+    }
+
+    /// A journal that was read.
+    pub(crate) fn of(name: String, history: History) -> Self {
         let mut engine = history.engine;
         let records = history.scanned.records;
         let first = engine.next_seq().0 - 1;
@@ -72,7 +76,7 @@ impl Tape {
                 marks.insert(record.seq, engine.clone());
             }
         }
-        Ok(Self { name: dir.display().to_string(), records, marks, broken, last: None })
+        Self { name, records, marks, broken, last: None }
     }
 
     /// The first place, before any record, and the last that folds.

@@ -10,7 +10,7 @@ use lite_llm_core::cluster::peer::Log;
 use lite_llm_core::disk::{Disk, DiskError};
 use lite_llm_core::engine::Engine;
 use lite_llm_core::ids::Seq;
-use lite_llm_core::journal::{Header, JournalError, Record, Snapshot, Store};
+use lite_llm_core::journal::{Header, JournalError, Record, Scanned, Snapshot, Store, scan};
 use lite_llm_core::replay::{ReplayError, fold};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -84,6 +84,14 @@ impl NodeJournal {
         let log = folded(found.snapshot.as_ref(), &found.records)?;
         self.store = Some(store);
         Ok((log, found.torn))
+    }
+
+    /// What is on its disk now, whether or not it is open; to look at.
+    ///
+    /// # Errors
+    /// If it is damaged.
+    pub fn look(&self) -> Result<Scanned, JournalError> {
+        scan(&mut self.platter.0.borrow().honest())
     }
 
     /// Adds a record, not yet durable.

@@ -29,7 +29,7 @@ use std::rc::Rc;
 
 pub use cast::Cast;
 pub use many::run_many;
-pub use phases::run;
+pub use phases::{run, run_and_look};
 
 /// Makes more rules for a run.
 pub type MoreCheckers = Rc<dyn Fn() -> Vec<Box<dyn Checker>>>;

@@ -46,6 +46,9 @@ pub enum FileError {
 }
 
 impl LogFile {
+    /// How every log begins.
+    pub const HEADER: &str = HEADER;
+
     /// The file's text.
     #[must_use]
     pub fn to_text(&self) -> String {

@@ -84,6 +84,12 @@ impl SimDisk {
         *self = Self { sector_bytes, wear, ..Self::default() };
     }
 
+    /// What is on it now, without any fault of reading it.
+    #[must_use]
+    pub fn honest(&self) -> Self {
+        Self { wear: None, fault: None, crashed: false, ..self.clone() }
+    }
+
     /// Operations that change something, so far.
     #[must_use]
     pub const fn operations(&self) -> u64 {

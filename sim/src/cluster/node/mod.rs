@@ -24,6 +24,7 @@ use lite_llm_core::cluster::peer::{Peer, PeerInput, PeerOutput};
 use lite_llm_core::config::Config;
 use lite_llm_core::ids::{RequestId, Seq};
 use lite_llm_core::input::Input;
+use lite_llm_core::journal::{JournalError, Scanned};
 use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::time::Time;
 use std::cell::Cell;
@@ -149,6 +150,14 @@ impl NodeActor {
             Some(Life::Running(process)) => Some(&process.peer),
             Some(Life::Opening { .. }) | None => None,
         }
+    }
+
+    /// What is on its disk now.
+    ///
+    /// # Errors
+    /// If that is damaged.
+    pub fn look(&self) -> Result<Scanned, JournalError> {
+        self.journal.look()
     }
 
     /// The replica that it is in, or was last.
