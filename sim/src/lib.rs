@@ -4,7 +4,7 @@
 //! happen, [`mod@minimise`] finds those that matter, [`chronicle`] and [`timeline`] tell people what happened. [`disk`]
 //! tears what was not synced, [`atlas`] says which copies may be damaged at once; [`cluster`] has what a node is made of.
 //! [`machine`] drives one engine and checks what it does; [`model`] is the simulated arithmetic and, apart from any
-//! engine, the reference that streams are held against.
+//! engine, the reference that streams are held against; [`real`] is the same with the arithmetic of a tiny model.
 #![forbid(unsafe_code)]
 
 pub mod atlas;
@@ -18,5 +18,6 @@ pub mod mark;
 pub mod minimise;
 pub mod model;
 pub mod random;
+pub mod real;
 pub mod timeline;
 pub mod world;

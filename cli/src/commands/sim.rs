@@ -9,7 +9,7 @@ use crate::quantity::duration;
 use crate::terminal;
 use crate::whole_file::write_whole;
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use lite_llm_core::topology::Topology;
 use lite_llm_sim::cluster::run::{ClusterSetup, Report, run};
 use lite_llm_sim::decision::LogFile;
@@ -22,6 +22,12 @@ use std::time::Duration;
 
 /// Bytes of the largest decision log.
 const LOG_BYTES_MAX: u64 = 256 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ComputeName {
+    Digest,
+    Real,
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct SimArgs {
@@ -40,6 +46,9 @@ pub(crate) struct SimArgs {
     /// Ranks, as dp=2,tp=1,pp=2,ep=2; seeds take turns with five layouts if left out
     #[arg(long, value_name = "RANKS")]
     topology: Option<Topology>,
+    /// What is computed: digests of all that a result may depend on, or a tiny model's real arithmetic
+    #[arg(long, value_name = "KIND", default_value = "digest")]
+    compute: ComputeName,
     /// Faults that may strike: all, none, or names and areas from --list-faults
     #[arg(long, value_name = "LIST", default_value = "all")]
     faults: String,
@@ -126,6 +135,7 @@ impl SimArgs {
         }
         setup.nodes = self.nodes.unwrap_or(setup.nodes);
         setup.unrestricted = self.unrestricted;
+        setup.real = self.compute == ComputeName::Real;
         setup.duration_ns = u64::try_from(self.duration.as_nanos()).unwrap_or(u64::MAX);
         setup.workload.requests = self.requests;
         setup
@@ -137,6 +147,9 @@ impl SimArgs {
         let mut add = |flag: String| flags += &format!(" {flag}");
         if let Some(t) = self.topology {
             add(format!("--topology {t}"));
+        }
+        if self.compute == ComputeName::Real {
+            add("--compute real".into());
         }
         if let Some(nodes) = self.nodes {
             add(format!("--nodes {nodes}"));

@@ -43,6 +43,8 @@ pub struct ClusterSetup {
     pub topology: Topology,
     /// Nodes; those beyond the ranks stand by.
     pub nodes: u32,
+    /// Whether the arithmetic is that of a tiny model, not of digests.
+    pub real: bool,
     /// Which faults may strike.
     pub hazards: Vec<Hazard>,
     /// Exactly these faults, whatever the seed says.
@@ -89,6 +91,7 @@ impl ClusterSetup {
             seed,
             topology,
             nodes,
+            real: false,
             hazards: Hazard::ALL.to_vec(),
             decisions: None,
             unrestricted: false,

@@ -1,5 +1,6 @@
 //! The device of a simulated node: arenas, pages, copies that end in any order, and one step at a time.
 
+use super::job::Job;
 use super::work::{Step, Work, share_of};
 use crate::cluster::luck::Luck;
 use crate::cluster::message::Said;
@@ -7,6 +8,7 @@ use crate::cluster::watch::Watch;
 use crate::hazard::Hazard;
 use crate::mark::Mark;
 use crate::model;
+use crate::real::{Memory, Rank, RealModel};
 use crate::world::Context;
 use lite_llm_core::cluster::message::Tag;
 use lite_llm_core::cluster::peer::{Peer, PeerInput};
@@ -17,6 +19,7 @@ use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::plant::{self, Bug};
 use lite_llm_core::topology::Topology;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 /// Nanoseconds of a copy and of a step, at least and by how much more; how much later a late copy and a slow step are.
 const COPY_NS: (u64, u64) = (80_000, 200_000);
@@ -82,7 +85,6 @@ impl Copy {
 }
 
 /// What dies with the process and its device.
-#[derive(Debug)]
 pub(super) struct Device {
     topology: Topology,
     rank: u32,
@@ -91,7 +93,10 @@ pub(super) struct Device {
     pages: Vec<[u64; 4]>,
     copies: BTreeMap<u64, Copy>,
     copied: u64,
-    work: Option<Work>,
+    work: Option<Job>,
+    /// The model, if the arithmetic is real, and what it computes in.
+    real: Option<Arc<Rank>>,
+    memory: Option<Memory>,
     steps: u64,
     /// The wake that lets the step begin has come.
     running: bool,
@@ -107,9 +112,17 @@ pub(super) enum Rung {
     Begun(u64),
 }
 
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device").field("rank", &self.rank).field("work", &self.work).finish_non_exhaustive()
+    }
+}
+
 impl Device {
-    pub(super) const fn new(topology: Topology, rank: u32) -> Self {
+    pub(super) fn new(topology: Topology, rank: u32, real: bool) -> Self {
         Self {
+            real: real.then(|| RealModel::get().rank(topology, rank)),
+            memory: None,
             topology,
             rank,
             hot: Vec::new(),
@@ -127,7 +140,7 @@ impl Device {
     /// A new epoch: all that was volatile is gone, and nothing that was under way comes back.
     pub(super) fn forget(&mut self, rank: u32) {
         let (copied, steps) = (self.copied, self.steps);
-        *self = Self { copied, steps, ..Self::new(self.topology, rank) };
+        *self = Self { copied, steps, ..Self::new(self.topology, rank, self.real.is_some()) };
     }
 
     /// What it holds.
@@ -182,7 +195,7 @@ impl Device {
                 if wave > 0 {
                     bench.watch.mark(Mark::Waves);
                 }
-                if !work.forward.tiers.contains(&expert.tier) {
+                if !work.forward().tiers.contains(&expert.tier) {
                     bench.violated(format!("{expert:?} of a masked tier is provided to step {step}"));
                 }
                 work.provide(wave, wave_len, expert, slot);
@@ -232,6 +245,7 @@ impl Device {
         self.hot = vec![None; carving.slots as usize];
         self.warm = vec![None; carving.warm_slots as usize];
         self.pages = vec![[0; 4]; carving.pages as usize];
+        self.memory = self.real.as_ref().map(|rank| rank.memory(carving.pages));
     }
 
     /// What a slot holds once an expert of this rank is in it.
@@ -242,8 +256,8 @@ impl Device {
     fn copy(&mut self, bench: &mut Bench<'_, '_>, copy: Copy) {
         let in_use = |slot: Slot| {
             let work = self.work.iter();
-            let resident = work.clone().flat_map(|work| work.forward.resident.iter().flatten());
-            let mut slots = resident.chain(work.flat_map(|work| &work.provided)).map(|&(_, slot)| slot);
+            let resident = work.clone().flat_map(|work| work.forward().resident.iter().flatten());
+            let mut slots = resident.chain(work.flat_map(Job::provided)).map(|&(_, slot)| slot);
             slots.any(|used| used == slot) || self.copies.values().any(|other| other.hot() == Some(slot))
         };
         if copy.hot().is_some_and(in_use) {
@@ -335,12 +349,17 @@ impl Device {
         for &(key, slot) in forward.resident.iter().flatten() {
             self.check_there(bench, key, slot);
         }
-        let (rows, tiers) = (forward.rows.iter(), &forward.tiers);
-        let states = rows.map(|row| model::row(&mut self.pages, row, tiers)).collect();
         let slow = bench.befalls(Hazard::SlowDevice).map_or(0, |value| value % SLOW_NS);
         self.steps += 1;
         let ns = STEP_NS.0 + bench.ordinary(2, self.steps) % STEP_NS.1 + slow;
-        self.work = Some(Work::new(self.topology, bench.plan, self.rank, forward, states));
+        self.work = Some(match (&self.real, &self.memory) {
+            (Some(rank), Some(memory)) => Job::real(rank, memory, forward),
+            _ => {
+                let (rows, tiers) = (forward.rows.iter(), &forward.tiers);
+                let states = rows.map(|row| model::row(&mut self.pages, row, tiers)).collect();
+                Job::Digest(Work::new(self.topology, bench.plan, self.rank, forward, states))
+            }
+        });
         self.running = false;
         if bench.befalls(Hazard::DeviceHang).is_none() {
             bench.cx.wake_in(ns, super::token(Rung::Begun(self.steps)));

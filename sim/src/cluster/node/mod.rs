@@ -4,6 +4,7 @@
 //! read because of damage is replaced by an operator, and only if it was damaged: then it comes back empty.
 
 mod device;
+mod job;
 mod obey;
 mod start;
 mod work;
@@ -65,6 +66,8 @@ pub struct Common {
     pub config: Config,
     /// The checkpoint.
     pub plan: ModelPlan,
+    /// Whether the arithmetic is that of a tiny model.
+    pub real: bool,
     /// The facts that every node should state.
     pub facts: Facts,
     /// The drift that leases allow for, in thousandths.

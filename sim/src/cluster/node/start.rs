@@ -100,7 +100,7 @@ impl NodeActor {
         self.life = Some(Life::Running(Box::new(Process {
             member,
             peer: Peer::new(settings, log),
-            device: Device::new(common.config.topology, 0),
+            device: Device::new(common.config.topology, 0, common.real),
             inbox: VecDeque::new(),
             flushing: false,
             dirty: false,

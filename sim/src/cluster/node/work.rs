@@ -7,7 +7,7 @@ use crate::model::{self, mix};
 use lite_llm_core::cluster::collective::{Exchange, Kind, Plan};
 use lite_llm_core::cluster::message::Tag;
 use lite_llm_core::digest::Digest;
-use lite_llm_core::ids::{ExpertKey, Slot, StepId};
+use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_core::input::RowResult;
 use lite_llm_core::output::Forward;
 use lite_llm_core::plan::ModelPlan;
@@ -105,10 +105,6 @@ impl Work {
             provided: Vec::new(),
             wave: None,
         }
-    }
-
-    pub(super) const fn id(&self) -> (StepId, u32) {
-        (self.forward.step, self.forward.attempt)
     }
 
     const fn tag(&self, exchange: u32) -> Tag {

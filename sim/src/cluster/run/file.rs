@@ -17,6 +17,7 @@ impl ClusterSetup {
             ("duration_ns", self.duration_ns.to_string()),
             ("requests", self.workload.requests.to_string()),
             ("unrestricted", self.unrestricted.to_string()),
+            ("compute", if self.real { "real" } else { "digest" }.to_owned()),
         ];
         let settings = settings.map(|(name, value)| (name.to_owned(), value));
         LogFile { seed: self.seed, settings: settings.into(), decisions }
@@ -33,6 +34,11 @@ impl ClusterSetup {
         setup.nodes = of.number("nodes")?;
         setup.duration_ns = of.number("duration_ns")?;
         setup.unrestricted = of.number("unrestricted")?;
+        setup.real = match of.text("compute")? {
+            "real" => true,
+            "digest" => false,
+            other => return Err(format!("the setting compute is {other:?}; it is digest or real")),
+        };
         setup.workload = Workload { requests: of.number("requests")?, ..Workload::default() };
         setup.check()?;
         Ok(setup)

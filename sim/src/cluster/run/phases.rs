@@ -13,6 +13,7 @@ use crate::decision::Decisions;
 use crate::disk::SimDisk;
 use crate::mark::Mark;
 use crate::model::{self, Setting};
+use crate::real::RealModel;
 use crate::world::{Setup, World};
 use lite_llm_core::LOGIC_VERSION;
 use lite_llm_core::cluster::membership::NodeId;
@@ -24,6 +25,7 @@ use lite_llm_core::engine::Engine;
 use lite_llm_core::journal::{JournalError, Scanned};
 use lite_llm_core::lifecycle::Lifecycle;
 use lite_llm_core::output::FinishReason;
+use lite_llm_core::plan::ModelPlan;
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -73,16 +75,20 @@ pub fn run_and_look(setup: &ClusterSetup) -> (Report, Vec<Result<Scanned, Journa
 }
 
 /// What an engine is configured with: of every size that its model can do with.
-fn config(setup: &ClusterSetup, decisions: &Decisions) -> Config {
-    let plan = model::plan();
+fn config(setup: &ClusterSetup, plan: &ModelPlan, decisions: &Decisions) -> Config {
     let draw = |nth: u64, n: u64| decisions.ordinary(20, 0, nth) % n;
     let all = plan.experts(&[0, 1]).count() as u64;
-    let slots = if draw(0, 5) < 2 { 2 } else { 2 + draw(1, all) };
+    let least = u64::from(plan.top_k);
+    let slots = if draw(0, 5) < 2 { least } else { least + draw(1, all) };
     let warm = draw(2, 2) * (1 + draw(3, 4));
     let pages = u64::from(plan.pages_for(plan.context, 1)) + draw(4, 35);
     Config {
-        memory_bytes: 1900 + plan.page_bytes * pages + 1000 * (slots + warm),
-        warm_bytes: 1000 * warm,
+        memory_bytes: plan.base_shards.iter().sum::<u64>()
+            + plan.router_bytes
+            + plan.overhead_bytes
+            + plan.page_bytes * pages
+            + plan.slot_bytes * (slots + warm),
+        warm_bytes: plan.slot_bytes * warm,
         routing_seed: None,
         tier_set: if draw(5, 2) == 0 { vec![] } else { vec!["small".into()] },
         modes: [("fast", vec!["small"]), ("max", vec!["small", "large"])]
@@ -114,10 +120,12 @@ impl Cluster {
         let mut checkers = check::all(&topology);
         checkers.extend(setup.checkers.iter().flat_map(|more| more()));
         let watch = Watch::new(checkers);
+        let plan = if setup.real { RealModel::get().plan(topology) } else { model::plan() };
         let facts = Facts { contract: 1, logic: LOGIC_VERSION, ..Facts::default() };
         let common = Rc::new(Common {
-            config: config(&setup, &decisions),
-            plan: model::plan(),
+            config: config(&setup, &plan, &decisions),
+            plan,
+            real: setup.real,
             facts: facts.clone(),
             drift_per_mille: DRIFT_ALLOWED_PER_MILLE,
             supervisor,
@@ -327,14 +335,21 @@ impl Cluster {
             if stream.tokens != client.tokens {
                 return wrong(format!("its client has {:?}, the log {:?}", client.tokens, stream.tokens));
             }
-            let expected = model::reference(&self.common.plan, &client.body, setting_at, client.tokens.len());
+            let len = client.tokens.len();
+            let expected = if self.setup.real {
+                RealModel::get().reference(&client.body, setting_at, len)
+            } else {
+                model::reference(&self.common.plan, &client.body, setting_at, len)
+            };
             if client.tokens != expected {
                 return wrong(format!("its stream is {:?}, alone it is {expected:?}", client.tokens));
             }
             let whole = (49 - client.body.prompt.len()).min(client.body.max_tokens as usize);
             let is_whole = match finish {
                 FinishReason::Length => client.tokens.len() == whole,
-                FinishReason::Eos => client.tokens.last() == Some(&1),
+                FinishReason::Eos => {
+                    client.tokens.last().is_some_and(|last| self.common.plan.eos.contains(last))
+                }
                 FinishReason::Cancelled => {
                     watch.mark(Mark::Cancelled);
                     continue;
