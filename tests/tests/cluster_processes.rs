@@ -251,7 +251,7 @@ fn what_cannot_be_is_refused_with_the_remedy() {
     run(&["--nodes", "40", "--topology", "pp=40"], &[]).refuses(2, &["topology.pipeline is 40", "layers"]);
     run(&["--nodes", "2", "--topology", "xp=2"], &[]).refuses(2, &["xp=2", "write it as dp=2,tp=1"]);
     run(&["--topology", "tp=2"], &[]).refuses(2, &["--nodes"]);
-    run(&["--nodes", "2"], &["--logits", "f"]).refuses(2, &["--logits needs the model in one process"]);
+    run(&["--nodes", "2"], &["--logits", "f"]).refuses(2, &["--logits is for one process"]);
     std::fs::write(place.path("key"), "no key").expect("a file");
     let refused = run(&["--nodes", "2", "--key-file", "key"], &[]);
     assert!(refused.code == Some(1) && refused.stderr.contains("chmod 600"), "{}", refused.stderr);

@@ -68,9 +68,10 @@ impl ClusterArgs {
             (run.logits.is_some(), "--logits"),
             (run.routes.is_some(), "--routes"),
             (run.generations.is_some(), "--generations"),
+            (run.runtime.journal_max.is_some(), "--journal-max"),
         ] {
             if given {
-                return Err(usage(format!("{flag} needs the model in one process: leave out --nodes")));
+                return Err(usage(format!("{flag} is for one process: leave it out, or leave out --nodes")));
             }
         }
         run.check()?;

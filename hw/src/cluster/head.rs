@@ -154,6 +154,44 @@ impl Drop for Head {
     }
 }
 
+/// Where lives are to be told. An older life of a node may still say something, and is answered where it is.
+#[derive(Debug, Default)]
+struct Book(BTreeMap<Member, SocketAddr>);
+
+impl Book {
+    /// Lives of a node whose addresses are kept.
+    const LIVES: usize = 4;
+
+    fn insert(&mut self, member: Member, address: SocketAddr) {
+        self.0.insert(member, address);
+        let older: Vec<Member> =
+            self.lives(member.node).rev().skip(Self::LIVES).map(|(member, _)| member).collect();
+        for member in older {
+            self.0.remove(&member);
+        }
+    }
+
+    fn lives(&self, node: NodeId) -> impl DoubleEndedIterator<Item = (Member, SocketAddr)> {
+        let life = |incarnation| Member { node, incarnation: Incarnation(incarnation) };
+        self.0.range(life(0)..=life(u64::MAX)).map(|(&member, &address)| (member, address))
+    }
+
+    fn of(&self, member: Member) -> Option<SocketAddr> {
+        self.0.get(&member).copied()
+    }
+
+    fn newest_of(&self, node: NodeId) -> Option<SocketAddr> {
+        self.lives(node).next_back().map(|(_, address)| address)
+    }
+
+    /// Each node's newest life.
+    fn newest(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> {
+        let newest: BTreeMap<NodeId, SocketAddr> =
+            self.0.iter().map(|(member, &address)| (member.node, address)).collect();
+        newest.into_iter()
+    }
+}
+
 /// What is written down of the end of a node's life.
 #[derive(Debug, Serialize)]
 struct Recorded<'a> {
@@ -176,7 +214,7 @@ struct Loop {
     command: NodeCommand,
     on_event: Option<OnEvent>,
     mesh: Mesh,
-    book: BTreeMap<NodeId, SocketAddr>,
+    book: Book,
     requests: Requests,
     end: Option<Result<(), ClusterError>>,
 }
@@ -235,7 +273,7 @@ impl Loop {
             command,
             on_event,
             mesh,
-            book: BTreeMap::new(),
+            book: Book::default(),
             requests: Requests::new(replicas),
             end: None,
         })
@@ -284,7 +322,7 @@ impl Loop {
     fn take(&mut self, happened: Happened) {
         match happened {
             Happened::Said(Said::Beat { beat, address }) => {
-                self.book.insert(beat.member.node, address);
+                self.book.insert(beat.member, address);
                 self.inbox.push_back(SupervisorInput::Beat(beat));
             }
             Happened::Said(Said::Tell(output)) => self.requests.tell(*output),
@@ -355,8 +393,8 @@ impl Loop {
     fn obey(&mut self, output: SupervisorOutput) -> Result<(), ClusterError> {
         match output {
             SupervisorOutput::Orders { orders, .. } => {
-                if let Some(&to) = self.book.get(&orders.to.node) {
-                    let book = self.book.iter().map(|(&node, &address)| (node, address)).collect();
+                if let Some(to) = self.book.of(orders.to) {
+                    let book = self.book.newest().collect();
                     self.mesh.send(to, Said::Orders { orders, book }.encode());
                 }
             }
@@ -420,10 +458,10 @@ impl Loop {
             let (membership, active) =
                 view.memberships().find(|(membership, _)| membership.replica == replica)?;
             let node = membership.leading().node;
-            (active && self.book.contains_key(&node)).then_some((membership.epoch, node))
+            (active && self.book.newest_of(node).is_some()).then_some((membership.epoch, node))
         };
         for (node, replica, input) in self.requests.due(leader) {
-            if let Some(&to) = self.book.get(&node) {
+            if let Some(to) = self.book.newest_of(node) {
                 self.mesh.send(to, Said::Ask { replica, input: Box::new(input) }.encode());
             }
         }
@@ -454,4 +492,27 @@ fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), ClusterErro
         std::fs::File::open(dir)?.sync_all()
     };
     write().map_err(|source| ClusterError::File { path: path.clone(), source })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lives_are_told_where_they_are_and_the_newest_is_the_nodes() {
+        let member = |node, life| Member { node: NodeId(node), incarnation: Incarnation(life) };
+        let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        let mut book = Book::default();
+        for life in [1, 2, 3, 4, 5] {
+            book.insert(member(0, u64::from(life)), at(100 + life));
+        }
+        book.insert(member(1, 7), at(7));
+        // An older life that is heard late takes nobody's place.
+        book.insert(member(0, 4), at(104));
+        assert_eq!(book.of(member(0, 4)), Some(at(104)));
+        assert_eq!(book.of(member(0, 1)), None);
+        assert_eq!(book.newest().collect::<Vec<_>>(), [(NodeId(0), at(105)), (NodeId(1), at(7))]);
+        assert_eq!(book.newest_of(NodeId(2)), None);
+    }
 }

@@ -16,7 +16,7 @@ use crate::node::device::Device;
 use crate::node::event_loop::Clock;
 use crate::node::journal::{Change, Contents, Journal};
 use crate::node::loaders::Loaders;
-use crate::node::open::{LOADERS_MAX, fold_contents, open_store, refold};
+use crate::node::open::{LOADERS_MAX, fold_contents, refold};
 use crate::node::reports::{Report, Reports};
 use crate::telemetry::{Telemetry, Timing};
 use lite_llm_core::LOGIC_VERSION;
@@ -27,7 +27,7 @@ use lite_llm_core::config::Config;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::Seq;
 use lite_llm_core::input::Input;
-use lite_llm_core::journal::Header;
+use lite_llm_core::journal::{Header, Store};
 use lite_llm_core::output::Output;
 use lite_llm_core::plan::Identity;
 use lite_llm_core::time::Time;
@@ -203,7 +203,7 @@ impl Node {
             incarnation: member.incarnation.0,
             identity: facts.model.0,
         };
-        let (store, recovered) = open_store(disk, &header)?;
+        let (store, recovered) = Store::open(disk, &header).map_err(NodeError::from)?;
         let telemetry = Telemetry::open(state_dir, member.incarnation.0);
         let what = "cannot open the telemetry files in the state directory";
         let mut telemetry = telemetry.map_err(|source| NodeError::System { what, source })?;

@@ -138,7 +138,8 @@ impl Mesh {
         let carry = move || {
             let mut session: Option<Sender<TcpStream>> = None;
             let mut left_alone = Instant::now();
-            while let Ok(message) = waiting.recv() {
+            // Who has nothing to hear for long may be gone for good; one that is told again has another thread.
+            while let Ok(message) = waiting.recv_timeout(SILENCE_WAIT) {
                 counted.fetch_sub(message.len(), Ordering::Relaxed);
                 if session.is_none() && Instant::now() >= left_alone {
                     session = dial(to, &key).ok();

@@ -119,11 +119,6 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     Ok(Node { handle: NodeHandle { messages, identity }, ready, thread: Some(thread) })
 }
 
-/// Opens the journal of a rank.
-pub(crate) fn open_store(disk: FileDisk, header: &Header) -> Result<(Store<FileDisk>, Recovered), NodeError> {
-    Ok(Store::open(disk, header)?)
-}
-
 /// The log that a journal holds after it was cut or replaced.
 pub(crate) fn fold_contents((snapshot, records): Contents) -> Result<Log, NodeError> {
     let mut engine = match &snapshot {
