@@ -6,6 +6,7 @@ use lite_llm_core::chain::RestoreError;
 use lite_llm_core::input::Fault;
 use lite_llm_core::journal::JournalError;
 use lite_llm_core::replay::ReplayError;
+use lite_llm_hw::cluster::ClusterError;
 use lite_llm_hw::node::NodeError;
 use lite_llm_model::{CheckpointError, ModelError};
 use std::fmt;
@@ -118,6 +119,12 @@ fn code(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(node) = cause.downcast_ref::<NodeError>() {
         return Some(of_node(node));
     }
+    // It speaks for what it holds, and so is what the chain shows.
+    match cause.downcast_ref::<ClusterError>() {
+        Some(ClusterError::Node(node)) => return Some(of_node(node)),
+        Some(ClusterError::Diverged { .. }) => return Some(Exit::Corrupt),
+        _ => {}
+    }
     if let Some(ModelError::Checkpoint(checkpoint)) = cause.downcast_ref::<ModelError>() {
         return Some(of_checkpoint(checkpoint));
     }
@@ -163,6 +170,15 @@ fn of_node(error: &NodeError) -> Exit {
 mod tests {
     use super::*;
     use anyhow::Context;
+
+    #[test]
+    fn a_node_of_a_cluster_ends_as_one_alone_does() {
+        let bug =
+            || NodeError::Panic { seq: lite_llm_core::ids::Seq(7), thread: "node", message: "no".into() };
+        assert_eq!(of(&anyhow::Error::from(bug())), Exit::Bug);
+        assert_eq!(of(&anyhow::Error::from(ClusterError::Node(bug()))), Exit::Bug);
+        assert_eq!(of(&anyhow::Error::from(ClusterError::Refused("no".into()))), Exit::Failed);
+    }
 
     #[test]
     fn each_cause_is_said_once() {

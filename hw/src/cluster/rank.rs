@@ -13,6 +13,7 @@ use crate::net::{Key, Mesh};
 use crate::node::NodeError;
 use crate::node::compute::Compute;
 use crate::node::device::Device;
+use crate::node::error::panic_message;
 use crate::node::event_loop::Clock;
 use crate::node::journal::{Change, Contents, Journal};
 use crate::node::loaders::Loaders;
@@ -38,6 +39,7 @@ use lite_llm_model::{Checkpoint, Model, ModelOptions, Share};
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
@@ -133,7 +135,12 @@ pub fn run(options: RankOptions) -> Result<(), ClusterError> {
     };
     let mesh = Arc::new(Mesh::listen(options.listen, options.key.clone(), heard)?);
     let heart = Heart::start(&node, Arc::clone(&mesh), options.supervisor)?;
-    let end = node.turn(&happened, &mesh, &heart);
+    // The record at which a rank breaks an invariant must be in its journal: that is how its supervisor knows it again.
+    let end = catch_unwind(AssertUnwindSafe(|| node.turn(&happened, &mesh, &heart)));
+    let end = end.unwrap_or_else(|panic| {
+        let message = panic_message(&*panic);
+        Err(NodeError::Panic { seq: node.last(), thread: "node", message }.into())
+    });
     heart.stop();
     let closed = node.close();
     end.and(closed)?;
