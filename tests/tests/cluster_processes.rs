@@ -4,9 +4,10 @@
 use lite_llm_core::cluster::membership::{Member, NodeId};
 use lite_llm_core::event::Event;
 use lite_llm_core::ids::{Incarnation, Seq};
-use lite_llm_core::journal::{Record, scan};
+use lite_llm_core::input::Input;
+use lite_llm_core::journal::{Record, Store, scan};
 use lite_llm_core::output::Output;
-use lite_llm_core::replay::fold;
+use lite_llm_core::replay::{encode_input, fold};
 use lite_llm_core::topology::Topology;
 use lite_llm_hw::disk::FileDisk;
 use lite_llm_sim::cluster::check::{all, first_bytes};
@@ -22,7 +23,7 @@ const RUN: [&str; 8] = [
     "--prompt-tokens",
     "265,338,449,471,56,294",
     "--max-tokens",
-    "150",
+    "300",
     "--ignore-eos",
     "--stream",
     "--json",
@@ -76,10 +77,15 @@ fn records(state: &Path, node: u32) -> Vec<Record> {
     disk.ok().and_then(|mut disk| scan(&mut disk).ok()).map_or_else(Vec::new, |scanned| scanned.records)
 }
 
-/// Waits until a node has so many records more than another number, or the command has ended.
-fn wait_for(child: &mut Child, state: &Path, node: u32, more_than: usize) -> bool {
+/// The length of the longest log. A node that has lost its seat keeps the log that it had.
+fn furthest(state: &Path, nodes: u32) -> usize {
+    (0..nodes).map(|node| records(state, node).len()).max().unwrap_or_default()
+}
+
+/// Waits until the longest log has more records than this, or the command has ended.
+fn wait_for(child: &mut Child, state: &Path, nodes: u32, more_than: usize) -> bool {
     let began = Instant::now();
-    while records(state, node).len() <= more_than {
+    while furthest(state, nodes) <= more_than {
         if child.try_wait().expect("a child").is_some() {
             return false;
         }
@@ -166,8 +172,8 @@ fn nodes_that_are_killed_or_halted_cost_no_bit() {
     let state = place.path("state");
     let mut struck = 0;
     for (nth, &how) in ["KILL", "KILL", "STOP", "KILL"].iter().enumerate() {
-        let before = records(&state, 0).len().max(records(&state, 1).len());
-        if !wait_for(&mut child, &state, u32::from(nth % 2 == 1), before + 12) {
+        let before = furthest(&state, 5);
+        if !wait_for(&mut child, &state, 5, before + 12) {
             break;
         }
         // Whoever leads is among them.
@@ -195,8 +201,8 @@ fn a_killed_supervisor_finds_its_nodes_again() {
     let state = place.path("state");
     for _ in 0..3 {
         let mut child = command(&place, 4, "tp=2,pp=2").spawn().expect("a command");
-        let before = records(&state, 0).len();
-        wait_for(&mut child, &state, 0, before + 10);
+        let before = furthest(&state, 4);
+        wait_for(&mut child, &state, 4, before + 10);
         // Its nodes go on without it.
         drop(child.kill());
         drop(child.wait());
@@ -208,6 +214,36 @@ fn a_killed_supervisor_finds_its_nodes_again() {
     assert_eq!((0..4).map(|node| pid(&state, node)).collect::<Vec<_>>(), lives, "the processes are the same");
     assert_eq!(failures(&place, 4), Vec::<Value>::new());
     check_journals(&place, &"tp=2,pp=2".parse().expect("a topology"), 4);
+}
+
+/// Writes a record after a node's last that no driver would: the fold panics on it. Returns its number.
+fn write_a_bug(dir: &Path) -> u64 {
+    let scanned = scan(&mut FileDisk::open_read_only(dir).expect("a folder")).expect("a journal");
+    let mut engine = lite_llm_core::engine::Engine::new();
+    fold(&mut engine, &scanned.records, |_, _| {}).expect("a journal folds");
+    let header = scanned.header.expect("a journal that was begun");
+    let (mut store, _) = Store::open(FileDisk::open(dir).expect("a folder"), &header).expect("a journal");
+    let (seq, time, digest) = (engine.next_seq().0, engine.now().0, engine.digest().0);
+    let bug = encode_input(&Input::BaseLoaded { shard: 7 });
+    store.push(seq, time, digest, bug).and_then(|()| store.flush()).expect("a journal takes records");
+    seq
+}
+
+#[test]
+fn a_bug_that_every_life_meets_again_ends_the_restarts() {
+    let place = Place::new();
+    finished(command(&place, 2, "tp=2").spawn().expect("a command"));
+    let records: Vec<u64> =
+        (0..2).map(|node| write_a_bug(&place.path(&format!("state/node-{node}")))).collect();
+    let ran: Ran = command(&place, 2, "tp=2").output().expect("a command").into();
+    assert_ne!(ran.code, Some(0), "{}", ran.stderr);
+    for (node, record) in (0..).zip(records) {
+        let why = format!("node {node} is given up: it panicked at record {record} twice");
+        assert!(ran.stderr.contains(&why), "{why:?} is not in: {}", ran.stderr);
+    }
+    let panics = failures(&place, 2);
+    let panics = panics.iter().filter(|of| of["failure"]["cause"].to_string().contains("Panic"));
+    assert_eq!(panics.count(), 4, "twice each, and each is recorded");
 }
 
 #[test]
