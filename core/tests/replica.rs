@@ -422,6 +422,7 @@ impl Rig {
                 lease,
                 drain: None,
                 refused: None,
+                shards: None,
             }),
         );
     }

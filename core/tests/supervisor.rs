@@ -376,6 +376,7 @@ impl Rig {
             progress: process.progress,
             diverged: 0,
             drained: process.drained,
+            shards: None,
         };
         self.inbox.push(SupervisorInput::Beat(Box::new(beat)));
     }

@@ -1,8 +1,10 @@
 //! The supervisor by hand: who is refused, who is not started again, who may lead, and what is said of it.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+mod common;
+
 use lite_llm_core::cluster::membership::{Epoch, Member, NodeId};
-use lite_llm_core::cluster::orders::{Activity, Beat, Facts, LogEnd, Orders};
+use lite_llm_core::cluster::orders::{Beat, LogEnd, Orders};
 use lite_llm_core::cluster::supervisor::{
     Cause, ClusterConfig, Ending, Restarts, Standing, Supervisor, SupervisorEvent, SupervisorInput,
     SupervisorOutput,
@@ -52,23 +54,7 @@ impl Rig {
     }
 
     fn beat_of(&self, node: u32) -> Beat {
-        let view = self.supervisor.view();
-        let member = self.member(node);
-        let membership = view.memberships().find(|(membership, _)| membership.rank_of(member).is_some());
-        Beat {
-            member,
-            sent: self.now,
-            facts: Facts::default(),
-            log: LogEnd { last: Seq(9), digest: Digest::default() },
-            torn: false,
-            committed: Seq(9),
-            epoch: membership.map_or(Epoch(0), |(membership, _)| membership.epoch),
-            synced: membership.is_some_and(|(membership, _)| membership.leading() == member),
-            activity: Activity::Idle,
-            progress: self.now.0,
-            diverged: 0,
-            drained: false,
-        }
+        common::beat_of(&self.supervisor, self.member(node), self.now)
     }
 
     fn beat(&mut self, node: u32) -> Vec<SupervisorOutput> {

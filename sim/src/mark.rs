@@ -72,6 +72,12 @@ marks! {
     Waiting "waiting" "A replica waits for the disk of one of its nodes.",
     SupervisorRecovered "supervisor-recovered" "The supervisor folds its journal and goes on.",
     Drained "drained" "A cluster finishes and stops, and is started again.",
+    ShardsFound "shards-found" "A node finds checkpoints of an optimizer's shards on its disk.",
+    ShardFetched "shard-fetched" "A shard of an optimizer comes from another node.",
+    ShardLoaded "shard-loaded" "A shard of an optimizer comes from a disk.",
+    Sealed "sealed" "A version of an optimizer's shards is on the disk of every rank.",
+    WentBack "went-back" "All go back to a checkpoint.",
+    ShardsMissed "shards-missed" "Nobody goes back further than a checkpoint whose disks are not read yet.",
     Corrupted "corrupted" "A message is not heard because its checksum is wrong.",
     Stale "stale" "A message of another epoch or life is not heard.",
 }

@@ -41,6 +41,24 @@ pub fn plan() -> ModelPlan {
     }
 }
 
+/// Words of a shard of the simulated optimizer.
+const SHARD_WORDS: u64 = 40;
+
+/// The bytes of a shard of the simulated optimizer that training begins with.
+#[must_use]
+pub fn first_shard(shard: u32) -> Vec<u8> {
+    (0..SHARD_WORDS).flat_map(|word| mix(u64::from(shard), word).to_le_bytes()).collect()
+}
+
+/// Those of the next version.
+#[must_use]
+pub fn next_shard(bytes: &[u8]) -> Vec<u8> {
+    let words: Vec<u64> =
+        bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight"))).collect();
+    let after = words.iter().cycle().skip(1);
+    words.iter().zip(after).flat_map(|(&word, &after)| mix(word, after).to_le_bytes()).collect()
+}
+
 /// Mixes two numbers: the finaliser of splitmix64 over their combination.
 #[must_use]
 pub const fn mix(a: u64, b: u64) -> u64 {

@@ -81,6 +81,7 @@ impl Rank {
             lease: None,
             drain: None,
             refused: None,
+            shards: None,
         };
         self.give(PeerInput::Orders(orders));
     }

@@ -2,8 +2,9 @@
 
 use lite_llm_core::cluster::membership::{Epoch, Member, NodeId};
 use lite_llm_core::cluster::orders::{Activity, Beat, Facts, LogEnd};
+use lite_llm_core::cluster::shards::{ShardStanding, Stamp};
 use lite_llm_core::cluster::supervisor::{
-    ClusterConfig, Ending, Supervisor, SupervisorInput, SupervisorOutput,
+    ClusterConfig, Ending, Supervisor, SupervisorInput, SupervisorOutput, Training,
 };
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{Incarnation, Seq};
@@ -20,7 +21,12 @@ pub fn anything_said(mut choice: Choice, inputs: usize) {
     let data = 1 + choice.below(2) as u32;
     let topology = Topology { data, tensor: 1 + choice.below(2) as u32, ..Topology::SINGLE };
     let nodes = data * topology.tensor + choice.below(3) as u32;
-    let config = ClusterConfig { topology, nodes, ..ClusterConfig::default() };
+    let config = ClusterConfig {
+        topology,
+        nodes,
+        training: choice.chance(700).then_some(Training { store_every: 2, until: u64::MAX }),
+        ..ClusterConfig::default()
+    };
     let (mut supervisor, mut lives, mut now) = (Supervisor::new(), 0, Time(1));
     for _ in 0..=inputs {
         let input = if lives == 0 || choice.chance(20) {
@@ -95,6 +101,26 @@ fn beat(choice: &mut Choice, supervisor: &Supervisor, member: Member) -> Beat {
         progress: choice.below(3),
         diverged: if choice.chance(50) { choice.below(8) } else { 0 },
         drained: choice.chance(50),
+        shards: choice.chance(700).then(|| Box::new(standing(choice, member))),
+    }
+}
+
+/// Any shards in any versions, those too that no rank has, and now and then of other bytes.
+fn standing(choice: &mut Choice, member: Member) -> ShardStanding {
+    let mut stamps = || -> Vec<Stamp> {
+        let stamp = |choice: &mut Choice| {
+            let version = if choice.chance(20) { u64::MAX } else { choice.below(4) };
+            let digest = Digest::of(&[u8::from(choice.chance(50))]);
+            Stamp { shard: u32::try_from(choice.below(4)).expect("few"), version, digest }
+        };
+        (0..choice.below(6)).map(|_| stamp(choice)).collect()
+    };
+    let (held, stored) = (stamps(), stamps());
+    let accused = held.first().map(|stamp| (member, *stamp));
+    ShardStanding {
+        held,
+        stored: choice.chance(900).then_some(stored),
+        accused: accused.filter(|_| choice.chance(50)),
     }
 }
 

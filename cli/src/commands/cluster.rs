@@ -346,6 +346,12 @@ fn told(event: &SupervisorEvent) {
         SupervisorEvent::GaveUp { node, reason } => tell!("{node} is given up: {reason}"),
         SupervisorEvent::Captured { .. }
         | SupervisorEvent::Adopted(_)
+        // This program computes with models and trains none.
+        | SupervisorEvent::Trained { .. }
+        | SupervisorEvent::Sealed { .. }
+        | SupervisorEvent::Restored { .. }
+        | SupervisorEvent::ShardsMissed { .. }
+        | SupervisorEvent::ShardsDiffer { .. }
         | SupervisorEvent::Drained { .. }
         | SupervisorEvent::State { .. } => {}
     }

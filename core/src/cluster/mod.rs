@@ -12,6 +12,7 @@ pub mod membership;
 pub mod message;
 pub mod orders;
 pub mod peer;
+pub mod shards;
 pub mod supervisor;
 
 pub use link::LinkHeader;

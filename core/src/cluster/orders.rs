@@ -2,9 +2,11 @@
 //! doubled or late does no harm: the next one says it again.
 
 use super::membership::{Epoch, Member, Membership};
+use super::shards::{ShardOrders, ShardStanding};
 use crate::digest::Digest;
 use crate::ids::Seq;
 use crate::time::Time;
+use alloc::boxed::Box;
 use alloc::string::String;
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +76,8 @@ pub struct Beat {
     pub diverged: u64,
     /// It has drained and let go of everything.
     pub drained: bool,
+    /// Shards of an optimizer, if it keeps any.
+    pub shards: Option<Box<ShardStanding>>,
 }
 
 /// The right to accept requests and to tell tokens.
@@ -100,4 +104,6 @@ pub struct Orders {
     pub drain: Option<Option<u64>>,
     /// It may not take part, and why: it should end.
     pub refused: Option<String>,
+    /// For its keeper of shards, if it has one.
+    pub shards: Option<Box<ShardOrders>>,
 }

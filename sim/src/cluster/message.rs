@@ -3,6 +3,7 @@
 use crate::world::Wire;
 use lite_llm_core::cluster::message::{Message, Payload};
 use lite_llm_core::cluster::orders::{Beat, Orders};
+use lite_llm_core::cluster::shards::{ShardMessage, ShardWord};
 use lite_llm_core::cluster::supervisor::SupervisorInput;
 use lite_llm_core::input::Input;
 use lite_llm_core::output::Output;
@@ -13,6 +14,8 @@ use serde::{Deserialize, Serialize};
 pub enum Said {
     /// Between ranks.
     Rank(Box<Message>),
+    /// Between keepers of shards.
+    Shard(Box<ShardMessage>),
     /// From a node to the supervisor.
     Beat(Box<Beat>),
     /// From the supervisor to a node.
@@ -60,6 +63,14 @@ impl Wire for Said {
                 let what = message.payload.as_ref().map_or_else(|| "confirms".into(), payload);
                 format!("{what} in {}", message.epoch)
             }
+            Self::Shard(message) => match &message.what {
+                ShardWord::Ask { stamp, offset } => {
+                    format!("asks for shard {} in version {} from byte {offset}", stamp.shard, stamp.version)
+                }
+                ShardWord::Part { stamp, bytes, .. } => {
+                    format!("{} bytes of shard {} in version {}", bytes.len(), stamp.shard, stamp.version)
+                }
+            },
             Self::Beat(beat) => format!("beat of {}, log ends at {}", beat.member, beat.log.last),
             Self::Orders(orders) => {
                 let epoch = orders.membership.as_ref().map_or_else(String::new, |m| format!(" {}", m.epoch));

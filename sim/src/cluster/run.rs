@@ -45,6 +45,8 @@ pub struct ClusterSetup {
     pub nodes: u32,
     /// Whether the arithmetic is that of a tiny model, not of digests.
     pub real: bool,
+    /// Whether its ranks keep shards of an optimizer too, version by version.
+    pub trains: bool,
     /// Which faults may strike.
     pub hazards: Vec<Hazard>,
     /// Exactly these faults, whatever the seed says.
@@ -92,6 +94,7 @@ impl ClusterSetup {
             topology,
             nodes,
             real: false,
+            trains: seed % 2 == 1,
             hazards: Hazard::ALL.to_vec(),
             decisions: None,
             unrestricted: false,

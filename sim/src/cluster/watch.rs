@@ -4,6 +4,7 @@
 use super::check::Checker;
 use crate::mark::{Mark, Marks};
 use lite_llm_core::cluster::membership::{Member, Membership, NodeId};
+use lite_llm_core::cluster::shards::Stamp;
 use lite_llm_core::cluster::supervisor::SupervisorEvent;
 use lite_llm_core::ids::{Generation, Seq};
 use lite_llm_core::output::Output;
@@ -56,6 +57,20 @@ pub enum Fact<'a> {
         generation: Generation,
         /// The tiers that it may select.
         tiers: &'a [u32],
+    },
+    /// A shard of an optimizer is in a node's memory.
+    Made {
+        /// Whose.
+        member: Member,
+        /// Which.
+        stamp: &'a Stamp,
+    },
+    /// A shard of an optimizer is on a node's disk, durable.
+    Stored {
+        /// Whose.
+        member: Member,
+        /// Which.
+        stamp: &'a Stamp,
     },
     /// The supervisor says what happens.
     Event(&'a SupervisorEvent),

@@ -73,6 +73,15 @@ impl SimDisk {
         Self { sector_bytes, wear: Some(Wear::new(decisions, atlas, node)), ..Self::default() }
     }
 
+    /// The same node's second disk: what befalls it is decided apart.
+    #[must_use]
+    pub fn second(mut self) -> Self {
+        if let Some(wear) = &mut self.wear {
+            wear.second = true;
+        }
+        self
+    }
+
     /// How long the operations since the last call took, in nanoseconds.
     pub fn take_ns(&mut self) -> u64 {
         self.wear.as_mut().map_or(0, |wear| std::mem::take(&mut wear.took_ns))

@@ -10,12 +10,17 @@ use lite_llm_core::journal::frame::parse_snapshot_name;
 /// An operation takes this long when nothing is wrong; a sync ten times as long.
 const OPERATION_NS: u64 = 5_000;
 
+/// Added to a node's number where its second disk is the subject of a decision.
+const SECOND: u64 = 1 << 32;
+
 /// The decisions that a disk lives under.
 #[derive(Clone, Debug)]
 pub(super) struct Wear {
     decisions: Decisions,
     atlas: Atlas,
     node: u32,
+    /// Whether it is the node's second disk.
+    pub(super) second: bool,
     /// Opportunities so far.
     asked: u64,
     /// Nanoseconds that operations have taken since somebody asked.
@@ -39,13 +44,14 @@ pub(super) enum ReadFault {
 
 impl Wear {
     pub(super) const fn new(decisions: Decisions, atlas: Atlas, node: u32) -> Self {
-        Self { decisions, atlas, node, asked: 0, took_ns: 0 }
+        Self { decisions, atlas, node, second: false, asked: 0, took_ns: 0 }
     }
 
     /// Whether something happens at the next opportunity.
     pub(super) fn decide(&mut self, hazard: Hazard) -> Option<u64> {
         self.asked += 1;
-        self.decisions.at(hazard, u64::from(self.node), self.asked)
+        let disk = u64::from(self.node) + if self.second { SECOND } else { 0 };
+        self.decisions.at(hazard, disk, self.asked)
     }
 
     /// Whether this disk's journal may be damaged.

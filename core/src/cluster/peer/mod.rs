@@ -322,6 +322,7 @@ impl Peer {
             progress: self.progress,
             diverged: self.diverged,
             drained: self.drained,
+            shards: None,
         }
     }
 

@@ -23,6 +23,17 @@ pub struct ClusterConfig {
     pub patience: Patience,
     /// How often nodes are started again.
     pub restarts: Restarts,
+    /// Versions of an optimizer's shards, if the cluster trains.
+    pub training: Option<Training>,
+}
+
+/// How a cluster brings the shards of its optimizer further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Training {
+    /// Versions from one checkpoint to the next.
+    pub store_every: u64,
+    /// The last version.
+    pub until: u64,
 }
 
 /// The budget of restarts, for each node.
@@ -70,6 +81,7 @@ impl Default for ClusterConfig {
             drift_per_mille: 10,
             patience: Patience::default(),
             restarts: Restarts::default(),
+            training: None,
         }
     }
 }
@@ -99,6 +111,9 @@ impl ClusterConfig {
         }
         if self.drift_per_mille >= 500 {
             return Err(format!("drift_per_mille is {}; no clock is that bad", self.drift_per_mille));
+        }
+        if self.training.is_some_and(|training| training.store_every == 0) {
+            return Err("training.store_every is 0: nothing would ever be stored; give the versions between two checkpoints".into());
         }
         self.patience.check()
     }

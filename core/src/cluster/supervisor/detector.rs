@@ -212,6 +212,7 @@ mod tests {
             progress,
             diverged: 0,
             drained: false,
+            shards: None,
         }
     }
 

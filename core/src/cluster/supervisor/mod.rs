@@ -10,10 +10,11 @@ mod config;
 mod detector;
 mod node;
 mod replica;
+mod shards;
 mod view;
 mod words;
 
-pub use config::{ClusterConfig, Restarts};
+pub use config::{ClusterConfig, Restarts, Training};
 pub use detector::{Patience, Suspicion};
 pub use view::{Standing, SupervisorView};
 pub use words::{Cause, Ending, Failure, SupervisorEvent, SupervisorInput, SupervisorOutput};
@@ -27,6 +28,7 @@ use alloc::{format, string::String, vec::Vec};
 use node::Node;
 use replica::Replica;
 use serde::{Deserialize, Serialize};
+use shards::Shards;
 
 /// The state machine of a cluster's supervisor.
 pub type Supervisor = Chain<State>;
@@ -54,6 +56,7 @@ pub struct State {
     /// Until then a former life of the supervisor may have given leases that this one does not know.
     quiet_until: Time,
     drain: Option<Drain>,
+    shards: Shards,
     over: bool,
 }
 
@@ -85,6 +88,7 @@ impl Fold for State {
         }
         if !self.over {
             self.assemble(cx);
+            self.train(cx);
             self.finish(cx);
             self.start(cx);
             self.stop(cx);
@@ -143,6 +147,7 @@ impl State {
             self.replicas.iter_mut().for_each(Replica::reopen);
             self.nodes.iter_mut().for_each(|node| node.reopen(cx.now));
         }
+        self.shards.take_up();
         self.take_up_nodes(cx);
     }
 
@@ -189,6 +194,7 @@ impl State {
                 assert!(member.incarnation <= node.incarnation, "a member was started");
             }
         }
+        self.shards.check(self.config.topology.ranks());
         epochs.sort_unstable();
         assert!(epochs.windows(2).all(|pair| pair[0] < pair[1]), "no epoch is given twice");
     }

@@ -6,9 +6,11 @@ use super::words::{Cause, Ending, Failure, SupervisorEvent, SupervisorOutput};
 use super::{Context, State};
 use crate::cluster::membership::{Member, NodeId};
 use crate::cluster::orders::{Beat, Facts, Orders};
+use crate::cluster::shards::ShardOrders;
 use crate::ids::{Incarnation, Seq, index, len32};
 use crate::plant::{self, Bug};
 use crate::time::Time;
+use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::{format, string::String};
 use serde::{Deserialize, Serialize};
@@ -57,6 +59,8 @@ pub(super) struct Node {
     panicked: Option<Seq>,
     /// Of the end that is being captured, and why there is to be no further life, if so.
     failure: Option<(Failure, Option<String>)>,
+    /// What it was told of its shards in this life.
+    pub(super) shards: Option<Box<ShardOrders>>,
 }
 
 impl Node {
@@ -74,6 +78,7 @@ impl Node {
             restarts: VecDeque::new(),
             panicked: None,
             failure: None,
+            shards: None,
         }
     }
 
@@ -153,7 +158,9 @@ impl State {
     /// It may take no part.
     fn refuse(&mut self, cx: &mut Context<'_>, to: Member, reason: String) {
         let refused = Some(reason);
-        let orders = Orders { to, membership: None, active: false, lease: None, drain: None, refused }.into();
+        let orders =
+            Orders { to, membership: None, active: false, lease: None, drain: None, refused, shards: None }
+                .into();
         cx.say(SupervisorOutput::Orders { orders, after: self.decided });
     }
 
@@ -277,7 +284,7 @@ impl State {
             }
             let again = plant::is(Bug::LifeReused) && node.incarnation > Incarnation(0);
             node.incarnation.0 += u64::from(!again);
-            (node.beat, node.wronged) = (None, false);
+            (node.beat, node.wronged, node.shards) = (None, false, None);
             node.life = Life::Starting { until: cx.now.after_ns(self.config.patience.starting_ns) };
             cx.say(SupervisorOutput::Start { member: node.member(id), after: cx.seq });
         }

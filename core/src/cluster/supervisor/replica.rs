@@ -102,7 +102,8 @@ impl State {
         }
         let drain = self.drain.as_ref().filter(|_| membership.is_some());
         let drain = drain.map(|drain| drain.until.map(|until| until.0.saturating_sub(cx.now.0)));
-        let orders = Orders { to, membership, active, lease, drain, refused: None }.into();
+        let shards = node.shards.clone();
+        let orders = Orders { to, membership, active, lease, drain, refused: None, shards }.into();
         cx.say(SupervisorOutput::Orders { orders, after: self.decided });
     }
 

@@ -66,6 +66,12 @@ impl<'a> SupervisorView<'a> {
         })
     }
 
+    /// The version of the optimizer's shards that every rank has had, and the newest that all had on disk.
+    #[must_use]
+    pub const fn shards(&self) -> (u64, u64) {
+        self.0.shards.versions()
+    }
+
     /// Until when a node may believe to hold a lease, by the supervisor's clock.
     #[must_use]
     pub fn lease_until(&self, node: NodeId) -> Option<Time> {

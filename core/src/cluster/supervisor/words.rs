@@ -135,6 +135,37 @@ pub enum SupervisorEvent {
         /// Why, and what the operator can do.
         reason: String,
     },
+    /// Every rank of every replica has this version of its shard, and the same shards have the same bytes.
+    Trained {
+        /// Which.
+        version: u64,
+    },
+    /// Every rank has this version on its disk too.
+    Sealed {
+        /// Which.
+        version: u64,
+    },
+    /// All go on from this version, the newest of which every shard is whole somewhere.
+    Restored {
+        /// Which.
+        version: u64,
+        /// The version that they had.
+        from: u64,
+        /// The newest that all of them had on disk: above `version` only if disks have lost it.
+        sealed: u64,
+    },
+    /// All would have to go back further than what they had on disk: these nodes have not said what is on theirs.
+    ShardsMissed {
+        /// Whose disks.
+        nodes: Vec<NodeId>,
+    },
+    /// Ranks that should have the same bytes do not. The version is computed again, and no further after a third time.
+    ShardsDiffer {
+        /// Of which shard.
+        shard: u32,
+        /// Of which version.
+        version: u64,
+    },
     /// A replica has finished everything and stopped.
     Drained {
         /// Which replica.

@@ -86,6 +86,8 @@ impl Checker for CommittedOnce {
             }
             Fact::Took { .. }
             | Fact::Entered { .. }
+            | Fact::Made { .. }
+            | Fact::Stored { .. }
             | Fact::Event(_)
             | Fact::Exited { .. }
             | Fact::Queued { .. } => Ok(()),

@@ -31,11 +31,13 @@ mod committed;
 mod generations;
 mod leases;
 mod queues;
+mod shards;
 
 pub use committed::{CommittedOnce, first_bytes};
 pub use generations::GenerationsFixed;
 pub use leases::LeasesApart;
 pub use queues::QueuesBounded;
+pub use shards::ShardsOne;
 
 use super::watch::Fact;
 use lite_llm_core::topology::Topology;

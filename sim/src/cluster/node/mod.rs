@@ -6,6 +6,7 @@
 mod device;
 mod job;
 mod obey;
+mod shards;
 mod start;
 mod work;
 
@@ -22,12 +23,14 @@ use device::{Bench, Device, Rung};
 use lite_llm_core::cluster::membership::{Epoch, Member};
 use lite_llm_core::cluster::orders::{Facts, LogEnd};
 use lite_llm_core::cluster::peer::{Peer, PeerInput, PeerOutput};
+use lite_llm_core::cluster::shards::KeeperInput;
 use lite_llm_core::config::Config;
 use lite_llm_core::ids::{RequestId, Seq};
 use lite_llm_core::input::Input;
 use lite_llm_core::journal::{JournalError, Scanned};
 use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::time::Time;
+use shards::{Shards, Vault};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -49,6 +52,7 @@ const BEAT: u64 = 2;
 const OPEN: u64 = 3;
 const COPIED: u64 = 4;
 const BEGUN: u64 = 5;
+const SHARDS: u64 = 6;
 const KIND_SHIFT: u32 = 56;
 
 fn token(rung: Rung) -> u64 {
@@ -80,6 +84,8 @@ pub struct Common {
     pub watch: Watch,
     /// Which copies may be damaged.
     pub atlas: Atlas,
+    /// Whether nodes keep shards of an optimizer.
+    pub trains: bool,
 }
 
 /// A node.
@@ -88,6 +94,7 @@ pub struct NodeActor {
     node: u32,
     common: Rc<Common>,
     journal: NodeJournal,
+    vault: Vault,
     luck: Luck,
     /// What the newest life that was open knew to be durable.
     durable: LogEnd,
@@ -114,6 +121,7 @@ struct Process {
     member: Member,
     peer: Peer,
     device: Device,
+    shards: Option<Shards>,
     inbox: VecDeque<PeerInput>,
     flushing: bool,
     dirty: bool,
@@ -132,11 +140,12 @@ struct Process {
 impl NodeActor {
     /// A node that was never started.
     #[must_use]
-    pub fn new(node: u32, common: Rc<Common>, disk: SimDisk) -> Self {
+    pub fn new(node: u32, common: Rc<Common>, disk: SimDisk, vault: SimDisk) -> Self {
         Self {
             node,
             common,
             journal: NodeJournal::new(node, disk),
+            vault: Vault::new(vault),
             luck: Luck::default(),
             durable: LogEnd::default(),
             failures: 0,
@@ -188,6 +197,7 @@ impl NodeActor {
         };
         self.life = None;
         self.journal.die(flushing);
+        self.vault.die();
     }
 
     fn hear(&mut self, cx: &mut Context<'_, Said>, from: ActorId, message: Said) {
@@ -200,11 +210,16 @@ impl NodeActor {
                 }
                 process.inbox.push_back(PeerInput::Message(*message));
             }
-            Said::Orders(orders) => {
+            Said::Shard(message) => return self.keep_shards(cx, KeeperInput::Message(*message)),
+            Said::Orders(mut orders) => {
                 if orders.refused.is_some() && orders.to == process.member {
                     return cx.exit_with(1);
                 }
+                let shards = orders.shards.take().filter(|_| orders.to == process.member);
                 process.inbox.push_back(PeerInput::Orders(*orders));
+                if let Some(orders) = shards {
+                    self.keep_shards(cx, KeeperInput::Orders(*orders));
+                }
             }
             Said::Ask { replica, input } => {
                 let mine = process.peer.membership().map(|membership| membership.replica);
@@ -237,6 +252,7 @@ impl NodeActor {
                 }
             }
             BEAT => return self.beat(cx),
+            SHARDS => return self.shards_answered(cx, number),
             COPIED => self.device(cx, |device, bench| device.rung(bench, Rung::Copied(number))),
             _ => self.device(cx, |device, bench| device.rung(bench, Rung::Begun(number))),
         }
@@ -252,7 +268,8 @@ impl NodeActor {
     /// Beats come from a thread of their own: nothing that hangs holds them up.
     fn beat(&mut self, cx: &mut Context<'_, Said>) {
         let Some(Life::Running(process)) = &mut self.life else { return };
-        let beat = process.peer.beat(cx.clock());
+        let mut beat = process.peer.beat(cx.clock());
+        beat.shards = process.shards.as_ref().map(|shards| Box::new(shards.standing()));
         let things = process.inbox.len() + process.device.queued() + process.peer.waiting();
         self.common.watch.see(cx.world_ns(), &Fact::Queued { node: process.member.node, things });
         cx.send(self.common.supervisor, Said::Beat(Box::new(beat)));

@@ -1,6 +1,7 @@
 //! How a node begins a life: its journal is opened, and what was durable has to be there again.
 
 use super::device::Device;
+use super::shards::Shards;
 use super::{KIND_SHIFT, Life, NodeActor, OPEN, OPEN_NS, OPENINGS_MAX, Process, RETRY_NS, SLOW_START_NS};
 use crate::chronicle::What;
 use crate::cluster::check::first_bytes;
@@ -101,6 +102,7 @@ impl NodeActor {
             member,
             peer: Peer::new(settings, log),
             device: Device::new(common.config.topology, 0, common.real),
+            shards: common.trains.then(|| Shards::new(member)),
             inbox: VecDeque::new(),
             flushing: false,
             dirty: false,
@@ -111,6 +113,7 @@ impl NodeActor {
             active: Epoch(0),
             damages,
         })));
+        self.find_shards(cx);
         self.beat(cx);
     }
 

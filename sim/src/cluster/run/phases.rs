@@ -18,7 +18,9 @@ use crate::world::{Setup, World};
 use lite_llm_core::LOGIC_VERSION;
 use lite_llm_core::cluster::membership::NodeId;
 use lite_llm_core::cluster::orders::Facts;
-use lite_llm_core::cluster::supervisor::{ClusterConfig, Patience, Restarts, Standing, SupervisorInput};
+use lite_llm_core::cluster::supervisor::{
+    ClusterConfig, Patience, Restarts, Standing, SupervisorInput, Training,
+};
 use lite_llm_core::config::{Config, Limits};
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
@@ -118,6 +120,9 @@ impl Cluster {
         groups.push(BTreeSet::from([supervisor]));
         let atlas = Atlas::new(groups, setup.unrestricted);
         let mut checkers = check::all(&topology);
+        // Any checkpoint of an optimizer may be damaged: the versions before it are as good.
+        let vaults = Atlas::new(vec![(0..setup.nodes).collect()], true);
+        checkers.push(Box::new(check::ShardsOne::new(&topology, vaults.clone())));
         checkers.extend(setup.checkers.iter().flat_map(|more| more()));
         let watch = Watch::new(checkers);
         let plan = if setup.real { RealModel::get().plan(topology) } else { model::plan() };
@@ -132,8 +137,12 @@ impl Cluster {
             installed: (0..setup.nodes).map(|_| Cell::new(LOGIC_VERSION)).collect(),
             watch: watch.clone(),
             atlas: atlas.clone(),
+            trains: setup.trains,
         });
         let disk = |node| SimDisk::of_node(node, SECTOR_BYTES, decisions.clone(), atlas.clone());
+        let vault =
+            |node: u32| SimDisk::of_node(node, SECTOR_BYTES, decisions.clone(), vaults.clone()).second();
+        let training = Training { store_every: 1 + decisions.ordinary(21, 0, 2) % 5, until: u64::MAX };
         let cluster = ClusterConfig {
             facts,
             topology,
@@ -154,9 +163,10 @@ impl Cluster {
                 pause_max_ns: 2 * SECOND_NS,
                 ..Restarts::default()
             },
+            training: setup.trains.then_some(training),
         };
         let mut actors: Vec<Cast> = (0..setup.nodes)
-            .map(|node| Cast::Node(Box::new(NodeActor::new(node, common.clone(), disk(node)))))
+            .map(|node| Cast::Node(Box::new(NodeActor::new(node, common.clone(), disk(node), vault(node)))))
             .collect();
         let mut watcher = SupervisorActor::new(cluster, disk(supervisor), watch.clone());
         watcher.set_reopens(true);
@@ -194,6 +204,14 @@ impl Cluster {
         self.run_until(self.world.now_ns().max(begin + 2 * SECOND_NS));
         while !self.is_whole() {
             if self.is_violated() || self.is_late(end, "not every replica serves") {
+                return;
+            }
+            self.restart_given_up();
+            self.run_until(self.world.now_ns() + SECOND_NS / 4);
+        }
+        let (trained, _) = self.shards();
+        while self.setup.trains && self.shards().0 < trained + 2 {
+            if self.is_violated() || self.is_late(end, "shards get no further") {
                 return;
             }
             self.restart_given_up();
@@ -292,6 +310,11 @@ impl Cluster {
         for node in given_up {
             self.wish(SupervisorInput::Restart { node });
         }
+    }
+
+    /// The version of the optimizer's shards that all have, and the newest on all disks.
+    fn shards(&self) -> (u64, u64) {
+        self.supervisor().supervisor().map_or((0, 0), |supervisor| supervisor.view().shards())
     }
 
     /// The engine of a replica's leader, while it serves.

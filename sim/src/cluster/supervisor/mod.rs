@@ -370,7 +370,13 @@ impl SupervisorActor {
             SupervisorEvent::Waiting { .. } => watch.mark(Mark::Waiting),
             SupervisorEvent::GaveUp { .. } => watch.mark(Mark::GaveUp),
             SupervisorEvent::Drained { .. } => watch.mark(Mark::Drained),
-            SupervisorEvent::Captured { .. } | SupervisorEvent::State { .. } => {}
+            SupervisorEvent::Sealed { .. } => watch.mark(Mark::Sealed),
+            SupervisorEvent::Restored { .. } => watch.mark(Mark::WentBack),
+            SupervisorEvent::ShardsMissed { .. } => watch.mark(Mark::ShardsMissed),
+            SupervisorEvent::Captured { .. }
+            | SupervisorEvent::Trained { .. }
+            | SupervisorEvent::ShardsDiffer { .. }
+            | SupervisorEvent::State { .. } => {}
         }
     }
 }

@@ -68,6 +68,7 @@ impl Toy {
                     progress: self.nth,
                     diverged: 0,
                     drained: false,
+                    shards: None,
                 };
                 cx.send(NODES, Said::Beat(Box::new(beat)));
             }
