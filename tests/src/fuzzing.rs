@@ -16,6 +16,8 @@ use lite_llm_sim::random::Choice;
 use std::path::Path;
 
 use crate::heard::anything_heard;
+use crate::kept::anything_kept;
+use crate::received::anything_received;
 use crate::supervised::anything_said;
 
 /// A target: its name, which is that of its corpus, and what it does.
@@ -33,6 +35,7 @@ pub const TARGETS: &[Target] = &[
     ("decisions", decisions),
     ("supervisor", supervisor),
     ("messages", messages),
+    ("frames", frames),
 ];
 
 /// `config.json` of a checkpoint.
@@ -109,6 +112,12 @@ pub fn supervisor(bytes: &[u8]) {
 /// What ranks of a replica tell each other.
 pub fn messages(bytes: &[u8]) {
     anything_heard(bytes);
+    anything_kept(bytes);
+}
+
+/// What comes over a connection of a cluster's network: a handshake, frames, and what is in them.
+pub fn frames(bytes: &[u8]) {
+    anything_received(bytes);
 }
 
 /// A decision log of a simulated run.

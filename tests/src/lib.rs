@@ -5,4 +5,6 @@ pub mod command;
 pub mod fuzzing;
 pub mod harness;
 pub mod heard;
+pub mod kept;
+pub mod received;
 pub mod supervised;

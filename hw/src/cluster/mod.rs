@@ -16,6 +16,7 @@ pub use agent::AgentOptions;
 pub use head::{Head, HeadOptions};
 pub use processes::end_all;
 pub use rank::RankOptions;
+pub use said::is_said;
 
 use crate::net::NetError;
 use crate::node::NodeError;

@@ -76,6 +76,19 @@ impl Wanted {
     }
 }
 
+/// Whether bytes are what processes of a cluster say to each other; for those who attack it.
+///
+/// # Panics
+/// If what was read is not written as it was.
+#[must_use]
+pub fn is_said(bytes: &[u8]) -> bool {
+    Said::decode(bytes).is_some_and(|said| {
+        let again = said.encode();
+        assert_eq!(Said::decode(&again).expect("what is written can be read").encode(), again);
+        true
+    })
+}
+
 impl Said {
     pub(super) fn encode(&self) -> Vec<u8> {
         postcard::to_allocvec(self).expect("the vocabulary always encodes")

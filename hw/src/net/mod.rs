@@ -4,4 +4,4 @@ mod mesh;
 mod session;
 
 pub use mesh::{Mesh, NetError};
-pub use session::{FRAME_BYTES_MAX, Key, KeyError};
+pub use session::{FRAME_BYTES_MAX, Key, KeyError, Receiver, Sender, SessionError};

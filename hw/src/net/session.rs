@@ -48,6 +48,12 @@ pub enum KeyError {
 }
 
 impl Key {
+    /// A key that is known already.
+    #[must_use]
+    pub const fn new(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// The key in a file, which is made if it is not there.
     ///
     /// # Errors
@@ -99,7 +105,7 @@ fn random() -> io::Result<[u8; 32]> {
 
 /// Why a connection is over.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum SessionError {
+pub enum SessionError {
     /// The connection itself.
     #[error("{0}")]
     Io(#[from] io::Error),
@@ -119,7 +125,7 @@ pub(super) enum SessionError {
 
 /// The end that sends frames.
 #[derive(Debug)]
-pub(super) struct Sender<S> {
+pub struct Sender<S> {
     stream: S,
     key: [u8; 32],
     sent: u64,
@@ -127,36 +133,23 @@ pub(super) struct Sender<S> {
 
 /// The end that takes them.
 #[derive(Debug)]
-pub(super) struct Receiver<S> {
+pub struct Receiver<S> {
     stream: S,
     key: [u8; 32],
     taken: u64,
 }
 
-impl<S: Read + Write> Sender<S> {
-    /// Shakes hands as the side that dialled.
-    ///
-    /// # Errors
-    /// If the connection breaks, or the other side does not know the key.
-    pub(super) fn begin(mut stream: S, key: &Key) -> Result<Self, SessionError> {
-        let own = random()?;
-        stream.write_all(&[&MAGIC[..], &own].concat())?;
-        let mut answer = [0; NONCE_BYTES + HASH_BYTES];
-        stream.read_exact(&mut answer)?;
-        let (nonce, proof) = answer.split_at(NONCE_BYTES);
-        let nonces = [own, nonce.try_into().expect("so many bytes")];
-        if key.proof(b"answers", &nonces) != *<&[u8; HASH_BYTES]>::try_from(proof).expect("so many bytes") {
-            return Err(SessionError::Key);
-        }
-        stream.write_all(key.proof(b"dials", &nonces).as_bytes())?;
-        Ok(Self { stream, key: *key.proof(b"frames", &nonces).as_bytes(), sent: 0 })
+impl<S: Write> Sender<S> {
+    /// A session whose hands were shaken elsewhere.
+    pub const fn of_session(stream: S, key: [u8; 32]) -> Self {
+        Self { stream, key, sent: 0 }
     }
 
     /// Sends a frame.
     ///
     /// # Errors
     /// If it is too large, or the connection breaks.
-    pub(super) fn send(&mut self, bytes: &[u8]) -> Result<(), SessionError> {
+    pub fn send(&mut self, bytes: &[u8]) -> Result<(), SessionError> {
         let length = u32::try_from(bytes.len()).ok().filter(|_| bytes.len() <= FRAME_BYTES_MAX);
         let length = length.ok_or(SessionError::TooLarge(bytes.len() as u64))?;
         let mac = mac(&self.key, self.sent, bytes);
@@ -170,12 +163,32 @@ impl<S: Read + Write> Sender<S> {
     }
 }
 
+impl<S: Read + Write> Sender<S> {
+    /// Shakes hands as the side that dialled.
+    ///
+    /// # Errors
+    /// If the connection breaks, or the other side does not know the key.
+    pub fn begin(mut stream: S, key: &Key) -> Result<Self, SessionError> {
+        let own = random()?;
+        stream.write_all(&[&MAGIC[..], &own].concat())?;
+        let mut answer = [0; NONCE_BYTES + HASH_BYTES];
+        stream.read_exact(&mut answer)?;
+        let (nonce, proof) = answer.split_at(NONCE_BYTES);
+        let nonces = [own, nonce.try_into().expect("so many bytes")];
+        if key.proof(b"answers", &nonces) != *<&[u8; HASH_BYTES]>::try_from(proof).expect("so many bytes") {
+            return Err(SessionError::Key);
+        }
+        stream.write_all(key.proof(b"dials", &nonces).as_bytes())?;
+        Ok(Self { stream, key: *key.proof(b"frames", &nonces).as_bytes(), sent: 0 })
+    }
+}
+
 impl<S: Read + Write> Receiver<S> {
     /// Shakes hands as the side that was dialled. Nothing is believed before the other side has proved itself.
     ///
     /// # Errors
     /// If the connection breaks, or the other side does not know protocol or key.
-    pub(super) fn begin(mut stream: S, key: &Key) -> Result<Self, SessionError> {
+    pub fn begin(mut stream: S, key: &Key) -> Result<Self, SessionError> {
         let mut hello = [0; MAGIC.len() + NONCE_BYTES];
         stream.read_exact(&mut hello)?;
         let (magic, nonce) = hello.split_at(MAGIC.len());
@@ -194,11 +207,16 @@ impl<S: Read + Write> Receiver<S> {
 }
 
 impl<S: Read> Receiver<S> {
+    /// A session whose hands were shaken elsewhere.
+    pub const fn of_session(stream: S, key: [u8; 32]) -> Self {
+        Self { stream, key, taken: 0 }
+    }
+
     /// Waits for a frame.
     ///
     /// # Errors
     /// If it is not what was sent, or the connection breaks.
-    pub(super) fn receive(&mut self) -> Result<Vec<u8>, SessionError> {
+    pub fn receive(&mut self) -> Result<Vec<u8>, SessionError> {
         let mut head = [0; 4 + MAC_BYTES];
         self.stream.read_exact(&mut head)?;
         let (length, found) = head.split_at(4);
@@ -272,11 +290,11 @@ mod tests {
     fn through(change: impl FnOnce(&mut Vec<u8>)) -> Result<Vec<u8>, SessionError> {
         let key = [3; 32];
         let mut wire = Vec::new();
-        let mut sender = Sender { stream: io::Cursor::new(&mut wire), key, sent: 0 };
+        let mut sender = Sender::of_session(&mut wire, key);
         sender.send(b"one").unwrap();
         sender.send(b"two").unwrap();
         change(&mut wire);
-        let mut receiver = Receiver { stream: &wire[..], key, taken: 0 };
+        let mut receiver = Receiver::of_session(&wire[..], key);
         receiver.receive()?;
         receiver.receive()
     }
