@@ -1,5 +1,6 @@
 //! A file on a simulated medium: what programs see of it, what is safe, and what a crash makes of the rest.
 
+use super::sectors::Bytes;
 use super::wear::Wear;
 use crate::hazard::Hazard;
 use crate::random::Choice;
@@ -40,7 +41,7 @@ enum SectorEnd {
 #[derive(Clone, Debug, Default)]
 pub(super) struct File {
     /// As programs see it.
-    pub(super) bytes: Vec<u8>,
+    pub(super) bytes: Bytes,
     /// How much of it is synced.
     pub(super) synced: usize,
     /// Stretches that are in the cache and, whatever was said, on no medium.
@@ -107,7 +108,7 @@ impl File {
     pub(super) fn crash(&mut self, ending: &mut Ending, sector_bytes: usize, wear: &mut Option<Wear>) {
         for range in std::mem::take(&mut self.dropped) {
             let end = range.end.min(self.bytes.len());
-            self.bytes[range.start.min(end)..end].fill(0);
+            self.bytes.zero(range.start.min(end)..end);
         }
         let (synced, len) = (self.synced, self.bytes.len());
         if synced == len {
@@ -121,11 +122,13 @@ impl File {
             let unsynced = start.max(synced);
             match ending.sector(wear) {
                 SectorEnd::New => {}
-                SectorEnd::Zero => self.bytes[unsynced..end].fill(0),
-                SectorEnd::Garbage => scramble(&mut self.bytes[start..end]),
+                SectorEnd::Zero => self.bytes.zero(unsynced..end),
+                SectorEnd::Garbage => {
+                    self.bytes.change_each(start..end, |at, part| scramble(at - start, part))
+                }
                 SectorEnd::Torn => {
                     let middle = (start + sector_bytes / 2).clamp(unsynced, end);
-                    self.bytes[middle..end].fill(0);
+                    self.bytes.zero(middle..end);
                 }
                 SectorEnd::Unreadable => {
                     self.unreadable.insert(start / sector_bytes);
@@ -137,9 +140,9 @@ impl File {
     }
 }
 
-/// A whole sector becomes something else, what was synced in it too.
-fn scramble(sector: &mut [u8]) {
-    for (i, byte) in sector.iter_mut().enumerate() {
+/// A whole sector becomes something else, what was synced in it too; this is the part of it that begins there.
+fn scramble(first: usize, part: &mut [u8]) {
+    for (i, byte) in (first..).zip(part) {
         *byte = byte.wrapping_mul(167).wrapping_add(u8::try_from(i % 251).unwrap_or(0)) ^ 0x5a;
     }
 }

@@ -7,6 +7,7 @@
 //! also lies: writes that are nowhere or elsewhere, reads of another place or time, bits that rot, sectors that go.
 
 mod media;
+mod sectors;
 mod wear;
 
 pub use media::Ending;
@@ -121,7 +122,7 @@ impl SimDisk {
     /// # Panics
     /// If there is no such file or byte.
     pub fn rot(&mut self, name: &str, at: usize, mask: u8) {
-        self.files[self.names[name]].bytes[at] ^= mask;
+        self.files[self.names[name]].bytes.change_each(at..at + 1, |_, byte| byte[0] ^= mask);
     }
 
     /// Cuts a file, as a careless operator does.
@@ -171,13 +172,16 @@ impl SimDisk {
         let end = self.files[file].bytes.len();
         self.files[file].dropped.push(end - len..end);
         if let Some(value) = lie {
-            let bytes = self.files[file].bytes[end - len..end].to_vec();
             let victim = &mut self.files[file];
             let sectors = (victim.synced / self.sector_bytes).max(1) as u64;
             let start = usize::try_from(value % sectors).unwrap_or(0) * self.sector_bytes;
-            let victim_end = victim.synced.min(start + bytes.len().min(self.sector_bytes));
+            let victim_end = victim.synced.min(start + len.min(self.sector_bytes));
             if start < victim_end {
-                victim.bytes[start..victim_end].copy_from_slice(&bytes[..victim_end - start]);
+                let mut bytes = vec![0; victim_end - start];
+                victim.bytes.read(end - len, &mut bytes);
+                victim.bytes.change_each(start..victim_end, |at, part| {
+                    part.copy_from_slice(&bytes[at - start..][..part.len()]);
+                });
             }
         }
     }
@@ -227,7 +231,7 @@ impl Disk for SimDisk {
             Some(Fault::NoSpace) => bytes.len() / 2,
             Some(Fault::Io) => 0,
         };
-        self.files[file].bytes.extend_from_slice(&bytes[..written]);
+        self.files[file].bytes.extend(&bytes[..written]);
         if fault.is_none() && !bytes.is_empty() {
             self.lie(name, file, written);
         }
@@ -272,7 +276,8 @@ impl Disk for SimDisk {
                 file.unreadable.insert(at / sector);
             }
             Some(ReadFault::Rot(value)) if len > 0 => {
-                file.bytes[start + pick(value, len)] ^= 1 << (value >> 61)
+                let at = start + pick(value, len);
+                file.bytes.change_each(at..at + 1, |_, byte| byte[0] ^= 1 << (value >> 61));
             }
             Some(ReadFault::Misdirected(value)) => {
                 start = pick(value, file.bytes.len() - len + 1) / sector * sector;
@@ -282,7 +287,7 @@ impl Disk for SimDisk {
         if File::sectors(&range, sector).any(|number| file.unreadable.contains(&number)) {
             return Err(fail());
         }
-        into[..len].copy_from_slice(&file.bytes[start..start + len]);
+        file.bytes.read(start, &mut into[..len]);
         if fault == Some(ReadFault::Stale) {
             // The newest sector as it was before it was written.
             let newest = len - len.min(sector);
