@@ -58,22 +58,28 @@ struct Cluster {
 /// Runs a cluster to its end, or to the first thing that is wrong.
 #[must_use]
 pub fn run(setup: &ClusterSetup) -> Report {
-    run_and_look(setup).0
+    lived(setup).report()
 }
 
 /// The same, and what is on the disk of each node then, or why it cannot be read.
 #[must_use]
 pub fn run_and_look(setup: &ClusterSetup) -> (Report, Vec<Result<Scanned, JournalError>>) {
-    let mut cluster = Cluster::new(setup.clone());
-    if let Err(panic) = panics::caught(|| cluster.live()) {
-        cluster.common.watch.violated(cluster.world.now_ns(), "panic", panic);
-    }
+    let mut cluster = lived(setup);
     let nodes = cluster.world.actors().iter().filter_map(|actor| match actor {
         Cast::Node(node) => Some(node.look()),
         Cast::Supervisor(_) | Cast::Clients(_) | Cast::Operator(_) => None,
     });
     let journals = nodes.collect();
     (cluster.report(), journals)
+}
+
+/// A cluster at its end.
+fn lived(setup: &ClusterSetup) -> Cluster {
+    let mut cluster = Cluster::new(setup.clone());
+    if let Err(panic) = panics::caught(|| cluster.live()) {
+        cluster.common.watch.violated(cluster.world.now_ns(), "panic", panic);
+    }
+    cluster
 }
 
 /// What an engine is configured with: of every size that its model can do with.
