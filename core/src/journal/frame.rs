@@ -6,7 +6,6 @@
 
 use alloc::format;
 use alloc::string::String;
-use alloc::vec;
 use alloc::vec::Vec;
 
 use super::{Header, Record};
@@ -265,7 +264,9 @@ fn frame_crc(tag: Tag, frame: &[u8]) -> u32 {
 /// A whole group of records at `offset`: header, frames, padding.
 pub fn encode_group(tag: Tag, offset: u64, watermark: u64, records: &[Record]) -> Vec<u8> {
     assert!(offset.is_multiple_of(BLOCK_BYTES as u64) && !records.is_empty());
-    let mut out = vec![0; GROUP_HEADER_BYTES];
+    let frames: usize = records.iter().map(|record| frame_bytes(&record.payload)).sum();
+    let mut out = Vec::with_capacity((GROUP_HEADER_BYTES + frames).next_multiple_of(BLOCK_BYTES));
+    out.resize(GROUP_HEADER_BYTES, 0);
     for record in records {
         encode_frame(tag, record, &mut out);
     }
