@@ -7,7 +7,6 @@
 use crate::plant::{self, Bug};
 use crate::time::Time;
 use alloc::collections::VecDeque;
-use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 /// What a link adds to a message.
@@ -77,23 +76,21 @@ impl<P: Clone> Link<P> {
         next || again
     }
 
-    /// What is to be sent again, if its time has come, and the mere confirmation that is owed.
-    pub(super) fn due(&mut self, now: Time, retry_ns: u64) -> Vec<(LinkHeader, Option<P>)> {
-        let mut due = Vec::new();
+    /// Gives what is to be sent again, if its time has come, and the mere confirmation that is owed.
+    pub(super) fn due(&mut self, now: Time, retry_ns: u64, mut carry: impl FnMut(LinkHeader, Option<P>)) {
         if self.again.is_some_and(|again| again <= now) {
             self.vain = (self.vain + 1).min(VAIN_MAX);
             self.again = Some(now.after_ns(retry_ns.saturating_mul(1 << self.vain)));
             for (number, payload) in self.unconfirmed.iter().take(AGAIN_MAX) {
                 let header = LinkHeader { number: *number, confirms: self.received };
-                due.push((header, Some(payload.clone())));
+                carry(header, Some(payload.clone()));
             }
             self.owes = false;
         }
         if self.owes {
             self.owes = false;
-            due.push((LinkHeader { number: 0, confirms: self.received }, None));
+            carry(LinkHeader { number: 0, confirms: self.received }, None);
         }
-        due
     }
 
     /// When [`due`](Self::due) has something.
@@ -110,7 +107,7 @@ const AGAIN_MAX: usize = 16;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::vec;
+    use alloc::{vec, vec::Vec};
     use proptest::prelude::*;
 
     const RETRY_NS: u64 = 10;
@@ -138,7 +135,7 @@ mod tests {
                     air.push((1 - from, header, Some(payload)));
                 }
                 for (from, end) in ends.iter_mut().enumerate() {
-                    air.extend(end.due(now, RETRY_NS).into_iter().map(|(h, p)| (1 - from, h, p)));
+                    end.due(now, RETRY_NS, |header, payload| air.push((1 - from, header, payload)));
                 }
                 if air.is_empty() {
                     continue;

@@ -8,7 +8,7 @@ mod join;
 mod serve;
 
 use super::gather::Gather;
-use super::link::Link;
+use super::link::{Link, LinkHeader};
 use super::membership::{Epoch, Member, Membership};
 use super::message::{Message, Payload, Tag};
 use super::orders::{Activity, Beat, Facts, LogEnd, Orders};
@@ -326,6 +326,12 @@ impl Peer {
         }
     }
 
+    /// Where the local journal's durable log ends.
+    #[must_use]
+    pub const fn durable(&self) -> LogEnd {
+        self.durable
+    }
+
     /// The engine, for checkers and drivers that answer questions about it.
     #[must_use]
     pub const fn engine(&self) -> &Engine {
@@ -413,18 +419,8 @@ impl Peer {
     fn send(&mut self, now: Time, to: u32, payload: Payload) {
         let retry_ns = self.settings.retry_ns;
         let header = self.links.entry(to).or_default().send(now, retry_ns, payload.clone());
-        self.carry(to, header, Some(payload));
-    }
-
-    fn carry(&mut self, to: u32, link: super::link::LinkHeader, payload: Option<Payload>) {
         let membership = self.membership.as_ref().expect("messages are of an epoch");
-        let message = Message {
-            epoch: membership.epoch,
-            from: self.settings.member,
-            to: membership.members[index(to)],
-            link,
-            payload,
-        };
+        let message = message(membership, self.settings.member, to, header, Some(payload));
         self.out.push_back(PeerOutput::Send(message));
     }
 
@@ -497,13 +493,12 @@ impl Peer {
 
     /// Sends again what was not confirmed, and confirmations that nothing else carried.
     fn confirm(&mut self, now: Time) {
-        let retry_ns = self.settings.retry_ns;
-        let ranks: Vec<u32> = self.links.keys().copied().collect();
-        for rank in ranks {
-            let due = self.links.get_mut(&rank).map_or_else(Vec::new, |link| link.due(now, retry_ns));
-            for (header, payload) in due {
-                self.carry(rank, header, payload);
-            }
+        let Some(membership) = &self.membership else { return };
+        for (&rank, link) in &mut self.links {
+            link.due(now, self.settings.retry_ns, |header, payload| {
+                let message = message(membership, self.settings.member, rank, header, payload);
+                self.out.push_back(PeerOutput::Send(message));
+            });
         }
     }
 
@@ -520,6 +515,17 @@ impl Peer {
             self.engine_until.filter(|_| self.leads()).map(|at| own.after_ns(at.0.saturating_sub(log.0)));
         links.chain(engine).min()
     }
+}
+
+/// What a member says to a rank of its epoch.
+fn message(
+    membership: &Membership,
+    from: Member,
+    to: u32,
+    link: LinkHeader,
+    payload: Option<Payload>,
+) -> Message {
+    Message { epoch: membership.epoch, from, to: membership.members[index(to)], link, payload }
 }
 
 fn end_of(engine: &Engine) -> LogEnd {

@@ -308,7 +308,7 @@ impl NodeActor {
             }
         }
         let Some(Life::Running(process)) = &mut self.life else { return };
-        self.durable = process.peer.beat(Time(0)).log;
+        self.durable = process.peer.durable();
         if process.dirty && !process.flushing {
             process.flushing = true;
             let seq = process.peer.engine().next_seq().0;
