@@ -10,7 +10,7 @@ mod file;
 pub use file::{FileError, LogFile};
 
 use crate::hazard::Hazard;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -67,13 +67,13 @@ enum Source {
 struct Inner {
     seed: u64,
     source: Source,
-    calm: bool,
-    taken: Vec<Decision>,
+    calm: Cell<bool>,
+    taken: RefCell<Vec<Decision>>,
 }
 
 /// The decisions of one run; clones share them.
 #[derive(Clone, Debug)]
-pub struct Decisions(Rc<RefCell<Inner>>);
+pub struct Decisions(Rc<Inner>);
 
 impl Decisions {
     /// Decisions of a seed among some hazards. Each run picks which of them it has and how often they happen, so that
@@ -112,20 +112,20 @@ impl Decisions {
     }
 
     fn new(seed: u64, source: Source) -> Self {
-        Self(Rc::new(RefCell::new(Inner { seed, source, calm: false, taken: Vec::new() })))
+        Self(Rc::new(Inner { seed, source, calm: Cell::new(false), taken: RefCell::default() }))
     }
 
     /// The run's seed.
     #[must_use]
     pub fn seed(&self) -> u64 {
-        self.0.borrow().seed
+        self.0.seed
     }
 
     /// Whether a fault happens at a point, and how.
     #[must_use]
     pub fn at(&self, hazard: Hazard, subject: u64, nth: u64) -> Option<u64> {
-        let mut inner = self.0.borrow_mut();
-        if inner.calm {
+        let inner = &*self.0;
+        if inner.calm.get() {
             return None;
         }
         let point = Point { hazard, subject, nth };
@@ -143,33 +143,32 @@ impl Decisions {
             }
             Source::Log(log) => *log.get(&point)?,
         };
-        inner.taken.push(Decision { point, value });
+        inner.taken.borrow_mut().push(Decision { point, value });
         Some(value)
     }
 
     /// A number that is no fault: the same whether seed or log decides, and named the same way.
     #[must_use]
     pub fn ordinary(&self, purpose: u64, subject: u64, nth: u64) -> u64 {
-        let seed = self.0.borrow().seed;
-        mix(mix(mix(!seed, purpose), subject), nth)
+        mix(mix(mix(!self.0.seed, purpose), subject), nth)
     }
 
     /// From now on nothing happens any more.
     pub fn calm_down(&self) {
-        self.0.borrow_mut().calm = true;
+        self.0.calm.set(true);
     }
 
     /// What has happened so far, in order.
     #[must_use]
     pub fn taken(&self) -> Vec<Decision> {
-        self.0.borrow().taken.clone()
+        self.0.taken.borrow().clone()
     }
 
     /// How often each hazard has happened so far, by number.
     #[must_use]
     pub fn counts(&self) -> [u64; 256] {
         let mut counts = [0; 256];
-        for decision in &self.0.borrow().taken {
+        for decision in &*self.0.taken.borrow() {
             counts[decision.point.hazard as usize] += 1;
         }
         counts

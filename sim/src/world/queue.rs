@@ -3,10 +3,15 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+/// Bits of a key for the place of its event, and for when it was scheduled; its time is above them.
+const PLACE_BITS: u32 = 24;
+const ORDER_BITS: u32 = 40;
+
 /// Events by time. Steady use allocates nothing: the heap holds small keys, the events lie in a slab.
 #[derive(Debug)]
 pub(super) struct Queue<E> {
-    keys: BinaryHeap<Reverse<(u64, u64, u32)>>,
+    /// Each is one number, which is compared faster than three.
+    keys: BinaryHeap<Reverse<u128>>,
     events: Vec<Option<E>>,
     free: Vec<u32>,
     scheduled: u64,
@@ -26,11 +31,15 @@ impl<E> Queue<E> {
             u32::try_from(self.events.len() - 1).expect("fewer events than memory")
         };
         self.scheduled += 1;
-        self.keys.push(Reverse((at, self.scheduled, place)));
+        assert!(place >> PLACE_BITS == 0 && self.scheduled >> ORDER_BITS == 0, "runs are bounded far below");
+        let rest = self.scheduled << PLACE_BITS | u64::from(place);
+        self.keys.push(Reverse(u128::from(at) << u64::BITS | u128::from(rest)));
     }
 
     pub(super) fn pop(&mut self) -> Option<(u64, E)> {
-        let Reverse((at, _, place)) = self.keys.pop()?;
+        let Reverse(key) = self.keys.pop()?;
+        let at = u64::try_from(key >> u64::BITS).expect("the upper half");
+        let place = u32::try_from(key & ((1 << PLACE_BITS) - 1)).expect("a few bits");
         self.free.push(place);
         Some((at, self.events[place as usize].take().expect("a key has its event")))
     }
