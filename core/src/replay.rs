@@ -60,7 +60,8 @@ pub enum DecodeError {
 /// An input as the journal holds it.
 #[must_use]
 pub fn encode_input<I: Serialize>(input: &I) -> Vec<u8> {
-    let mut bytes = Vec::new();
+    // Most fit into this, and are not moved while they grow.
+    let mut bytes = Vec::with_capacity(64);
     encode(input, &mut bytes);
     bytes
 }

@@ -6,7 +6,7 @@
 //! In the unrestricted mode everything may be, and the oracle is: the right bytes, or a halt that says why.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 
 /// What is damaged.
@@ -35,8 +35,8 @@ struct Inner {
     /// The nodes of each group that hold the same copies.
     groups: Vec<BTreeSet<u32>>,
     damaged: BTreeSet<u32>,
-    /// How often each node's copies were damaged.
-    damages: BTreeMap<u32, u64>,
+    /// How often each node's copies were damaged, by node as far as any were.
+    damages: Vec<u64>,
 }
 
 /// The atlas of a cluster; clones share it.
@@ -51,7 +51,7 @@ impl Atlas {
             unrestricted,
             groups,
             damaged: BTreeSet::new(),
-            damages: BTreeMap::new(),
+            damages: Vec::new(),
         })))
     }
 
@@ -70,7 +70,9 @@ impl Atlas {
         let may = inner.unrestricted || (whole_elsewhere && inner.groups.iter().any(|g| g.contains(&node)));
         if may {
             inner.damaged.insert(node);
-            *inner.damages.entry(node).or_default() += 1;
+            let reach = inner.damages.len().max(node as usize + 1);
+            inner.damages.resize(reach, 0);
+            inner.damages[node as usize] += 1;
         }
         may
     }
@@ -78,7 +80,7 @@ impl Atlas {
     /// How often a node's copies were damaged so far: whoever reads all of them finds what came before.
     #[must_use]
     pub fn damages(&self, node: u32) -> u64 {
-        self.0.borrow().damages.get(&node).copied().unwrap_or_default()
+        self.0.borrow().damages.get(node as usize).copied().unwrap_or_default()
     }
 
     /// Whether anything may be damaged.

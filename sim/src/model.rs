@@ -128,9 +128,12 @@ pub fn row(pages: &mut [[u64; 4]], row: &Row, tiers: &[u32]) -> Vec<u64> {
 /// The experts that a position selects in a layer: one or two of the active tiers.
 #[must_use]
 pub fn route(plan: &ModelPlan, cached: u64, layer: u32, tiers: &[u32]) -> Vec<ExpertKey> {
-    let all: Vec<ExpertKey> = plan.experts(tiers).filter(|key| key.layer == layer).collect();
-    let pick =
-        |n: u64| all[usize::try_from(mix(cached, mix(u64::from(layer), n)) % all.len() as u64).unwrap_or(0)];
+    let all = || plan.experts(tiers).filter(|key| key.layer == layer);
+    let count = all().count() as u64;
+    let pick = |n: u64| {
+        let picked = mix(cached, mix(u64::from(layer), n)) % count;
+        all().nth(usize::try_from(picked).unwrap_or(0)).expect("below their number")
+    };
     let mut experts = vec![pick(0), pick(1)];
     experts.sort_unstable();
     experts.dedup();

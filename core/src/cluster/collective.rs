@@ -151,6 +151,10 @@ impl<T: Clone> Exchange<T> {
         if plant::is(Bug::ShareMissing) {
             return Some(parts.filter_map(|(&rank, got)| Some((rank, got.clone()?))).collect());
         }
+        // Asked after each part that comes: nothing is copied before the last.
+        if self.missing().next().is_some() {
+            return None;
+        }
         parts.map(|(&rank, got)| Some((rank, got.clone()?))).collect()
     }
 

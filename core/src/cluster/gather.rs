@@ -84,19 +84,20 @@ pub(super) struct Gather {
 struct Awaited {
     /// Ranks that owe an answer, a bit each.
     owed: u64,
-    got: BTreeMap<u32, Input>,
+    /// In the order of ranks.
+    got: Vec<(u32, Input)>,
 }
 
 impl Gather {
     /// Awaits an answer of these ranks.
     pub(super) fn expect(&mut self, asked: Asked, ranks: u64) {
-        let before = self.awaited.insert(asked, Awaited { owed: ranks, got: BTreeMap::new() });
+        let before = self.awaited.insert(asked, Awaited { owed: ranks, got: Vec::new() });
         assert!(before.is_none(), "{asked:?} is asked once at a time");
     }
 
     /// Awaits it if it is not already.
     pub(super) fn expect_once(&mut self, asked: Asked, ranks: u64) {
-        self.awaited.entry(asked).or_insert(Awaited { owed: ranks, got: BTreeMap::new() });
+        self.awaited.entry(asked).or_insert(Awaited { owed: ranks, got: Vec::new() });
     }
 
     /// Takes a rank's answer. One that nobody awaits is late and means nothing.
@@ -108,8 +109,9 @@ impl Gather {
         }
         awaited.owed &= !(1 << rank);
         let failed = matches!(input, Input::Failed { .. });
-        let first = failed && !awaited.got.values().any(|other| matches!(other, Input::Failed { .. }));
-        awaited.got.insert(rank, input);
+        let first = failed && !awaited.got.iter().any(|(_, other)| matches!(other, Input::Failed { .. }));
+        let place = awaited.got.partition_point(|&(other, _)| other < rank);
+        awaited.got.insert(place, (rank, input));
         if awaited.owed == 0 || plant::is(Bug::GatherFirst) {
             let awaited = self.awaited.remove(&asked).expect("it was there");
             self.forget_parts(asked);
@@ -132,11 +134,12 @@ impl Gather {
 }
 
 /// One input of all ranks' answers.
-fn merge(topology: &Topology, got: BTreeMap<u32, Input>) -> Gathered {
-    let fault = got.values().find(|input| fault_of(input).is_some());
+fn merge(topology: &Topology, mut got: Vec<(u32, Input)>) -> Gathered {
+    let inputs = || got.iter().map(|(_, input)| input);
+    let fault = inputs().find(|input| fault_of(input).is_some());
     if matches!(fault, Some(Input::Failed { .. })) {
         // Those that gave up for another's sake say so; the one that could not go on says why.
-        let own = got.values().find(|input| {
+        let own = inputs().find(|input| {
             fault_of(input).is_some_and(|fault| !matches!(fault, Fault::Device(what) if what == GIVEN_UP))
         });
         return Gathered::Input(Box::new(own.or(fault).expect("one is there").clone()));
@@ -144,11 +147,11 @@ fn merge(topology: &Topology, got: BTreeMap<u32, Input>) -> Gathered {
     if let Some(fault) = fault {
         return Gathered::Input(Box::new(fault.clone()));
     }
-    if got.values().any(|input| matches!(input, Input::Finished { .. })) {
+    if inputs().any(|input| matches!(input, Input::Finished { .. })) {
         return finish(topology, &got);
     }
-    let odd = odd_ones(got.iter().map(|(&rank, input)| (rank, input)));
-    let (_, last) = got.into_iter().next_back().expect("somebody was asked");
+    let odd = odd_ones(got.iter().map(|(rank, input)| (*rank, input)));
+    let (_, last) = got.pop().expect("somebody was asked");
     if odd == 0 { Gathered::Input(Box::new(last)) } else { Gathered::Diverged(odd) }
 }
 
@@ -163,11 +166,11 @@ fn fault_of(input: &Input) -> Option<&Fault> {
 }
 
 /// The ranks of a stage have computed the same; the last stage's results, which continue those before it, are the step's.
-fn finish(topology: &Topology, got: &BTreeMap<u32, Input>) -> Gathered {
+fn finish(topology: &Topology, got: &[(u32, Input)]) -> Gathered {
     type Done<'a> = (u32, StepId, u32, &'a [RowResult], u64);
-    let done = got.iter().filter_map(|(&rank, input)| {
+    let done = got.iter().filter_map(|(rank, input)| {
         let Input::Finished { step, attempt, rows, duration_ns } = input else { return None };
-        Some((rank, *step, *attempt, &rows[..], *duration_ns))
+        Some((*rank, *step, *attempt, &rows[..], *duration_ns))
     });
     let done: Vec<Done<'_>> = done.collect();
     let of_stage = |stage: u32| done.iter().filter(move |done| topology.seat(done.0).pipeline == stage);

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 #[derive(Debug)]
 pub struct CommittedOnce {
     /// By replica: the digest before each record, as far as anybody knew it to be committed.
-    logs: Vec<BTreeMap<u64, u64>>,
+    logs: Vec<Vec<Option<u64>>>,
     /// By node: the life and its durable end.
     durable: BTreeMap<NodeId, (Member, Seq)>,
     /// The last end of lives that are over.
@@ -23,12 +23,16 @@ impl CommittedOnce {
     /// For the replicas of a topology.
     #[must_use]
     pub fn new(topology: &Topology) -> Self {
-        let logs = (0..topology.data).map(|_| BTreeMap::new()).collect();
+        let logs = (0..topology.data).map(|_| Vec::new()).collect();
         Self { logs, durable: BTreeMap::new(), over: BTreeMap::new() }
     }
 
     fn agree(&mut self, replica: u32, seq: u64, digest: u64, who: Member) -> Result<(), String> {
-        let known = *self.logs[replica as usize].entry(seq).or_insert(digest);
+        let (log, at) = (&mut self.logs[replica as usize], usize::try_from(seq).expect("few records"));
+        if log.len() <= at {
+            log.resize(at + 1, None);
+        }
+        let known = *log[at].get_or_insert(digest);
         if known == digest {
             return Ok(());
         }

@@ -236,5 +236,5 @@ impl Work {
 }
 
 fn bytes_of<T: serde::Serialize>(value: &T) -> Vec<u8> {
-    postcard::to_allocvec(value).expect("numbers always encode")
+    postcard::to_extend(value, Vec::with_capacity(64)).expect("numbers always encode")
 }
