@@ -70,7 +70,7 @@ impl Driven {
     pub fn boot(slots: u64, recorded: bool) -> Self {
         let memory_bytes = BASE_BYTES + slots * SLOT_BYTES + PAGES * PAGE_BYTES;
         let config = Config { memory_bytes, ..Config::default() };
-        let boot = Input::Boot { incarnation: Incarnation(1), config, entropy: 7 };
+        let boot = Input::Boot { incarnation: Incarnation(1), config: config.into(), entropy: 7 };
         let (engine, inputs) = (Engine::new(), VecDeque::from([boot]));
         let mut driven = Self { engine, records: Vec::new(), recorded, inputs, step: None };
         driven.run();
@@ -83,7 +83,7 @@ impl Driven {
         for number in 0..requests {
             let id = RequestId::new(format!("{before}-{number}")).expect("a good id");
             let body = Body { prompt: (3..19).collect(), max_tokens: tokens, ..Body::default() };
-            self.inputs.push_back(Input::Submit { id, body, from: 0 });
+            self.inputs.push_back(Input::Submit { id, body: body.into(), from: 0 });
         }
         self.run();
         self.engine.next_seq().0 - before
@@ -113,7 +113,7 @@ impl Driven {
     fn obey(&mut self, output: Output) {
         let answer = match output {
             Output::Reserve { .. } => Input::Reserved,
-            Output::ReadManifest => Input::ManifestRead { plan: plan() },
+            Output::ReadManifest => Input::ManifestRead { plan: plan().into() },
             Output::LoadBase { shard } => Input::BaseLoaded { shard },
             Output::LoadRouters => Input::RoutersLoaded,
             Output::Load { load, .. } | Output::Stage { load, .. } => Input::Loaded { load, fault: None },

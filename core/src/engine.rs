@@ -65,17 +65,17 @@ impl Fold for State {
 impl State {
     fn dispatch(&mut self, cx: &mut Context<'_>, input: Input) {
         match input {
-            Input::Boot { incarnation, config, entropy } => self.boot(cx, incarnation, config, entropy),
+            Input::Boot { incarnation, config, entropy } => self.boot(cx, incarnation, *config, entropy),
             Input::Restarted { incarnation, config, entropy } => {
-                self.restarted(cx, incarnation, config, entropy);
+                self.restarted(cx, incarnation, *config, entropy);
             }
             Input::Reserved => self.reserved(cx),
-            Input::ManifestRead { plan } => self.manifest_read(cx, plan),
+            Input::ManifestRead { plan } => self.manifest_read(cx, *plan),
             Input::BaseLoaded { shard } => self.base_loaded(cx, shard),
             Input::RoutersLoaded => self.routers_loaded(cx),
             Input::BootFailed { fault } => self.boot_failed(cx, &fault),
             Input::Loaded { load, fault } => self.loaded(cx, load, fault),
-            Input::Submit { id, body, from } => self.submit(cx, id, body, from),
+            Input::Submit { id, body, from } => self.submit(cx, id, *body, from),
             Input::Cancel { id } => self.cancel(cx, id),
             Input::Switch { target, at } => self.switch(cx, target, at),
             Input::Drain { bound_ns } => self.drain(cx, bound_ns),

@@ -5,7 +5,7 @@ use crate::config::Config;
 use crate::digest::Digest;
 use crate::ids::{ExpertKey, Incarnation, LoadId, RequestId, Seq, StepId};
 use crate::plan::ModelPlan;
-use alloc::{string::String, vec::Vec};
+use alloc::{boxed::Box, string::String, vec::Vec};
 use core::fmt;
 use serde::{Deserialize, Serialize};
 
@@ -71,7 +71,7 @@ pub enum SwitchTarget {
     Budget(u64),
 }
 
-/// Something that happened.
+/// Something that happened. What is large and rare is boxed: inputs are moved often.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Input {
     /// The first input of a journal.
@@ -79,7 +79,7 @@ pub enum Input {
         /// This process's life.
         incarnation: Incarnation,
         /// What the operator decided.
-        config: Config,
+        config: Box<Config>,
         /// A random number of the driver's.
         entropy: u64,
     },
@@ -88,7 +88,7 @@ pub enum Input {
         /// This process's life, greater than any before.
         incarnation: Incarnation,
         /// What the operator decides now. The routing seed and the active TierSet stay what they were.
-        config: Config,
+        config: Box<Config>,
         /// A random number of the driver's, for a journal whose boot never got as far as a routing seed.
         entropy: u64,
     },
@@ -97,7 +97,7 @@ pub enum Input {
     /// `ReadManifest` was obeyed.
     ManifestRead {
         /// What the checkpoint holds.
-        plan: ModelPlan,
+        plan: Box<ModelPlan>,
     },
     /// `LoadBase` was obeyed, checksums verified.
     BaseLoaded {
@@ -124,7 +124,7 @@ pub enum Input {
         /// Idempotency key.
         id: RequestId,
         /// What is asked for.
-        body: Body,
+        body: Box<Body>,
         /// The token offset from which an existing stream is sent again.
         from: u32,
     },

@@ -53,7 +53,8 @@ fn feed(engine: &mut Engine, input: Input) -> Vec<Output> {
 
 fn boot(config: Config) -> (Engine, Vec<Output>) {
     let mut engine = Engine::new();
-    let outputs = feed(&mut engine, Input::Boot { incarnation: Incarnation(1), config, entropy: 7 });
+    let outputs =
+        feed(&mut engine, Input::Boot { incarnation: Incarnation(1), config: config.into(), entropy: 7 });
     (engine, outputs)
 }
 
@@ -65,7 +66,7 @@ fn load(engine: &mut Engine, plan: &ModelPlan, mut outputs: Vec<Output>) -> Vec<
         for output in outputs {
             let answer = match &output {
                 Output::Reserve { .. } => Some(Input::Reserved),
-                Output::ReadManifest => Some(Input::ManifestRead { plan: plan.clone() }),
+                Output::ReadManifest => Some(Input::ManifestRead { plan: Box::new(plan.clone()) }),
                 Output::LoadBase { shard } => Some(Input::BaseLoaded { shard: *shard }),
                 Output::Load { load, .. } | Output::Stage { load, .. } => {
                     Some(Input::Loaded { load: *load, fault: None })
@@ -110,7 +111,7 @@ fn id(name: &str) -> RequestId {
 }
 
 fn submit(name: &str, body: Body) -> Input {
-    Input::Submit { id: id(name), body, from: 0 }
+    Input::Submit { id: id(name), body: body.into(), from: 0 }
 }
 
 fn body(prompt: &[u32], max_tokens: u32) -> Body {
@@ -233,7 +234,7 @@ fn bad_requests_are_refused_with_the_reason() {
         let outputs = feed(&mut engine, submit("a", body));
         assert!(refusal(&outputs).contains(word), "{outputs:?}");
     }
-    let outputs = feed(&mut engine, Input::Submit { id: id("a"), body: body(&[3], 4), from: 1 });
+    let outputs = feed(&mut engine, Input::Submit { id: id("a"), body: body(&[3], 4).into(), from: 1 });
     assert!(refusal(&outputs).contains("offset 1"));
     assert!(refusal(&feed(&mut engine, Input::Cancel { id: id("a") })).contains("no such request"));
     let mode = Input::Switch { target: SwitchTarget::Mode("deep".into()), at: None };
@@ -255,7 +256,7 @@ fn an_id_attaches_to_its_own_body_only() {
     assert!(
         end.iter().any(|o| matches!(o, Output::Finish { reason: FinishReason::Length, generated: 2, .. }))
     );
-    let again = feed(&mut engine, Input::Submit { id: id("a"), body: body(&[3, 4], 2), from: 1 });
+    let again = feed(&mut engine, Input::Submit { id: id("a"), body: body(&[3, 4], 2).into(), from: 1 });
     assert_eq!(again.len(), 3, "accepted, the second token, the end: {again:?}");
 }
 
@@ -317,7 +318,7 @@ fn another_model_is_refused_after_a_restart() {
     let mut engine = ready(config());
     let restart = |engine: &mut Engine, config: Config| {
         let incarnation = Incarnation(engine.view().incarnation().0 + 1);
-        feed(engine, Input::Restarted { incarnation, config, entropy: 8 })
+        feed(engine, Input::Restarted { incarnation, config: config.into(), entropy: 8 })
     };
     let seed = engine.view().routing_seed();
     let outputs = restart(&mut engine, config());
@@ -441,7 +442,7 @@ fn blobs_go_once_and_only_when_their_bytes_do_not_come_back() {
     let full = Some(Fault::Io("disk full".into()));
     assert_eq!(retired(&feed(&mut engine, Input::Persisted { asked, fault: full })), [y]);
     let incarnation = Incarnation(2);
-    let outputs = feed(&mut engine, Input::Restarted { incarnation, config: config(), entropy: 8 });
+    let outputs = feed(&mut engine, Input::Restarted { incarnation, config: config().into(), entropy: 8 });
     assert_eq!(retired(&outputs), [y], "the removal is asked for until it is answered");
 }
 
@@ -452,8 +453,8 @@ fn inputs_have_golden_bytes() {
     let (step, attempt) = (StepId(300), 1);
     let row = RowResult { token: Some(17), stop: false, digest: Digest([7; 32]) };
     let inputs = [
-        Input::Boot { incarnation: Incarnation(1), config: Config::default(), entropy: 9 },
-        Input::ManifestRead { plan: plan() },
+        Input::Boot { incarnation: Incarnation(1), config: Config::default().into(), entropy: 9 },
+        Input::ManifestRead { plan: plan().into() },
         Input::Loaded { load: LoadId(3), fault: Some(Fault::Io("gone".into())) },
         submit("a", body(&[1, 2, 300], 16)),
         Input::Switch { target: SwitchTarget::Tiers(vec!["base".into()]), at: Some((id("a"), 5)) },

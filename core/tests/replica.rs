@@ -195,7 +195,7 @@ impl Rig {
                 assert_eq!(record.seq, node.records.len() as u64 + 1, "the log is dense");
                 node.records.push(record);
             }
-            PeerOutput::Send(message) => self.air.push(message),
+            PeerOutput::Send(message) => self.air.push(*message),
             PeerOutput::Tell(output) => self.tell(output),
             PeerOutput::Obey(output) => self.work(at, output),
             PeerOutput::Snapshot(snapshot) => {
@@ -276,7 +276,7 @@ impl Rig {
         let node = &mut self.nodes[at];
         match output {
             Output::Reserve { .. } => node.answers.push(Input::Reserved),
-            Output::ReadManifest => node.answers.push(Input::ManifestRead { plan: plan() }),
+            Output::ReadManifest => node.answers.push(Input::ManifestRead { plan: plan().into() }),
             Output::Carve(carving) => {
                 node.slots = vec![None; carving.slots as usize];
                 node.warm = vec![None; carving.warm_slots as usize];
@@ -415,7 +415,7 @@ impl Rig {
         let lease = (at == leader && self.active).then_some(Lease { sent: self.now, length_ns: 20_000 });
         self.handle(
             at,
-            PeerInput::Orders(Orders {
+            PeerInput::Orders(Box::new(Orders {
                 to: member,
                 membership: Some(self.membership.clone()),
                 active: self.active,
@@ -423,7 +423,7 @@ impl Rig {
                 drain: None,
                 refused: None,
                 shards: None,
-            }),
+            })),
         );
     }
 
@@ -455,7 +455,7 @@ impl Rig {
     fn submit(&mut self, tokens: u32) {
         let leader = self.membership.leading().node.0 as usize;
         let body = Body { prompt: PROMPT.to_vec(), max_tokens: tokens, ignore_eos: true, ..Body::default() };
-        let input = Input::Submit { id: RequestId::new("r").unwrap(), body, from: 0 };
+        let input = Input::Submit { id: RequestId::new("r").unwrap(), body: body.into(), from: 0 };
         self.handle(leader, PeerInput::Command(input));
     }
 
@@ -491,7 +491,7 @@ impl Rig {
             let message = if fate == 0 { self.air[index].clone() } else { self.air.remove(index) };
             if fate != 1 {
                 let to = message.to.node.0 as usize;
-                self.handle(to, PeerInput::Message(message));
+                self.handle(to, PeerInput::Message(Box::new(message)));
             }
         }
     }

@@ -56,13 +56,14 @@ fn feed(engine: &mut Engine, input: Input) -> Vec<Output> {
 /// Boots to the end; returns everything that was said.
 fn boot(config: Config) -> (Engine, Vec<Output>) {
     let mut engine = Engine::new();
-    let mut said = feed(&mut engine, Input::Boot { incarnation: Incarnation(1), config, entropy: 7 });
+    let mut said =
+        feed(&mut engine, Input::Boot { incarnation: Incarnation(1), config: config.into(), entropy: 7 });
     let mut next = 0;
     while let Some(output) = said.get(next) {
         next += 1;
         let answer = match output {
             Output::Reserve { .. } => Input::Reserved,
-            Output::ReadManifest => Input::ManifestRead { plan: plan() },
+            Output::ReadManifest => Input::ManifestRead { plan: plan().into() },
             Output::LoadBase { shard } => Input::BaseLoaded { shard: *shard },
             Output::Load { load, .. } | Output::Stage { load, .. } => {
                 Input::Loaded { load: *load, fault: None }
@@ -79,7 +80,8 @@ fn boot(config: Config) -> (Engine, Vec<Output>) {
 fn stepping(warm: u64) -> Rig {
     let (mut engine, _) = boot(config(warm));
     let body = Body { prompt: vec![3], max_tokens: 1, ..Body::default() };
-    let outputs = feed(&mut engine, Input::Submit { id: RequestId::new("a").unwrap(), body, from: 0 });
+    let outputs =
+        feed(&mut engine, Input::Submit { id: RequestId::new("a").unwrap(), body: body.into(), from: 0 });
     let forward = outputs.into_iter().find_map(|output| match output {
         Output::Forward(forward) => Some(forward),
         _ => None,

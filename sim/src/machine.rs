@@ -209,7 +209,7 @@ impl Machine {
     }
 
     fn boot(&mut self, incarnation: Incarnation) {
-        let (config, entropy) = (self.config.clone(), self.scenario.seed);
+        let (config, entropy) = (Box::new(self.config.clone()), self.scenario.seed);
         let first = self.engine.next_seq() == Seq(1);
         self.handle(if first {
             Input::Boot { incarnation, config, entropy }
@@ -314,7 +314,9 @@ impl Machine {
     fn obey(&mut self, output: Output) {
         match output {
             Output::Reserve { .. } => self.inbox.push_back(Input::Reserved),
-            Output::ReadManifest => self.inbox.push_back(Input::ManifestRead { plan: self.plan.clone() }),
+            Output::ReadManifest => {
+                self.inbox.push_back(Input::ManifestRead { plan: Box::new(self.plan.clone()) })
+            }
             Output::Carve(carving) => {
                 let slots = u64::from(carving.slots + carving.warm_slots);
                 let bytes = slots * 1000 + u64::from(carving.pages) * carving.page_bytes + 1900;

@@ -83,7 +83,7 @@ impl Rank {
             refused: None,
             shards: None,
         };
-        self.give(PeerInput::Orders(orders));
+        self.give(PeerInput::Orders(Box::new(orders)));
     }
 
     fn hear(&mut self, payload: Payload) {
@@ -91,7 +91,7 @@ impl Rank {
         let link = lite_llm_core::cluster::LinkHeader { number: self.heard, confirms: self.heard };
         let [to, from] = [self.membership.members[0], self.membership.members[1]];
         let message = Message { epoch: self.membership.epoch, from, to, link, payload: Some(payload) };
-        self.give(PeerInput::Message(message));
+        self.give(PeerInput::Message(Box::new(message)));
         self.orders();
         self.give(PeerInput::Tick);
     }

@@ -26,7 +26,7 @@ fn journal(dir: &Path, records: u64, start_ns: u64) {
     let mut engine = Engine::new();
     for seq in 1..=records {
         let input = match seq {
-            1 => Input::Boot { incarnation: Incarnation(1), config: config(), entropy: 1 },
+            1 => Input::Boot { incarnation: Incarnation(1), config: config().into(), entropy: 1 },
             150 => Input::Switch { target: SwitchTarget::Mode("needle".into()), at: None },
             _ => Input::Tick,
         };

@@ -7,6 +7,7 @@ use crate::ids::{Seq, StepId};
 use crate::input::Input;
 use crate::journal::{Record, Snapshot};
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
@@ -58,8 +59,8 @@ pub enum Payload {
     },
     /// From the leader: the next records.
     Records {
-        /// In order, without gaps.
-        records: Vec<Record>,
+        /// In order, without gaps; shared by all to whom they go, and kept until each has them.
+        records: Arc<[Record]>,
         /// Up to here all members have them.
         committed: Seq,
     },

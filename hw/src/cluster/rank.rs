@@ -289,7 +289,7 @@ impl Node {
     /// Another process says something.
     fn hear(&mut self, said: Said) -> Result<(), ClusterError> {
         match said {
-            Said::Rank(message) => self.inbox.push_back(PeerInput::Message(*message)),
+            Said::Rank(message) => self.inbox.push_back(PeerInput::Message(message)),
             Said::Orders { orders, book } if orders.to == self.member => {
                 self.heard = Instant::now();
                 self.book.extend(book);
@@ -297,7 +297,7 @@ impl Node {
                 if let Some(reason) = refused {
                     return Err(ClusterError::Refused(reason.clone()));
                 }
-                self.inbox.push_back(PeerInput::Orders(*orders));
+                self.inbox.push_back(PeerInput::Orders(orders));
             }
             Said::Ask { replica, input } => {
                 // One of another replica is asked again, of the right one.
@@ -390,7 +390,7 @@ impl Node {
             PeerOutput::Send(message) => {
                 // Whom nobody knows yet is told again.
                 if let Some(&to) = self.book.get(&message.to.node) {
-                    mesh.send(to, Said::Rank(Box::new(message)).encode());
+                    mesh.send(to, Said::Rank(message).encode());
                 }
             }
             PeerOutput::Data { from, tag, bytes } => self.device.data(from, tag, bytes),

@@ -65,7 +65,8 @@ impl Requests {
             }
             request.asked = Some(epoch);
             request.again = now + SILENCE;
-            let input = Input::Submit { id: id.clone(), body: request.body.clone(), from: request.next };
+            let body = Box::new(request.body.clone());
+            let input = Input::Submit { id: id.clone(), body, from: request.next };
             due.push((node, request.replica, input));
         }
         due

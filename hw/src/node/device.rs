@@ -118,7 +118,7 @@ impl Device {
     pub(crate) fn obey(&mut self, engine: &Engine, output: Output) -> Option<Input> {
         match output {
             Output::Reserve { memory_bytes } => return Some(reserve(memory_bytes)),
-            Output::ReadManifest => return Some(Input::ManifestRead { plan: self.plan.clone() }),
+            Output::ReadManifest => return Some(Input::ManifestRead { plan: Box::new(self.plan.clone()) }),
             Output::Carve(carving) => return self.carve(carving, engine.view().config().memory_bytes),
             Output::LoadBase { shard } => {
                 if !self.boot_failed {

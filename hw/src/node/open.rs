@@ -96,6 +96,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let incarnation = Incarnation(header.incarnation);
     let entropy = RandomState::new().build_hasher().finish();
     let loaders = threads.clamp(1, LOADERS_MAX).min(config.limits.loads_max as usize);
+    let config = Box::new(config);
     let first = if engine.next_seq() == Seq(1) {
         Input::Boot { incarnation, config, entropy }
     } else {

@@ -182,7 +182,7 @@ mod tests {
     }
 
     fn boot() -> Input {
-        Input::Boot { incarnation: Incarnation(3), config: Config::default(), entropy: 1 }
+        Input::Boot { incarnation: Incarnation(3), config: Config::default().into(), entropy: 1 }
     }
 
     #[test]

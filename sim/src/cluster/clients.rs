@@ -225,7 +225,8 @@ impl ClientsActor {
 
     fn ask(cx: &mut Context<'_, Said>, client: &Client) {
         let from = u32::try_from(client.tokens.len()).expect("a short stream");
-        let input = Box::new(Input::Submit { id: client.id.clone(), body: client.body.clone(), from });
+        let body = Box::new(client.body.clone());
+        let input = Box::new(Input::Submit { id: client.id.clone(), body, from });
         cx.send(client.target, Said::Ask { replica: client.replica, input });
     }
 

@@ -265,7 +265,7 @@ mod tests {
             self.digests.truncate(usize::try_from(seq.0 - 1).expect("few"));
             self.digests.push(self.engine.digest());
             let input = if seq == Seq(1) {
-                Input::Boot { incarnation: Incarnation(1), config: Config::default(), entropy: 1 }
+                Input::Boot { incarnation: Incarnation(1), config: Config::default().into(), entropy: 1 }
             } else {
                 Input::Tick
             };

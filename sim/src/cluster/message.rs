@@ -117,7 +117,7 @@ mod tests {
         let payloads = [
             None,
             Some(Payload::Join { committed: Seq(4), digests: vec![Digest([1; 32]); 2] }),
-            Some(Payload::Records { records: vec![record], committed: Seq(8) }),
+            Some(Payload::Records { records: [record].into(), committed: Seq(8) }),
             Some(Payload::Answer { input: Box::new(Input::Reserved) }),
         ];
         let (from, to, link) = (member(0), member(1), Default::default());

@@ -87,7 +87,7 @@ impl Machine {
         let client =
             Client { body: body.clone(), connected: true, accepted: false, tokens: vec![], finish: None };
         self.clients.insert(id.clone(), client);
-        self.handle(Input::Submit { id, body, from: 0 });
+        self.handle(Input::Submit { id, body: body.into(), from: 0 });
     }
 
     /// The client asks again, from where its stream stands. It does not know whether its request was ever accepted.
@@ -98,7 +98,7 @@ impl Machine {
         if !refused {
             client.connected = true;
             let from = u32::try_from(client.tokens.len()).expect("a short stream");
-            let body = client.body.clone();
+            let body = client.body.clone().into();
             self.handle(Input::Submit { id: id.clone(), body, from });
         }
     }

@@ -11,6 +11,7 @@ use crate::input::Input;
 use crate::journal::{Record, Snapshot};
 use crate::plant::{self, Bug};
 use crate::time::Time;
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 impl Peer {
@@ -173,7 +174,7 @@ impl Peer {
         let committed = self.committed();
         let mut records = records.into_iter().peekable();
         while records.peek().is_some() {
-            let part: Vec<Record> = records.by_ref().take(RECORDS_TOGETHER).collect();
+            let part = records.by_ref().take(RECORDS_TOGETHER).collect();
             self.send(now, rank, Payload::Records { records: part, committed });
         }
     }
@@ -198,7 +199,7 @@ impl Peer {
             self.begun = (now, self.engine.now());
         }
         let incarnation = Incarnation(self.epoch().expect("an epoch is active").0);
-        let (config, entropy) = (self.settings.config.clone(), self.settings.entropy);
+        let (config, entropy) = (Box::new(self.settings.config.clone()), self.settings.entropy);
         self.order(
             now,
             if self.engine.next_seq() == Seq(1) {
@@ -210,7 +211,7 @@ impl Peer {
     }
 
     /// As a follower: the leader's records.
-    pub(super) fn follow(&mut self, records: Vec<Record>) {
+    pub(super) fn follow(&mut self, records: &[Record]) {
         for record in records {
             let (seq, expected) = (Seq(record.seq), Digest(record.digest));
             assert_eq!(seq, self.engine.next_seq(), "a link delivers records in order");
@@ -220,7 +221,7 @@ impl Peer {
                 return self.broken(Seq(seq.0 - 1), expected);
             };
             let time = Time(record.time_ns);
-            self.fold(time, input, record);
+            self.fold(time, input, record.clone());
         }
     }
 

@@ -72,9 +72,9 @@ impl Log {
 #[derive(Debug)]
 pub enum PeerInput {
     /// The supervisor says how things stand.
-    Orders(Orders),
+    Orders(Box<Orders>),
     /// A member says something.
-    Message(Message),
+    Message(Box<Message>),
     /// The local journal is durable up to this record. None that was on its way when the log was cut may come after
     /// `Rewound`: the record of that number may be another now.
     Durable {
@@ -119,7 +119,7 @@ pub enum PeerOutput {
     /// Write a snapshot; `SnapshotDurable` answers.
     Snapshot(Snapshot),
     /// Carry a message, or lose it.
-    Send(Message),
+    Send(Box<Message>),
     /// Hand data of another rank to the local compute backend.
     Data {
         /// Of which rank.
@@ -273,8 +273,8 @@ impl Peer {
     pub fn handle(&mut self, now: Time, input: PeerInput) {
         assert!(self.out.is_empty(), "the outputs of one input are drained before the next");
         match input {
-            PeerInput::Orders(orders) => self.orders(now, orders),
-            PeerInput::Message(message) => self.message(now, message),
+            PeerInput::Orders(orders) => self.orders(now, *orders),
+            PeerInput::Message(message) => self.message(now, *message),
             PeerInput::Durable { seq } => self.journalled(now, seq),
             PeerInput::Answer(input) => {
                 self.progress += 1;
@@ -457,7 +457,7 @@ impl Peer {
                 self.out.push_back(PeerOutput::Install(snapshot));
             }
             Some(Payload::Records { records, committed }) if from_leader => {
-                self.follow(records);
+                self.follow(&records);
                 self.committed_to(committed);
                 if plant::is(Bug::AckUnflushed) {
                     self.send(now, rank, Payload::Durable { seq: end_of(&self.engine).last });
@@ -524,8 +524,8 @@ fn message(
     to: u32,
     link: LinkHeader,
     payload: Option<Payload>,
-) -> Message {
-    Message { epoch: membership.epoch, from, to: membership.members[index(to)], link, payload }
+) -> Box<Message> {
+    Box::new(Message { epoch: membership.epoch, from, to: membership.members[index(to)], link, payload })
 }
 
 fn end_of(engine: &Engine) -> LogEnd {

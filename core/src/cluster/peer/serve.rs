@@ -24,7 +24,9 @@ impl Peer {
             digest: self.engine.digest().0,
             payload: encode_input(&input),
         };
-        self.batch.push(record.clone());
+        if !self.followers.is_empty() {
+            self.batch.push(record.clone());
+        }
         self.fold(time, input, record);
     }
 
@@ -287,7 +289,7 @@ impl Peer {
     /// As the leader: records since the last message go out as one.
     pub(super) fn send_batch(&mut self, now: Time) {
         if !self.batch.is_empty() {
-            let records = core::mem::take(&mut self.batch);
+            let records = self.batch.drain(..).collect();
             self.send_to_followers(now, &Payload::Records { records, committed: self.committed() });
         }
     }

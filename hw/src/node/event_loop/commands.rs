@@ -27,7 +27,7 @@ pub(in crate::node) enum Command {
 impl EventLoop {
     pub(super) fn command(&mut self, command: Command) -> Result<(), NodeError> {
         match command {
-            Command::Submit { id, body, from, events } => self.submit(id, *body, from, events)?,
+            Command::Submit { id, body, from, events } => self.submit(id, body, from, events)?,
             Command::Cancel { id, reply } => {
                 let seq = self.handle(Input::Cancel { id })?;
                 self.done.insert(seq, reply);
@@ -59,7 +59,7 @@ impl EventLoop {
     fn submit(
         &mut self,
         id: RequestId,
-        body: Body,
+        body: Box<Body>,
         from: u32,
         events: Sender<StreamEvent>,
     ) -> Result<(), NodeError> {

@@ -170,7 +170,7 @@ impl Device {
                 let other = bench.befalls(Hazard::OtherManifest).is_some();
                 let plan = ModelPlan { format: ModelPlan::FORMAT + u32::from(other), ..bench.plan.clone() };
                 let fault = damaged.then(|| Fault::Checkpoint("the manifest cannot be read".into()));
-                self.boot(bench, fault, Input::ManifestRead { plan });
+                self.boot(bench, fault, Input::ManifestRead { plan: plan.into() });
             }
             Output::Carve(carving) => self.carve(bench, carving),
             Output::LoadBase { shard } => {

@@ -128,8 +128,8 @@ struct Process {
     alarm: Option<Time>,
     /// Clients that asked this process, and for what.
     attached: BTreeMap<RequestId, ActorId>,
-    /// The digest before each record that is not known to be committed.
-    digests: BTreeMap<u64, u64>,
+    /// Each record that is not known to be committed, in order, and the digest before it.
+    digests: VecDeque<(u64, u64)>,
     committed: Seq,
     /// The newest epoch that was seen to be active here.
     active: Epoch,
@@ -208,7 +208,7 @@ impl NodeActor {
                 if message.to != process.member || epoch != Some(message.epoch) {
                     self.common.watch.mark(Mark::Stale);
                 }
-                process.inbox.push_back(PeerInput::Message(*message));
+                process.inbox.push_back(PeerInput::Message(message));
             }
             Said::Shard(message) => return self.keep_shards(cx, KeeperInput::Message(*message)),
             Said::Orders(mut orders) => {
@@ -216,7 +216,7 @@ impl NodeActor {
                     return cx.exit_with(1);
                 }
                 let shards = orders.shards.take().filter(|_| orders.to == process.member);
-                process.inbox.push_back(PeerInput::Orders(*orders));
+                process.inbox.push_back(PeerInput::Orders(orders));
                 if let Some(orders) = shards {
                     self.keep_shards(cx, KeeperInput::Orders(*orders));
                 }
@@ -350,9 +350,12 @@ impl NodeActor {
         while process.committed < committed {
             process.committed.0 += 1;
             let seq = process.committed;
-            if let Some(digest) = process.digests.remove(&seq.0) {
-                let fact = Fact::Committed { member, replica, seq, digest };
-                self.common.watch.see(cx.world_ns(), &fact);
+            while let Some((known, digest)) = process.digests.front().copied().filter(|(n, _)| *n <= seq.0) {
+                process.digests.pop_front();
+                if known == seq.0 {
+                    let fact = Fact::Committed { member, replica, seq, digest };
+                    self.common.watch.see(cx.world_ns(), &fact);
+                }
             }
         }
         // A disk whose damage was found and made good in a whole epoch has all that others have.

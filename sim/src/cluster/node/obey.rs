@@ -25,7 +25,10 @@ impl NodeActor {
         match output {
             PeerOutput::Append(record) => {
                 process.dirty = true;
-                process.digests.insert(record.seq, first_bytes(&record.digest));
+                // Where a log was opened or cut, its end is the first of these.
+                if process.digests.back().is_none_or(|(last, _)| *last < record.seq) {
+                    process.digests.push_back((record.seq, first_bytes(&record.digest)));
+                }
                 if self.journal.append(record).is_err() {
                     cx.exit_with(3);
                     return false;
@@ -33,7 +36,7 @@ impl NodeActor {
             }
             PeerOutput::Obey(output) => return self.carry_out(cx, output),
             PeerOutput::Tell(output) => self.tell(cx, output),
-            PeerOutput::Send(message) => cx.send(message.to.node.0, Said::Rank(Box::new(message))),
+            PeerOutput::Send(message) => cx.send(message.to.node.0, Said::Rank(message)),
             PeerOutput::Data { from, tag, bytes } => {
                 self.device(cx, |device, bench| device.hear(bench, from, tag, bytes));
             }
