@@ -180,6 +180,7 @@ pub(crate) fn describe(input: &Input) -> String {
         | Input::TelemetryFlushed
         | Input::Retired { .. }
         | Input::Persisted { .. }
+        | Input::Wish { .. }
         | Input::ResourcesReleased => format!("{input:?}"),
     }
 }

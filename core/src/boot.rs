@@ -69,6 +69,7 @@ impl State {
         self.restart_modifications(cx);
         self.drain = None;
         self.snapshots.writing = false;
+        self.snapshots.wanted |= self.wishes.want_snapshot();
         cx.event(Event::Recovered { incarnation, requests: len32(self.requests.live().count()) });
         self.configure(cx, incarnation, config, entropy);
     }

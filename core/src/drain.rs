@@ -54,6 +54,7 @@ impl State {
     /// Stops accepting. During boot this waits for `Ready`.
     pub(crate) fn begin_drain(&mut self, cx: &mut Context<'_>) {
         self.abort_switches(cx);
+        self.refuse_snapshots(cx);
         self.move_to(cx, Lifecycle::Draining);
     }
 

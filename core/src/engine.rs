@@ -93,6 +93,7 @@ impl State {
             Input::Retired { blob } => self.retired(blob),
             Input::Modify { experts } => self.modify(cx, experts),
             Input::Persisted { asked, fault } => self.persisted(cx, asked, fault),
+            Input::Wish { id, wish } => self.wish(cx, id, wish),
         }
         self.advance(cx);
     }

@@ -19,6 +19,8 @@ macro_rules! id {
 
 id!(/// The number of an input in the journal, dense from 1; 0 stands before the first.
     Seq(u64));
+id!(/// What an operator wishes, named so that asking again does no harm: drawn at random, or counted.
+    WishId(u64));
 id!(/// One life of a node's process; grows with every restart.
     Incarnation(u64));
 id!(/// One batch step of the compute backend.

@@ -3,7 +3,7 @@
 
 use crate::config::Config;
 use crate::digest::Digest;
-use crate::ids::{ExpertKey, Incarnation, LoadId, RequestId, Seq, StepId};
+use crate::ids::{ExpertKey, Incarnation, LoadId, RequestId, Seq, StepId, WishId};
 use crate::plan::ModelPlan;
 use alloc::{boxed::Box, string::String, vec::Vec};
 use core::fmt;
@@ -69,6 +69,25 @@ pub enum SwitchTarget {
     Mode(String),
     /// The mode with the most experts whose measured cost of one step stays within these nanoseconds.
     Budget(u64),
+}
+
+/// What an operator wishes of a replica; each is done once, however often it is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Wish {
+    /// As [`Input::Switch`].
+    Switch {
+        /// Which tiers.
+        target: SwitchTarget,
+        /// The first position of a request that they compute; at the next step boundary if `None`.
+        at: Option<(RequestId, u32)>,
+    },
+    /// As [`Input::Cancel`].
+    Cancel {
+        /// Which request.
+        id: RequestId,
+    },
+    /// A snapshot that is durable on every rank.
+    Snapshot,
 }
 
 /// Something that happened. What is large and rare is boxed: inputs are moved often.
@@ -216,5 +235,12 @@ pub enum Input {
     Retired {
         /// Which.
         blob: Digest,
+    },
+    /// An operator's wish, or the same again.
+    Wish {
+        /// Names it.
+        id: WishId,
+        /// What.
+        wish: Wish,
     },
 }

@@ -41,6 +41,7 @@ mod switch;
 pub mod time;
 pub mod topology;
 pub mod view;
+mod wishes;
 
 /// Version of the fold: a core that would fold a journal differently has another.
-pub const LOGIC_VERSION: u32 = 4;
+pub const LOGIC_VERSION: u32 = 5;

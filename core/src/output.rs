@@ -2,7 +2,7 @@
 
 use crate::digest::Digest;
 use crate::event::Event;
-use crate::ids::{ExpertKey, Generation, LoadId, RequestId, Seq, Slot, StepId};
+use crate::ids::{ExpertKey, Generation, LoadId, RequestId, Seq, Slot, StepId, WishId};
 use crate::input::Sampling;
 use crate::pages::PageRun;
 use crate::time::Time;
@@ -64,6 +64,17 @@ pub enum Refusal {
     Expired,
     /// It will never be done as it is.
     Invalid,
+}
+
+/// What came of a wish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Granted {
+    /// The generation of the tiers that were wished, from the next step on.
+    Switched(Generation),
+    /// The request has ended, or ends with its step.
+    Cancelled,
+    /// A snapshot is durable on every rank; the first input that it does not hold.
+    Snapshot(Seq),
 }
 
 /// Why a stream ended.
@@ -300,6 +311,15 @@ pub enum Output {
         /// `None` after a clean stop.
         error: Option<String>,
         /// Durable before it may happen.
+        after: Seq,
+    },
+    /// What came of an operator's wish.
+    Answered {
+        /// Which.
+        id: WishId,
+        /// It is done; or what may be done about it, and why. What is not served yet may be asked for again.
+        outcome: Result<Granted, (Refusal, String)>,
+        /// Durable before it may be told.
         after: Seq,
     },
     /// Nothing more to do until an input comes, or this time. Never digested.

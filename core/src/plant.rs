@@ -67,6 +67,7 @@ bugs! {
     HangIgnored "hang-ignored" "detector" "A node that gets nothing done is never suspected.",
     WishesAreProgress "wishes-are-progress" "detector" "What clients ask for counts as progress.",
     OffsetSkipped "offset-skipped" "scheduler" "A client that comes back misses a token.",
+    WishForgotten "wish-forgotten" "scheduler" "A wish that was answered is done again when it is asked for again.",
     PagesLost "pages-lost" "scheduler" "The pages of a preempted request are not given back.",
     ClockJumps "clock-jumps" "scheduler" "The time of a log jumps to the clock of its new leader.",
     EpochReused "epoch-reused" "supervisor" "New members are told the epoch of the old ones.",

@@ -371,14 +371,23 @@ impl State {
     }
 
     pub(crate) fn cancel(&mut self, cx: &mut Context<'_>, id: RequestId) {
-        match self.requests.by_id.get(&id).copied() {
+        if let Err(refusal) = self.cancel_by_id(cx, &id) {
+            self.refuse(cx, id, refusal);
+        }
+    }
+
+    /// Ends a request, if it has not ended.
+    pub(crate) fn cancel_by_id(
+        &mut self,
+        cx: &mut Context<'_>,
+        id: &RequestId,
+    ) -> Result<(), (Refusal, String)> {
+        match self.requests.by_id.get(id).copied() {
             Some(Entry::Live(number)) => self.end(cx, number, FinishReason::Cancelled),
             Some(Entry::Finished(_) | Entry::Expired) => {}
-            None => {
-                let reason = "there is no such request to cancel".into();
-                self.refuse(cx, id, (Refusal::Invalid, reason));
-            }
+            None => return Err((Refusal::Invalid, "there is no such request to cancel".into())),
         }
+        Ok(())
     }
 
     /// Ends the requests whose time is over, and lets go of old streams.

@@ -33,5 +33,6 @@ impl State {
         assert!(self.snapshots.writing && next <= cx.seq, "a snapshot that nobody asked for");
         self.snapshots.writing = false;
         cx.say(Output::Trim { before: next });
+        self.snapshot_granted(cx, next);
     }
 }

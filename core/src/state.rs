@@ -17,6 +17,7 @@ use crate::snapshots::Snapshots;
 use crate::step::Steps;
 use crate::switch::Generations;
 use crate::time::Time;
+use crate::wishes::Wishes;
 use serde::{Deserialize, Serialize};
 
 /// Everything that the engine knows.
@@ -37,6 +38,7 @@ pub struct State {
     pub(crate) modifications: Modifications,
     pub(crate) drain: Option<Drain>,
     pub(crate) snapshots: Snapshots,
+    pub(crate) wishes: Wishes,
 }
 
 impl State {
@@ -94,6 +96,7 @@ impl State {
     /// If one does not hold.
     pub(crate) fn assert_invariants(&self) {
         self.residency.check();
+        self.wishes.check(|asked| self.generations.waits(asked));
         let mut held: alloc::vec::Vec<u32> =
             self.requests.live().flat_map(|r| &r.pages).flat_map(|run| run.pages.iter().copied()).collect();
         held.extend(self.pages.free());

@@ -9,7 +9,7 @@ use crate::event::Event;
 use crate::ids::{ExpertKey, Generation, RequestId, Revision, Seq, index, len32};
 use crate::input::SwitchTarget;
 use crate::lifecycle::Lifecycle;
-use crate::output::Output;
+use crate::output::{Granted, Output, Refusal};
 use crate::residency::Held;
 use crate::state::State;
 use alloc::collections::{BTreeMap, VecDeque};
@@ -79,6 +79,11 @@ impl Generations {
         self.tiers(self.current())
     }
 
+    /// Whether a switch waits that this input asked for.
+    pub(crate) fn waits(&self, asked: Seq) -> bool {
+        self.waiting.iter().any(|switch| switch.asked == asked)
+    }
+
     pub(crate) fn is_waiting(&self) -> bool {
         !self.waiting.is_empty()
     }
@@ -108,11 +113,21 @@ impl State {
         target: SwitchTarget,
         at: Option<(RequestId, u32)>,
     ) {
-        let asked = cx.seq;
-        match self.check_switch(target, at.as_ref()) {
-            Ok(tiers) => self.generations.waiting.push_back(Switch { asked, tiers, at, begun: false }),
-            Err(reason) => cx.say(Output::Switched { asked, outcome: Err(reason), after: cx.seq }),
+        if let Err(reason) = self.ask_switch(cx, target, at) {
+            cx.say(Output::Switched { asked: cx.seq, outcome: Err(reason), after: cx.seq });
         }
+    }
+
+    /// Has a switch wait, or says why it never could.
+    pub(crate) fn ask_switch(
+        &mut self,
+        cx: &Context<'_>,
+        target: SwitchTarget,
+        at: Option<(RequestId, u32)>,
+    ) -> Result<(), String> {
+        let tiers = self.check_switch(target, at.as_ref())?;
+        self.generations.waiting.push_back(Switch { asked: cx.seq, tiers, at, begun: false });
+        Ok(())
     }
 
     fn check_switch(&self, target: SwitchTarget, at: Option<&(RequestId, u32)>) -> Result<Vec<u32>, String> {
@@ -267,7 +282,9 @@ impl State {
     }
 
     fn over(&mut self, cx: &mut Context<'_>, asked: Seq, outcome: Result<Generation, String>) {
+        let granted = outcome.clone().map(Granted::Switched).map_err(|reason| (Refusal::Invalid, reason));
         cx.say(Output::Switched { asked, outcome, after: cx.seq });
+        self.switch_granted(cx, asked, granted);
         if self.lifecycle == Lifecycle::Reconfiguring {
             self.move_to(cx, Lifecycle::Active);
         }

@@ -4,10 +4,10 @@
 use lite_llm_core::config::{Config, Placement};
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
-use lite_llm_core::ids::{ExpertKey, Incarnation, LoadId, RequestId, Seq, StepId};
-use lite_llm_core::input::{Body, Fault, Input, RowResult, SwitchTarget};
+use lite_llm_core::ids::{ExpertKey, Incarnation, LoadId, RequestId, Seq, StepId, WishId};
+use lite_llm_core::input::{Body, Fault, Input, RowResult, SwitchTarget, Wish};
 use lite_llm_core::lifecycle::Lifecycle;
-use lite_llm_core::output::{FinishReason, Output};
+use lite_llm_core::output::{FinishReason, Granted, Output, Refusal};
 use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
 use lite_llm_core::replay::{DecodeError, decode_input, encode_input};
 
@@ -463,6 +463,7 @@ fn inputs_have_golden_bytes() {
         Input::Finished { step, attempt, rows: vec![row], duration_ns: 1000 },
         Input::SnapshotDurable { next: Seq(9) },
         Input::ResourcesReleased,
+        Input::Wish { id: WishId(300), wish: Wish::Cancel { id: id("a") } },
     ];
     let mut golden = String::new();
     for input in &inputs {
@@ -484,4 +485,92 @@ fn a_snapshot_restores_the_very_state() {
     let bytes = engine.snapshot();
     assert!(Engine::restore(&bytes[..bytes.len() - 1]).is_err());
     assert!(Engine::restore(&[&bytes[..], &[0]].concat()).is_err());
+}
+
+fn wish(engine: &mut Engine, number: u64, wish: Wish) -> Vec<Output> {
+    feed(engine, Input::Wish { id: WishId(number), wish })
+}
+
+/// What was told of a wish, which is told once.
+fn answer(outputs: &[Output], number: u64) -> Option<Result<Granted, (Refusal, String)>> {
+    let mut told = outputs.iter().filter_map(|output| match output {
+        Output::Answered { id, outcome, .. } if *id == WishId(number) => Some(outcome.clone()),
+        _ => None,
+    });
+    let first = told.next();
+    assert!(told.next().is_none(), "{outputs:?}");
+    first
+}
+
+fn tiers(name: &str, at: Option<(RequestId, u32)>) -> Wish {
+    Wish::Switch { target: SwitchTarget::Tiers(vec![name.into()]), at }
+}
+
+/// Asked for again, before or after it is done, in this life or the next, a wish is the one that it was.
+#[test]
+fn a_wish_is_done_once_however_often_it_is_asked_for() {
+    let mut engine = ready(config());
+    let mut outputs = feed(&mut engine, submit("a", body(&[3, 4], 9)));
+    assert_eq!(
+        answer(&wish(&mut engine, 1, tiers("base", Some((id("a"), 3)))), 1),
+        None,
+        "its position is to come"
+    );
+    outputs = compute(&mut engine, &outputs, 5);
+    assert_eq!(answer(&wish(&mut engine, 1, tiers("base", Some((id("a"), 3)))), 1), None);
+    outputs = compute(&mut engine, &outputs, 5);
+    let granted = Some(Ok(Granted::Switched(lite_llm_core::ids::Generation(1))));
+    assert_eq!(answer(&outputs, 1), granted);
+    // Somebody else wishes something else meanwhile.
+    let loads = wish(&mut engine, 2, tiers("extra", None));
+    load(&mut engine, &plan(), loads);
+    outputs = compute(&mut engine, &outputs, 5);
+    assert_eq!(answer(&outputs, 2), Some(Ok(Granted::Switched(lite_llm_core::ids::Generation(2)))));
+    assert_eq!(
+        answer(&wish(&mut engine, 1, tiers("base", Some((id("a"), 3)))), 1),
+        granted,
+        "it is not done again"
+    );
+    assert!(matches!(
+        answer(&wish(&mut engine, 3, tiers("none", None)), 3),
+        Some(Err((Refusal::Invalid, _)))
+    ));
+    // In the next life it is known too; what comes too early is to be asked for again, and is not kept.
+    let incarnation = Incarnation(2);
+    let restarted = feed(&mut engine, Input::Restarted { incarnation, config: config().into(), entropy: 8 });
+    let early = answer(&wish(&mut engine, 4, tiers("base", None)), 4);
+    assert!(matches!(early, Some(Err((Refusal::NotServing, _)))), "{early:?}");
+    load(&mut engine, &plan(), restarted);
+    assert_eq!(answer(&wish(&mut engine, 1, tiers("base", None)), 1), granted);
+    assert_eq!(answer(&wish(&mut engine, 4, Wish::Cancel { id: id("a") }), 4), Some(Ok(Granted::Cancelled)));
+    assert!(matches!(answer(&wish(&mut engine, 5, Wish::Cancel { id: id("b") }), 5), Some(Err(_))));
+    let restored = Engine::restore(&engine.snapshot()).unwrap();
+    assert_eq!(restored.state_digest(), engine.state_digest());
+}
+
+#[test]
+fn a_wished_snapshot_is_answered_when_it_is_durable_or_never_will_be() {
+    let mut engine = ready(config());
+    let outputs = wish(&mut engine, 1, Wish::Snapshot);
+    assert!(outputs.contains(&Output::Snapshot) && answer(&outputs, 1).is_none());
+    let next = engine.next_seq();
+    // A life in between writes another; one that was wished after it began waits for the next.
+    let incarnation = Incarnation(2);
+    let restarted = feed(&mut engine, Input::Restarted { incarnation, config: config().into(), entropy: 8 });
+    let said = load(&mut engine, &plan(), restarted);
+    assert!(said.contains(&Output::Snapshot), "{said:?}");
+    wish(&mut engine, 2, Wish::Snapshot);
+    let durable = Seq(next.0 + 1);
+    let outputs = feed(&mut engine, Input::SnapshotDurable { next: durable });
+    assert_eq!(answer(&outputs, 1), Some(Ok(Granted::Snapshot(durable))));
+    assert!(answer(&outputs, 2).is_none() && outputs.contains(&Output::Snapshot));
+    wish(&mut engine, 3, Wish::Snapshot);
+    let outputs = feed(&mut engine, Input::Drain { bound_ns: None });
+    assert!(answer(&outputs, 2).is_none(), "it is being written");
+    assert!(matches!(answer(&outputs, 3), Some(Err((Refusal::Invalid, _)))));
+    let outputs = wish(&mut engine, 4, Wish::Snapshot);
+    assert!(matches!(answer(&outputs, 4), Some(Err((Refusal::Invalid, _)))));
+    let next = engine.next_seq();
+    let outputs = feed(&mut engine, Input::SnapshotDurable { next });
+    assert!(matches!(answer(&outputs, 2), Some(Ok(_))));
 }

@@ -138,6 +138,7 @@ hazards! {
     OperatorDrain = 113 "operator-drain" Operator 3_000 "An operator drains the cluster.",
     OperatorRestart = 114 "operator-restart" Operator 15_000 "An operator restarts a node.",
     OperatorUpgrade = 115 "operator-upgrade" Operator 5_000 "An operator starts a node with a newer version.",
+    OperatorSnapshot = 116 "operator-snapshot" Operator 20_000 "An operator wants a snapshot.",
 }
 
 impl Hazard {

@@ -354,6 +354,7 @@ impl Machine {
             | Output::Finish { after, .. }
             | Output::Refuse { after, .. }
             | Output::Switched { after, .. }
+            | Output::Answered { after, .. }
             | Output::Modified { after, .. }
             | Output::Retire { after, .. }
             | Output::Exit { after, .. } => self.held.push_back((after, output)),

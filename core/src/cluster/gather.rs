@@ -56,7 +56,8 @@ impl Asked {
             | Input::Drain { .. }
             | Input::SnapshotWanted
             | Input::Tick
-            | Input::Modify { .. } => return None,
+            | Input::Modify { .. }
+            | Input::Wish { .. } => return None,
         })
     }
 }

@@ -1,16 +1,20 @@
-//! The operator of a simulated cluster: switches tiers, drains, restarts and upgrades at bad moments; mends what was
-//! given up when asked to.
+//! The operator of a simulated cluster: switches tiers, wants snapshots, drains, restarts and upgrades at bad moments; mends
+//! what was given up when asked to. What he wishes of a replica he asks for until it is answered, and once more now and then.
 
 use super::luck::Luck;
 use super::message::Said;
 use super::node::Common;
 use crate::chronicle::What;
 use crate::hazard::Hazard;
+use crate::mark::Mark;
 use crate::world::{Context, Happening};
 use lite_llm_core::LOGIC_VERSION;
 use lite_llm_core::cluster::membership::NodeId;
 use lite_llm_core::cluster::supervisor::SupervisorInput;
-use lite_llm_core::input::{Input, SwitchTarget};
+use lite_llm_core::ids::WishId;
+use lite_llm_core::input::{Input, SwitchTarget, Wish};
+use lite_llm_core::output::{Output, Refusal};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// How often it looks for something to do.
@@ -24,13 +28,19 @@ pub struct OperatorActor {
     common: Rc<Common>,
     nodes: u32,
     luck: Luck,
+    /// Wishes that are not answered: of which replica, and what.
+    open: BTreeMap<WishId, (u32, Wish)>,
+    /// The last that was.
+    answered: Option<(WishId, (u32, Wish))>,
+    /// The last name of a wish.
+    last: u64,
 }
 
 impl OperatorActor {
     /// An operator of so many nodes.
     #[must_use]
     pub fn new(common: Rc<Common>, nodes: u32) -> Self {
-        Self { common, nodes, luck: Luck::default() }
+        Self { common, nodes, luck: Luck::default(), open: BTreeMap::new(), answered: None, last: 0 }
     }
 
     /// Deals with what happened.
@@ -45,6 +55,7 @@ impl OperatorActor {
                 let node = u32::try_from(token - 1).expect("a node");
                 self.install(cx, node, LOGIC_VERSION);
             }
+            Happening::Message { message: Said::Tell(output), .. } => self.told(*output),
             Happening::Message { .. } | Happening::Tampered { .. } | Happening::Ended { .. } => {}
         }
     }
@@ -60,12 +71,15 @@ impl OperatorActor {
             };
             let replica =
                 u32::try_from((value >> 8) % u64::from(self.common.config.topology.data)).expect("few");
-            // Only the leader takes it.
-            for node in 0..self.nodes {
-                let input = Box::new(Input::Switch { target: target.clone(), at: None });
-                cx.send(node, Said::Ask { replica, input });
-            }
+            self.wish_of(replica, Wish::Switch { target, at: None });
+            // He is not sure of the last one.
+            self.open.extend(self.answered.clone());
         }
+        if let Some(value) = self.luck.befalls(cx, Hazard::OperatorSnapshot) {
+            let replica = u32::try_from(value % u64::from(self.common.config.topology.data)).expect("few");
+            self.wish_of(replica, Wish::Snapshot);
+        }
+        self.ask(cx);
         if let Some(value) = self.luck.befalls(cx, Hazard::OperatorDrain) {
             let bound_ns = (value % 2 == 0).then_some(value % 5_000_000_000);
             self.wish(cx, SupervisorInput::Drain { bound_ns });
@@ -78,6 +92,41 @@ impl OperatorActor {
             let node = self.some_node(value);
             self.install(cx, node, LOGIC_VERSION + 1);
             cx.wake_in(1_000_000_000 + value % 5_000_000_000, 1 + u64::from(node));
+        }
+    }
+
+    /// Whether every wish was answered.
+    #[must_use]
+    pub fn is_answered(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    fn wish_of(&mut self, replica: u32, wish: Wish) {
+        self.last += 1;
+        self.open.insert(WishId(self.last), (replica, wish));
+    }
+
+    /// Asks everybody: only the leader takes it.
+    fn ask(&self, cx: &mut Context<'_, Said>) {
+        for (&id, (replica, wish)) in &self.open {
+            for node in 0..self.nodes {
+                let input = Box::new(Input::Wish { id, wish: wish.clone() });
+                cx.send(node, Said::Ask { replica: *replica, input });
+            }
+        }
+    }
+
+    /// A leader tells what came of a wish.
+    fn told(&mut self, output: Output) {
+        let Output::Answered { id, outcome, .. } = output else { return };
+        if matches!(outcome, Err((Refusal::NotServing, _))) {
+            return;
+        }
+        if let Some(wish) = self.open.remove(&id) {
+            if self.answered.as_ref().is_some_and(|(answered, _)| *answered == id) {
+                self.common.watch.mark(Mark::WishAgain);
+            }
+            self.answered = Some((id, wish));
         }
     }
 

@@ -143,6 +143,7 @@ impl Peer {
             | Output::Refuse { after, .. }
             | Output::Switched { after, .. }
             | Output::Modified { after, .. }
+            | Output::Answered { after, .. }
             | Output::Exit { after, .. } => self.hold(after, Held::Output(output)),
             Output::Event { seq, .. } => self.hold(seq, Held::Output(output)),
             Output::Carve(_) | Output::Abort { .. } | Output::Trim { .. } => self.obey(output),
@@ -358,5 +359,6 @@ const fn is_for_clients(output: &Output) -> bool {
             | Output::Refuse { .. }
             | Output::Switched { .. }
             | Output::Modified { .. }
+            | Output::Answered { .. }
     )
 }

@@ -246,6 +246,7 @@ impl EventLoop {
             | Output::Refuse { after, .. }
             | Output::Switched { after, .. }
             | Output::Modified { after, .. }
+            | Output::Answered { after, .. }
             | Output::Retire { after, .. }
             | Output::Exit { after, .. } => self.held.push_back((after, output)),
             Output::Event { seq, .. } => self.held.push_back((seq, output)),

@@ -70,6 +70,8 @@ impl EventLoop {
                     let _ = reply.send(outcome);
                 }
             }
+            // Wishes are of a cluster; one whose journal this was heard no answer, and asks nobody here.
+            Output::Answered { .. } => {}
             Output::Event { seq, event } => self.event(seq, &event),
             Output::Ready { .. } => {
                 if let Some(ready) = self.ready.take() {

@@ -58,6 +58,7 @@ const fn rests_on(output: &Output) -> Option<Seq> {
         | Output::Finish { after, .. }
         | Output::Refuse { after, .. }
         | Output::Switched { after, .. }
+        | Output::Answered { after, .. }
         | Output::Modified { after, .. } => Some(*after),
         _ => None,
     }

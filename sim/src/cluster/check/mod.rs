@@ -32,12 +32,14 @@ mod generations;
 mod leases;
 mod queues;
 mod shards;
+mod wishes;
 
 pub use committed::{CommittedOnce, first_bytes};
 pub use generations::GenerationsFixed;
 pub use leases::LeasesApart;
 pub use queues::QueuesBounded;
 pub use shards::ShardsOne;
+pub use wishes::WishesOnce;
 
 use super::watch::Fact;
 use lite_llm_core::topology::Topology;
@@ -62,5 +64,6 @@ pub fn all(topology: &Topology) -> Vec<Box<dyn Checker>> {
         Box::new(LeasesApart::default()),
         Box::new(GenerationsFixed::default()),
         Box::new(QueuesBounded),
+        Box::new(WishesOnce::default()),
     ]
 }

@@ -225,6 +225,7 @@ impl Device {
             | Output::Finish { .. }
             | Output::Refuse { .. }
             | Output::Switched { .. }
+            | Output::Answered { .. }
             | Output::Modified { .. }
             | Output::Snapshot
             | Output::Wait { .. } => unreachable!("clients are told, and the rest is taken by the rank"),

@@ -78,6 +78,8 @@ pub struct Common {
     pub drift_per_mille: u32,
     /// The actor of the supervisor.
     pub supervisor: ActorId,
+    /// The actor of the operator.
+    pub operator: ActorId,
     /// What is installed on each node, as a logic version.
     pub installed: Vec<Cell<u32>>,
     /// The observers.

@@ -178,14 +178,19 @@ impl NodeActor {
         let membership = process.peer.membership().expect("a leader tells");
         let fact = Fact::Told { member: process.member, membership, output: &output };
         self.common.watch.see(cx.world_ns(), &fact);
+        if let Output::Answered { outcome, .. } = &output {
+            if outcome.is_err() {
+                self.common.watch.mark(Mark::WishRefused);
+            }
+            return cx.send(self.common.operator, Said::Tell(Box::new(output)));
+        }
         let client = match &output {
             Output::Accepted { id, .. }
             | Output::Token { id, .. }
             | Output::Finish { id, .. }
             | Output::Refuse { id, .. } => process.attached.get(id),
-            Output::Switched { outcome, .. } => {
-                let mark = if outcome.is_ok() { Mark::Switched } else { Mark::SwitchRefused };
-                self.common.watch.mark(mark);
+            Output::Switched { outcome: Ok(_), .. } => {
+                self.common.watch.mark(Mark::Switched);
                 None
             }
             _ => None,

@@ -140,6 +140,7 @@ impl Cluster {
             facts: facts.clone(),
             drift_per_mille: DRIFT_ALLOWED_PER_MILLE,
             supervisor,
+            operator: supervisor + 2,
             installed: (0..setup.nodes).map(|_| Cell::new(LOGIC_VERSION)).collect(),
             watch: watch.clone(),
             atlas: atlas.clone(),
@@ -199,8 +200,10 @@ impl Cluster {
         }
         self.mend();
         let (begin, end) = (self.world.now_ns(), self.world.now_ns() + LIVENESS_NS);
-        while !self.clients().is_over() {
-            if self.is_violated() || self.is_late(end, "not every accepted stream has ended") {
+        while !self.clients().is_over() || !self.operator().is_answered() {
+            if self.is_violated()
+                || self.is_late(end, "not every accepted stream has ended, or wish is answered")
+            {
                 return;
             }
             self.restart_given_up();
@@ -294,6 +297,13 @@ impl Cluster {
             unreachable!("its place")
         };
         clients
+    }
+
+    fn operator(&self) -> &OperatorActor {
+        let Cast::Operator(operator) = &self.world.actors()[self.setup.nodes as usize + 2] else {
+            unreachable!("its place")
+        };
+        operator
     }
 
     fn wish(&mut self, wish: SupervisorInput) {

@@ -344,7 +344,8 @@ impl SupervisorActor {
                 Cause::Suspected(Suspicion::Stuck(..)) => watch.mark(Mark::FoundStuck),
                 Cause::NeverHeard => watch.mark(Mark::NeverHeard),
                 Cause::Refused(_) => watch.mark(Mark::RefusedVersion),
-                Cause::Ended(_) | Cause::Diverged | Cause::Operator | Cause::Drained => {}
+                Cause::Operator => watch.mark(Mark::RestartWished),
+                Cause::Ended(_) | Cause::Diverged | Cause::Drained => {}
             },
             SupervisorEvent::Adopted(membership) => {
                 let ranks = self.config.topology.nodes();
