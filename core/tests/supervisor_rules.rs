@@ -388,6 +388,63 @@ fn restarts_have_a_budget_that_the_operator_can_renew() {
 }
 
 #[test]
+fn a_life_that_the_operator_wishes_is_recorded_and_costs_nothing_of_the_budget() {
+    let restarts = Restarts { most: 1, window_ns: 3600 * SECOND, ..Restarts::default() };
+    let mut rig = Rig::new(ClusterConfig { restarts, ..config(2) });
+    rig.serve();
+    // In any standing, a restart of the supervisor in between or not, the same life comes of it, at once.
+    for (life, restarted) in [(2, false), (3, true), (4, false)] {
+        let said = rig.give(SupervisorInput::Restart { node: NodeId(1) });
+        assert_eq!(count(&said, |o| matches!(o, SupervisorOutput::Kill { cause: Cause::Operator, .. })), 1);
+        let member = rig.member(1);
+        if restarted {
+            let config = ClusterConfig { restarts, ..config(2) };
+            rig.give(SupervisorInput::Started { incarnation: Incarnation(2), config });
+        }
+        let said = rig.give(SupervisorInput::Ended { member, ending: Ending::Signal(9) });
+        let recorded = |event: &&SupervisorEvent| match event {
+            SupervisorEvent::Failed(failure) => failure.cause == Cause::Operator,
+            _ => false,
+        };
+        assert!(events(&said).iter().any(recorded), "{said:?}");
+        if life == 4 {
+            // Asked again while the end is being recorded: it is the same life that comes.
+            rig.give(SupervisorInput::Restart { node: NodeId(1) });
+        }
+        let said = rig.give(SupervisorInput::Captured { member, tail: Ok(None) });
+        let next = Member { node: NodeId(1), incarnation: Incarnation(life) };
+        assert_eq!(
+            count(&said, |o| matches!(o, SupervisorOutput::Start { member, .. } if *member == next)),
+            1
+        );
+        rig.lives[1] = life;
+        let node = rig.supervisor.view().node(NodeId(1), rig.now).unwrap();
+        assert_eq!((node.restarts, node.member, node.standing), (0, next, Standing::Starting));
+        assert_eq!(node.failure.unwrap().cause, Cause::Operator);
+        rig.now = rig.now.after_ns(10 * SECOND);
+        rig.serve();
+    }
+    // The budget is whole; and what spoke against another life is mended with the wish.
+    rig.lose(1, Ending::Signal(11));
+    rig.serve();
+    let said = rig.lose(1, Ending::Signal(11));
+    assert!(gave_up_for(&said, "restarts.most"), "{said:?}");
+    let node = rig.supervisor.view().node(NodeId(1), rig.now).unwrap();
+    assert!(node.given_up.unwrap().contains("restarts.most"));
+    rig.give(SupervisorInput::Restart { node: NodeId(1) });
+    let node = rig.supervisor.view().node(NodeId(1), rig.now).unwrap();
+    assert_eq!((node.restarts, node.given_up, node.standing), (0, None, Standing::Starting));
+    // A node that is refused is given up, unless the operator, who gave it what it lacked, asked for another life.
+    let mut beat = rig.beat_of(0);
+    beat.facts.contract = 99;
+    rig.give(SupervisorInput::Beat(Box::new(beat)));
+    rig.give(SupervisorInput::Restart { node: NodeId(0) });
+    rig.lose(0, Ending::Code(1));
+    assert_eq!(rig.standing(0), Standing::Starting);
+    assert!(rig.supervisor.view().node(NodeId(2), rig.now).is_none());
+}
+
+#[test]
 fn a_drain_that_cannot_finish_says_so() {
     let mut rig = Rig::new(config(2));
     let mut beat = rig.beat_of(1);

@@ -16,7 +16,7 @@ mod words;
 
 pub use config::{ClusterConfig, Restarts, Training};
 pub use detector::{Patience, Suspicion};
-pub use view::{Standing, SupervisorView};
+pub use view::{NodeView, ReplicaStanding, ReplicaView, Standing, SupervisorView};
 pub use words::{Cause, Ending, Failure, SupervisorEvent, SupervisorInput, SupervisorOutput};
 
 use super::membership::Epoch;

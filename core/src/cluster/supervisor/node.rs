@@ -57,8 +57,12 @@ pub(super) struct Node {
     restarts: VecDeque<Time>,
     /// The record at which the last life panicked.
     panicked: Option<Seq>,
-    /// Of the end that is being captured, and why there is to be no further life, if so.
-    failure: Option<(Failure, Option<String>)>,
+    /// The end of the last life that was recorded, or is being captured.
+    pub(super) failure: Option<Failure>,
+    /// Why there is to be no further life, if so.
+    pub(super) hopeless: Option<String>,
+    /// The operator wishes the next life: it costs nothing of the budget.
+    wished: bool,
     /// What it was told of its shards in this life.
     pub(super) shards: Option<Box<ShardOrders>>,
 }
@@ -78,6 +82,8 @@ impl Node {
             restarts: VecDeque::new(),
             panicked: None,
             failure: None,
+            hopeless: None,
+            wished: false,
             shards: None,
         }
     }
@@ -88,6 +94,12 @@ impl Node {
         self.panicked = None;
         self.failures = 0;
         self.restarts.clear();
+        (self.hopeless, self.wished) = (None, false);
+    }
+
+    /// Restarts that count within a window.
+    pub(super) fn restarts_within(&self, now: Time, window_ns: u64) -> u32 {
+        len32(self.restarts.iter().filter(|at| at.after_ns(window_ns) > now).count())
     }
 
     pub(super) const fn member(&self, node: NodeId) -> Member {
@@ -230,7 +242,7 @@ impl State {
             }
             _ => None,
         };
-        node.failure = Some((failure.clone(), hopeless));
+        (node.failure, node.hopeless) = (Some(failure.clone()), hopeless);
         cx.event(SupervisorEvent::Failed(failure.clone()));
         if plant::is(Bug::RestartUnrecorded) {
             return self.captured(cx, member, Ok(None));
@@ -251,15 +263,21 @@ impl State {
             return;
         }
         cx.event(SupervisorEvent::Captured { member, tail });
-        let hopeless = node.failure.take().and_then(|(_, hopeless)| hopeless);
+        self.decided = cx.seq;
+        if node.wished {
+            node.life = Life::Down { until: cx.now };
+            return;
+        }
         node.restarts.retain(|at| at.after_ns(window_ns) > cx.now);
         let spent = len32(node.restarts.len()) >= most;
-        let reason =
-            hopeless.or_else(|| spent.then(|| format!("it was started {most} times again (restarts.most)")));
-        self.decided = cx.seq;
+        let reason = node
+            .hopeless
+            .take()
+            .or_else(|| spent.then(|| format!("it was started {most} times again (restarts.most)")));
         if let Some(reason) = reason {
             node.life = Life::GivenUp;
             let reason = format!("{reason}; mend it, then restart the node");
+            node.hopeless = Some(reason.clone());
             return cx.event(SupervisorEvent::GaveUp { node: member.node, reason });
         }
         node.life = Life::Down { until: cx.now.after_ns(self.config.restarts.pause_ns(node.failures)) };
@@ -279,7 +297,7 @@ impl State {
                 node.life = Life::Stopped;
                 continue;
             }
-            if node.incarnation > Incarnation(0) {
+            if !core::mem::take(&mut node.wished) && node.incarnation > Incarnation(0) {
                 node.restarts.push_back(cx.now);
             }
             let again = plant::is(Bug::LifeReused) && node.incarnation > Incarnation(0);
@@ -290,17 +308,21 @@ impl State {
         }
     }
 
-    /// The operator wishes a new life.
+    /// The operator wishes a new life: the present one ends, if it has not, and whatever spoke against another is mended.
     pub(super) fn restart(&mut self, cx: &mut Context<'_>, id: NodeId) {
         let Some(node) = self.nodes.get_mut(index(id.0)) else { return };
+        if matches!(node.life, Life::Stopped | Life::Fencing { cause: Cause::Drained }) {
+            return;
+        }
         node.restarts.clear();
-        node.failures = 0;
+        (node.failures, node.panicked, node.hopeless, node.wished) = (0, None, None, true);
         match node.life {
             Life::Down { .. } | Life::GivenUp => {
-                (node.life, node.panicked) = (Life::Down { until: cx.now }, None);
+                node.life = Life::Down { until: cx.now };
                 self.decided = cx.seq;
             }
             Life::Starting { .. } | Life::Up => self.end(cx, id, Cause::Operator),
+            // It is ending: the next life comes as soon as the end is recorded.
             Life::Fencing { .. } | Life::Capturing | Life::Stopped => {}
         }
     }
@@ -318,7 +340,7 @@ impl State {
                 Life::Up => node.detector.begin(cx.now),
                 Life::Fencing { cause } => cx.say(SupervisorOutput::Kill { member, cause, after: cx.seq }),
                 Life::Capturing => {
-                    let (failure, _) = node.failure.clone().expect("an end that is captured is recorded");
+                    let failure = node.failure.clone().expect("an end that is captured is recorded");
                     cx.say(SupervisorOutput::Capture { failure, after: cx.seq });
                 }
                 Life::Down { .. } | Life::GivenUp | Life::Stopped => {}

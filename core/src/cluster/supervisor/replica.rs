@@ -54,6 +54,16 @@ impl Replica {
         }
     }
 
+    /// A record that is known to be committed.
+    pub(super) const fn floor(&self) -> Seq {
+        self.floor
+    }
+
+    /// The nodes whose disks have everything that was told.
+    pub(super) fn holders(&self) -> Vec<NodeId> {
+        self.holders.iter().flat_map(|holders| &holders.members).map(|member| member.node).collect()
+    }
+
     /// Whether a node's disk has everything that was told, if it has its log still.
     fn is_holder(&self, node: NodeId) -> bool {
         plant::is(Bug::AnyLeads)
@@ -65,7 +75,8 @@ impl Replica {
 }
 
 /// Why there is no membership yet.
-enum Missing {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Missing {
     /// Nodes.
     Nodes,
     /// A node that has all that was told.
@@ -124,7 +135,7 @@ impl State {
     }
 
     /// Whether every member of its newest epoch lives.
-    fn is_whole(&self, replica: &Replica) -> bool {
+    pub(super) fn is_whole(&self, replica: &Replica) -> bool {
         replica
             .membership
             .as_ref()
@@ -202,7 +213,7 @@ impl State {
     }
 
     /// The members of the next epoch, and who of them leads.
-    fn choose(&self, now: Time, id: u32) -> Result<(Vec<Member>, u32), Missing> {
+    pub(super) fn choose(&self, now: Time, id: u32) -> Result<(Vec<Member>, u32), Missing> {
         let replica = &self.replicas[index(id)];
         let fits = |node: NodeId| {
             let known = &self.nodes[index(node.0)];
@@ -312,8 +323,7 @@ impl State {
         }
         let replica = &mut self.replicas[index(id)];
         if !core::mem::replace(&mut replica.waiting, true) {
-            let holders = replica.holders.iter().flat_map(|holders| &holders.members);
-            let nodes = holders.map(|member| member.node).collect();
+            let nodes = replica.holders();
             cx.event(SupervisorEvent::Waiting { replica: id, nodes });
         }
     }

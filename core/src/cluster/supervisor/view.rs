@@ -1,10 +1,14 @@
 //! A read-only look at a supervisor, for drivers, checkers and status pages.
 
-use super::node::Life;
-use super::{State, Supervisor};
+use super::node::{Life, Node};
+use super::replica::Missing;
+use super::words::Failure;
+use super::{ClusterConfig, State, Supervisor};
 use crate::cluster::membership::{Epoch, Member, Membership, NodeId};
-use crate::ids::index;
+use crate::cluster::orders::Beat;
+use crate::ids::{Incarnation, Seq, index};
 use crate::time::Time;
+use alloc::{string::String, vec::Vec};
 
 /// What may be looked at.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +31,55 @@ pub enum Standing {
     GivenUp,
     /// Over after a drain.
     Stopped,
+}
+
+/// What is known of a node.
+#[derive(Clone, Copy, Debug)]
+pub struct NodeView<'a> {
+    /// Its newest life.
+    pub member: Member,
+    /// Where it is in it.
+    pub standing: Standing,
+    /// What it last said of itself in this life.
+    pub beat: Option<&'a Beat>,
+    /// The replica that it has a seat in, or had last.
+    pub replica: Option<u32>,
+    /// How the last life ended whose end was recorded.
+    pub failure: Option<&'a Failure>,
+    /// Why it is given up, and the remedy.
+    pub given_up: Option<&'a str>,
+    /// Restarts that count: more than the budget leave the node to the operator.
+    pub restarts: u32,
+}
+
+/// Where a replica is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReplicaStanding {
+    /// Its leader may act.
+    Active,
+    /// The logs of its members are being made one.
+    Joining,
+    /// Too few nodes beat.
+    WaitsForNodes,
+    /// Only these nodes' disks hold what was told.
+    WaitsForDisks(Vec<NodeId>),
+    /// A leader that may still act is not to be replaced yet.
+    WaitsForLease,
+    /// It has finished everything.
+    Drained,
+    /// It never will, and why.
+    Hopeless(String),
+}
+
+/// What is known of a replica.
+#[derive(Clone, Debug)]
+pub struct ReplicaView<'a> {
+    /// Who is in it, if anybody was ever.
+    pub membership: Option<&'a Membership>,
+    /// Where it is.
+    pub standing: ReplicaStanding,
+    /// A record that is known to be committed, and with it all before it.
+    pub committed: Seq,
 }
 
 impl Supervisor {
@@ -53,16 +106,7 @@ impl<'a> SupervisorView<'a> {
     pub fn nodes(&self) -> impl Iterator<Item = (Member, Standing)> + use<'a> {
         self.0.ids().map(|id| {
             let node = &self.0.nodes[index(id.0)];
-            let standing = match node.life {
-                Life::Down { .. } => Standing::Down,
-                Life::Starting { .. } => Standing::Starting,
-                Life::Up => Standing::Up,
-                Life::Fencing { .. } => Standing::Fencing,
-                Life::Capturing => Standing::Capturing,
-                Life::GivenUp => Standing::GivenUp,
-                Life::Stopped => Standing::Stopped,
-            };
-            (node.member(id), standing)
+            (node.member(id), standing(node))
         })
     }
 
@@ -70,6 +114,63 @@ impl<'a> SupervisorView<'a> {
     #[must_use]
     pub const fn shards(&self) -> (u64, u64) {
         self.0.shards.versions()
+    }
+
+    /// All that is known of a node at a time; `None` if the cluster has none of this number.
+    #[must_use]
+    pub fn node(&self, id: NodeId, now: Time) -> Option<NodeView<'a>> {
+        let node = self.0.nodes.get(index(id.0))?;
+        Some(NodeView {
+            member: node.member(id),
+            standing: standing(node),
+            beat: node.beat.as_ref(),
+            replica: node.home,
+            failure: node.failure.as_ref(),
+            given_up: node.hopeless.as_deref().filter(|_| node.life == Life::GivenUp),
+            restarts: node.restarts_within(now, self.0.config.restarts.window_ns),
+        })
+    }
+
+    /// All that is known of each replica at a time, in their order.
+    pub fn replicas(&self, now: Time) -> impl Iterator<Item = ReplicaView<'a>> + use<'a> {
+        let state = self.0;
+        (0..).zip(&state.replicas).map(move |(id, replica)| {
+            let standing = if replica.drained.is_some() {
+                ReplicaStanding::Drained
+            } else if let Some(reason) = &replica.hopeless {
+                ReplicaStanding::Hopeless(reason.clone())
+            } else if state.is_whole(replica) {
+                if replica.active { ReplicaStanding::Active } else { ReplicaStanding::Joining }
+            } else if now < state.quiet_until {
+                ReplicaStanding::WaitsForLease
+            } else {
+                match state.choose(now, id) {
+                    Ok(_) => ReplicaStanding::Joining,
+                    Err(Missing::Nodes) => ReplicaStanding::WaitsForNodes,
+                    Err(Missing::Holder) => ReplicaStanding::WaitsForDisks(replica.holders()),
+                    Err(Missing::Fence) => ReplicaStanding::WaitsForLease,
+                }
+            };
+            ReplicaView { membership: replica.membership.as_ref(), standing, committed: replica.floor() }
+        })
+    }
+
+    /// How the cluster is run.
+    #[must_use]
+    pub const fn config(&self) -> &'a ClusterConfig {
+        &self.0.config
+    }
+
+    /// The life of the supervisor.
+    #[must_use]
+    pub const fn incarnation(&self) -> Incarnation {
+        self.0.incarnation
+    }
+
+    /// Whether everything is to finish and stop.
+    #[must_use]
+    pub const fn is_draining(&self) -> bool {
+        self.0.drain.is_some()
     }
 
     /// Until when a node may believe to hold a lease, by the supervisor's clock.
@@ -82,5 +183,17 @@ impl<'a> SupervisorView<'a> {
     #[must_use]
     pub const fn is_over(&self) -> bool {
         self.0.over
+    }
+}
+
+const fn standing(node: &Node) -> Standing {
+    match node.life {
+        Life::Down { .. } => Standing::Down,
+        Life::Starting { .. } => Standing::Starting,
+        Life::Up => Standing::Up,
+        Life::Fencing { .. } => Standing::Fencing,
+        Life::Capturing => Standing::Capturing,
+        Life::GivenUp => Standing::GivenUp,
+        Life::Stopped => Standing::Stopped,
     }
 }
