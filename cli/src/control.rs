@@ -1,9 +1,11 @@
-//! The runtime API of a running process, over a Unix socket in its state directory: a JSON line asks, a line answers.
+//! The runtime API of a running process or cluster, over a Unix socket in its state directory: a JSON line asks, a line
+//! answers.
+
+mod cluster;
+mod process;
 
 use anyhow::{Context, bail};
 use lite_llm_core::ids::RequestId;
-use lite_llm_core::input::SwitchTarget;
-use lite_llm_hw::node::NodeHandle;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::net::{RecvFlags, recv};
 use serde::{Deserialize, Serialize};
@@ -23,7 +25,7 @@ const NAME: &str = "control.sock";
 const LINE_BYTES_MAX: u64 = 1 << 20;
 /// Clients at once.
 const CLIENTS_MAX: usize = 32;
-/// Clients that wait for a position, which may never come, so that the others are heard.
+/// Clients that wait for what may never come, so that the others are heard.
 const WAITING_MAX: usize = 16;
 /// How long a client may take to say what it wants, and to hear the answer.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -50,6 +52,58 @@ pub(crate) enum Ask {
     Cancel { id: String },
     /// Write a snapshot.
     Snapshot,
+    /// Have a node of a cluster begin a new life.
+    Restart { node: u32 },
+}
+
+/// Whoever can be asked: a process, or a cluster.
+pub(crate) trait Controlled: Clone + Send + 'static {
+    /// Does what is asked, and says what came of it.
+    fn obey(&self, ask: Ask, client: &Client<'_>) -> anyhow::Result<Value>;
+}
+
+/// Who asks, as far as he may have to be waited with.
+pub(crate) struct Client<'a> {
+    stream: &'a UnixStream,
+    waiting: &'a Places,
+}
+
+impl Client<'_> {
+    /// One of the places of those who wait for what may never come.
+    fn place(&self) -> anyhow::Result<Place> {
+        self.waiting.take().context("too many clients wait for something to come; ask again later")
+    }
+
+    /// Waits for an outcome as long as the client does. Whoever goes leaves it asked for.
+    fn wait<T>(
+        &self,
+        outcome: impl Fn(Duration) -> Result<Result<T, String>, RecvTimeoutError>,
+    ) -> anyhow::Result<T> {
+        loop {
+            match outcome(LOOK_PERIOD) {
+                Ok(outcome) => return outcome.map_err(anyhow::Error::msg),
+                Err(RecvTimeoutError::Disconnected) => bail!("the process ended before it had answered"),
+                Err(RecvTimeoutError::Timeout) => {
+                    anyhow::ensure!(!has_gone(self.stream), "nobody waits any more");
+                }
+            }
+        }
+    }
+}
+
+/// Whether a client has closed its end.
+fn has_gone(client: &UnixStream) -> bool {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    matches!(recv(client, &mut [0; 1][..], flags), Ok((_, 0)))
+}
+
+fn request_id(id: &str) -> anyhow::Result<RequestId> {
+    RequestId::new(id).map_err(anyhow::Error::msg)
+}
+
+/// A request and a position of it.
+fn pinned(at: Option<(String, u32)>) -> anyhow::Result<Option<(RequestId, u32)>> {
+    at.map(|(id, position)| Ok((request_id(&id)?, position))).transpose()
 }
 
 /// The listening end. Dropped, it is gone from the directory.
@@ -60,7 +114,7 @@ pub(crate) struct ControlSocket {
 
 impl ControlSocket {
     /// Listens in a state directory that this process has locked.
-    pub(crate) fn open(state: &Path, node: NodeHandle) -> anyhow::Result<Self> {
+    pub(crate) fn open(state: &Path, controlled: impl Controlled) -> anyhow::Result<Self> {
         let path = state.join(NAME);
         // The lock on the directory says that whoever left one there is dead.
         match std::fs::remove_file(&path) {
@@ -74,7 +128,7 @@ impl ControlSocket {
             .with_context(|| format!("cannot listen on the control socket {}", path.display()))?;
         std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || listen(&listener, &node))
+            .spawn(move || listen(&listener, &controlled))
             .context("cannot start the thread of the control socket")?;
         Ok(Self { path })
     }
@@ -95,7 +149,7 @@ fn short_path(state: &Path) -> anyhow::Result<(OwnedFd, PathBuf)> {
     Ok((directory, path))
 }
 
-fn listen(listener: &UnixListener, node: &NodeHandle) {
+fn listen(listener: &UnixListener, controlled: &impl Controlled) {
     let (clients, waiting) = (Places::new(CLIENTS_MAX), Places::new(WAITING_MAX));
     for stream in listener.incoming() {
         let Ok(stream) = stream else { continue };
@@ -105,9 +159,10 @@ fn listen(listener: &UnixListener, node: &NodeHandle) {
             answer(&stream, &json!({ "error": "too many clients of the control socket; ask again later" }));
             continue;
         };
-        let (node, waiting) = (node.clone(), waiting.clone());
+        let (controlled, waiting) = (controlled.clone(), waiting.clone());
         let serve = move || {
-            let value = match read_ask(&stream).and_then(|ask| obey(&node, ask, &stream, &waiting)) {
+            let client = Client { stream: &stream, waiting: &waiting };
+            let value = match read_ask(&stream).and_then(|ask| controlled.obey(ask, &client)) {
                 Ok(value) => json!({ "ok": value }),
                 Err(error) => json!({ "error": format!("{error:#}") }),
             };
@@ -159,111 +214,21 @@ fn read_ask(stream: &UnixStream) -> anyhow::Result<Ask> {
     Ok(serde_json::from_str(&line)?)
 }
 
-fn obey(node: &NodeHandle, ask: Ask, client: &UnixStream, waiting: &Places) -> anyhow::Result<Value> {
-    let switch = |target, at| switch(node, target, at, client, waiting);
-    Ok(match ask {
-        Ask::Status => status(node)?,
-        Ask::Tierset { tiers, at } => switch(SwitchTarget::Tiers(tiers), at)?,
-        Ask::Mode { mode, at } => switch(SwitchTarget::Mode(mode), at)?,
-        Ask::Budget { ns, at } => switch(SwitchTarget::Budget(ns), at)?,
-        Ask::Drain { bound_ms } => {
-            node.drain(bound_ms.map(Duration::from_millis))?;
-            json!({ "draining": true })
-        }
-        Ask::Cancel { id } => {
-            node.cancel(request_id(&id)?)?;
-            json!({ "cancelled": id })
-        }
-        Ask::Snapshot => json!({ "snapshot_before": node.snapshot()?.0 }),
-    })
-}
-
-fn switch(
-    node: &NodeHandle,
-    target: SwitchTarget,
-    at: Option<(String, u32)>,
-    client: &UnixStream,
-    waiting: &Places,
-) -> anyhow::Result<Value> {
-    let at = match at {
-        Some((id, position)) => Some((request_id(&id)?, position)),
-        None => None,
-    };
-    let _place = match &at {
-        Some(_) => Some(waiting.take().context("too many clients wait for a position; ask again later")?),
-        None => None,
-    };
-    let outcome = node.switch(target, at);
-    loop {
-        match outcome.recv_timeout(LOOK_PERIOD) {
-            Ok(Ok(generation)) => return Ok(json!({ "generation": generation.0 })),
-            Ok(Err(reason)) => bail!("{reason}"),
-            Err(RecvTimeoutError::Disconnected) => bail!("the process ended before the switch"),
-            // The switch stays asked for.
-            Err(RecvTimeoutError::Timeout) => anyhow::ensure!(!has_gone(client), "nobody waits any more"),
-        }
-    }
-}
-
-/// Whether a client has closed its end.
-fn has_gone(client: &UnixStream) -> bool {
-    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-    matches!(recv(client, &mut [0; 1][..], flags), Ok((_, 0)))
-}
-
-fn request_id(id: &str) -> anyhow::Result<RequestId> {
-    RequestId::new(id).map_err(anyhow::Error::msg)
-}
-
-fn status(node: &NodeHandle) -> anyhow::Result<Value> {
-    let status = node.status()?;
-    let requests: Vec<Value> = status
-        .requests
-        .iter()
-        .map(|r| {
-            json!({
-                "id": r.id.as_str(),
-                "prompt": r.prompt,
-                "generated": r.generated,
-                "computed": r.computed,
-            })
-        })
-        .collect();
-    Ok(json!({
-        "lifecycle": format!("{:?}", status.lifecycle),
-        "incarnation": status.incarnation.0,
-        "record": status.seq.0,
-        "durable": status.durable.0,
-        "digest": status.digest.to_string(),
-        "generation": status.generation.as_ref().map(|(generation, _)| generation.0),
-        "tiers": status.generation.as_ref().map(|(_, tiers)| tiers),
-        "routing_seed": status.routing_seed,
-        "requests": requests,
-        "memory_bytes": status.memory_bytes,
-        "resident_bytes": status.resident_bytes,
-        "slots": status.carving.slots,
-        "slots_ready": status.slots_ready,
-        "warm_slots": status.carving.warm_slots,
-        "warm_slots_ready": status.warm_slots_ready,
-        "pages": status.carving.pages,
-        "pages_free": status.pages_free,
-        "telemetry_dropped": status.telemetry_dropped,
-    }))
-}
-
-/// Asks the process that has a state directory open.
+/// Asks the process, or the cluster, that has a state directory open.
 ///
 /// # Errors
 /// If there is none, or it refuses.
 pub(crate) fn ask(state: &Path, ask: &Ask) -> anyhow::Result<Value> {
     anyhow::ensure!(state.is_dir(), "{} is no state directory", state.display());
     let (_directory, short) = short_path(state)?;
-    let mut stream = UnixStream::connect(short).with_context(|| {
-        format!("no running process answers in {}; start one with `run --state`", state.display())
-    })?;
+    let mut stream = UnixStream::connect(short).with_context(|| nobody(state))?;
     let silent = || format!("the process in {} does not answer", state.display());
-    // A switch waits for its position, or for what it loads.
-    if !matches!(ask, Ask::Tierset { .. } | Ask::Mode { .. } | Ask::Budget { .. }) {
+    // A switch waits for its position, or for what it loads; a restart until the former life has certainly ended.
+    let waits = match ask {
+        Ask::Tierset { .. } | Ask::Mode { .. } | Ask::Budget { .. } | Ask::Restart { .. } => true,
+        Ask::Status | Ask::Drain { .. } | Ask::Cancel { .. } | Ask::Snapshot => false,
+    };
+    if !waits {
         stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
     }
     stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
@@ -276,4 +241,18 @@ pub(crate) fn ask(state: &Path, ask: &Ask) -> anyhow::Result<Value> {
         Some(error) => bail!("{error}"),
         None => Ok(answer["ok"].take()),
     }
+}
+
+/// What is said where nobody listens.
+fn nobody(state: &Path) -> String {
+    if state.join("alive").exists() {
+        return format!(
+            "{} is the directory of one node: ask its cluster, in the directory around it",
+            state.display()
+        );
+    }
+    format!(
+        "no running process answers in {}; start one with `run --state` or `supervise -- run --state`",
+        state.display()
+    )
 }

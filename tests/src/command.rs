@@ -157,3 +157,26 @@ pub fn child_of(parent: u32) -> Option<u32> {
         .flat_map(|list| list.split_whitespace().map(|pid| pid.parse().unwrap()).collect::<Vec<_>>())
         .next()
 }
+
+/// The tokens of a stream, each offset once and in order, as the result has them too.
+#[track_caller]
+pub fn tokens(ran: &Ran) -> Vec<u64> {
+    let (stream, result) = parse_stream(&ran.stdout);
+    let tokens: Vec<u64> = stream.iter().map(|(_, token)| *token).collect();
+    assert!(stream.iter().map(|(offset, _)| *offset).eq(0..tokens.len() as u64), "{stream:?}");
+    let result = result.expect("a result");
+    let of_result: Vec<u64> =
+        result["tokens"].as_array().expect("tokens").iter().filter_map(Value::as_u64).collect();
+    assert_eq!(tokens, of_result);
+    tokens
+}
+
+/// What was recorded of the ends of nodes, in the directory `state` of a place.
+pub fn failures(place: &Place, nodes: u32) -> Vec<Value> {
+    let dirs = (0..nodes).map(|node| place.path(&format!("state/node-{node}")));
+    let files = dirs.flat_map(|dir| std::fs::read_dir(dir).into_iter().flatten().flatten());
+    let failures = files.filter(|file| file.file_name().to_string_lossy().starts_with("failure-"));
+    failures
+        .map(|file| serde_json::from_slice(&std::fs::read(file.path()).expect("a file")).expect("JSON"))
+        .collect()
+}

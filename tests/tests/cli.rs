@@ -292,6 +292,7 @@ fn a_running_process_is_steered() {
     ctl(&["tierset", "nope"]).refuses(1, &["unknown tier"]);
     assert_eq!(ctl(&["mode", "max", "--json"]).json()["generation"], 0);
     ctl(&["cancel", "nobody"]).refuses(1, &["no such request"]);
+    ctl(&["restart", "0"]).refuses(1, &["one process, not a cluster"]);
     assert_eq!(ctl(&["cancel", "long"]).code, Some(0));
     let mut out = Vec::new();
     std::io::Read::read_to_end(child.stdout.as_mut().unwrap(), &mut out).unwrap();

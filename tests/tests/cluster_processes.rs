@@ -12,7 +12,7 @@ use lite_llm_core::topology::Topology;
 use lite_llm_hw::disk::FileDisk;
 use lite_llm_sim::cluster::check::{all, first_bytes};
 use lite_llm_sim::cluster::watch::Fact;
-use lite_llm_tests::command::{Place, Ran, parse_stream, try_signal};
+use lite_llm_tests::command::{Place, Ran, failures, tokens, try_signal};
 use lite_llm_tests::harness::folder;
 use serde_json::Value;
 use std::path::Path;
@@ -50,19 +50,6 @@ fn alone(place: &Place) -> Vec<u64> {
     let ran = place.run(arguments.iter().chain(&RUN).chain(&SAMPLING));
     assert_eq!(ran.code, Some(0), "{}", ran.stderr);
     tokens(&ran)
-}
-
-/// The tokens of a stream, each offset once and in order, as the result has them too.
-#[track_caller]
-fn tokens(ran: &Ran) -> Vec<u64> {
-    let (stream, result) = parse_stream(&ran.stdout);
-    let tokens: Vec<u64> = stream.iter().map(|(_, token)| *token).collect();
-    assert!(stream.iter().map(|(offset, _)| *offset).eq(0..tokens.len() as u64), "{stream:?}");
-    let result = result.expect("a result");
-    let of_result: Vec<u64> =
-        result["tokens"].as_array().expect("tokens").iter().filter_map(Value::as_u64).collect();
-    assert_eq!(tokens, of_result);
-    tokens
 }
 
 /// The process of a node, as it says itself.
@@ -131,15 +118,6 @@ fn check_journals(place: &Place, topology: &Topology, nodes: u32) {
         ["replay", "--json", "--full", model.to_str().expect("a path"), dir.to_str().expect("a path")];
     let replayed = place.run(arguments).json();
     assert!(replayed["full"].is_object() || replayed["steps"].is_number(), "{replayed}");
-}
-
-fn failures(place: &Place, nodes: u32) -> Vec<Value> {
-    let dirs = (0..nodes).map(|node| place.path(&format!("state/node-{node}")));
-    let files = dirs.flat_map(|dir| std::fs::read_dir(dir).into_iter().flatten().flatten());
-    let failures = files.filter(|file| file.file_name().to_string_lossy().starts_with("failure-"));
-    failures
-        .map(|file| serde_json::from_slice(&std::fs::read(file.path()).expect("a file")).expect("JSON"))
-        .collect()
 }
 
 fn finished(child: Child) -> Ran {

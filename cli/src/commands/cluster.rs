@@ -1,8 +1,10 @@
 //! `lite-llm supervise --nodes N`: a model spread over processes, supervised, with the run's requests as its clients.
 
+use crate::cause;
 use crate::commands::batch;
 use crate::commands::rank::NodeSettings;
 use crate::commands::run::{Opened, RunArgs};
+use crate::control::ControlSocket;
 use crate::exit::{Exit, fault, usage};
 use crate::request::request_id;
 use crate::serve::Serving;
@@ -14,7 +16,7 @@ use anyhow::{Context, anyhow};
 use clap::Args;
 use lite_llm_core::cluster::membership::Member;
 use lite_llm_core::cluster::supervisor::{
-    Cause, ClusterConfig, Ending, Failure, Patience, Restarts, SupervisorEvent,
+    Cause, ClusterConfig, Failure, Patience, Restarts, SupervisorEvent,
 };
 use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::Body;
@@ -199,7 +201,10 @@ impl ClusterArgs {
             on_event: Some(Box::new(told)),
         })?;
         drain_on_signals(head.handle(), *drain_bound)?;
-        Ok(Cluster(head))
+        // A private directory has no one who knows where to connect.
+        let socket =
+            if state.is_private() { None } else { Some(ControlSocket::open(state.path(), head.handle())?) };
+        Ok(Cluster { head, socket })
     }
 
     fn run_one(
@@ -218,7 +223,7 @@ impl ClusterArgs {
         };
         let topology = cluster.topology;
         let cluster = self.start(run, opened, state, cluster)?;
-        let events = cluster.0.handle().submit(id.clone(), body, run.from_offset);
+        let events = cluster.head.handle().submit(id.clone(), body, run.from_offset);
         let mut printer =
             Printer::new(Format { stream: run.stream, json: run.json }, opened.tokenizer.as_ref());
         let mut tokens = Vec::new();
@@ -282,22 +287,34 @@ pub(crate) fn rank_command(
 }
 
 /// A cluster that serves.
-struct Cluster(Head);
+struct Cluster {
+    head: Head,
+    socket: Option<ControlSocket>,
+}
+
+impl Cluster {
+    /// Waits for its end, and is not asked anything any more.
+    fn wait(self) -> anyhow::Result<()> {
+        let ended = self.head.wait();
+        drop(self.socket);
+        Ok(ended?)
+    }
+}
 
 impl Serving for Cluster {
     fn submit(&self, id: RequestId, body: Body) -> Receiver<StreamEvent> {
-        self.0.handle().submit(id, body, 0)
+        self.head.handle().submit(id, body, 0)
     }
 
     fn end(self) -> anyhow::Result<()> {
-        self.0.handle().drain(None);
-        Ok(self.0.wait()?)
+        self.head.handle().drain(None);
+        self.wait()
     }
 
     fn broken_off(self) -> anyhow::Error {
-        match self.0.wait() {
+        match self.wait() {
             Ok(()) => anyhow!("drained with unfinished requests"),
-            Err(error) => error.into(),
+            Err(error) => error,
         }
     }
 }
@@ -322,20 +339,9 @@ fn drain_on_signals(head: HeadHandle, bound: Duration) -> anyhow::Result<()> {
 /// Says what happens to nodes.
 fn told(event: &SupervisorEvent) {
     match event {
+        SupervisorEvent::Failed(Failure { cause: Cause::Drained, .. }) => {}
         SupervisorEvent::Failed(Failure { member, cause, log, .. }) => {
-            let how = match cause {
-                Cause::Ended(Ending::Clean) => "stopped by itself".to_owned(),
-                Cause::Ended(Ending::Code(code)) => format!("ended with code {code}"),
-                Cause::Ended(Ending::Signal(signal)) => format!("was ended by signal {signal}"),
-                Cause::Ended(Ending::Panic { record }) => format!("met a bug at record {record}"),
-                Cause::Ended(Ending::Unknown) => "is gone".to_owned(),
-                Cause::NeverHeard => "was never heard".to_owned(),
-                Cause::Suspected(suspicion) => format!("was suspected and ended ({suspicion:?})"),
-                Cause::Diverged => "computed something else than the other ranks, and was ended".to_owned(),
-                Cause::Refused(reason) => format!("is refused: {reason}"),
-                Cause::Operator => "was ended by the operator".to_owned(),
-                Cause::Drained => return,
-            };
+            let how = cause::in_words(cause);
             tell!("{member} {how}; its log was durable up to record {}", log.last);
         }
         SupervisorEvent::Activated(epoch) => tell!("{epoch} is active"),

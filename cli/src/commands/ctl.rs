@@ -1,4 +1,4 @@
-//! `lite-llm ctl`: ask a running process.
+//! `lite-llm ctl`: ask a running process, or a cluster of them.
 
 use crate::control::{Ask, ask};
 use crate::exit::Exit;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 #[derive(Debug, Args)]
 pub(crate) struct CtlArgs {
-    /// The state directory of the running process
+    /// The state directory of the running process or cluster
     state: PathBuf,
     #[command(subcommand)]
     what: What,
@@ -59,8 +59,15 @@ enum What {
     },
     /// Write a snapshot of the state, so that the journal before it can go
     Snapshot,
-    /// Say what the process is doing
+    /// Say what the process, or each node of the cluster, is doing
     Status,
+    /// Have a node of a cluster begin a new life: the present one is ended, and recorded as ended by the operator
+    ///
+    /// Its budget of restarts begins anew. A node that was given up is started again: mend what it was given up for first.
+    Restart {
+        /// Its number
+        node: u32,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -99,6 +106,7 @@ impl CtlArgs {
             What::Cancel { id } => Ask::Cancel { id },
             What::Snapshot => Ask::Snapshot,
             What::Status => Ask::Status,
+            What::Restart { node } => Ask::Restart { node },
         };
         let answer = ask(&self.state, &wanted)?;
         let mut out = terminal::stdout();
@@ -106,10 +114,29 @@ impl CtlArgs {
             writeln!(out, "{answer}")?;
         } else if let Value::Object(map) = &answer {
             for (key, value) in map {
-                let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-                writeln!(out, "{key:18} {text}")?;
+                match value {
+                    Value::Array(items) if items.iter().any(Value::is_object) => {
+                        writeln!(out, "{key}")?;
+                        items.iter().try_for_each(|item| writeln!(out, "  {}", line(item)))?;
+                    }
+                    value => writeln!(out, "{key:18} {}", line(value))?,
+                }
             }
         }
         Ok(Exit::Ok)
+    }
+}
+
+/// A value in one line: of an object what it has, without what is null.
+fn line(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(items) => items.iter().map(line).collect::<Vec<_>>().join(" "),
+        Value::Object(map) => {
+            let told = map.iter().filter(|(_, value)| !value.is_null());
+            told.map(|(key, value)| format!("{key} {}", line(value))).collect::<Vec<_>>().join(", ")
+        }
+        Value::Null => "-".into(),
+        Value::Bool(_) | Value::Number(_) => value.to_string(),
     }
 }

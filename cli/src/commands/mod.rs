@@ -42,7 +42,7 @@ pub(crate) enum Command {
     Supervise(supervise::SuperviseArgs),
     /// Add a node of this machine to a cluster whose supervisor is on another
     Node(node::NodeArgs),
-    /// Ask a running process to switch tiers, drain, cancel, snapshot or tell its status
+    /// Ask a running process or cluster to switch tiers, drain, cancel, snapshot, restart a node or tell its status
     Ctl(ctl::CtlArgs),
     /// Verify a journal: fold it again and compare every digest
     Replay(replay::ReplayArgs),

@@ -49,6 +49,11 @@ impl Elsewhere {
         self.nodes.contains(&node.0)
     }
 
+    /// Where the agent of a node is, if it has one.
+    pub(super) fn agent(&self, node: NodeId) -> Option<SocketAddr> {
+        self.agents.get(&node).map(|agent| agent.address)
+    }
+
     /// A life is to begin, as soon as there is an agent.
     pub(super) fn start(&mut self, member: Member) {
         self.start.insert(member.node, member);

@@ -1,35 +1,45 @@
-//! The head of a cluster: the supervisor's state machine with its journal, the nodes' processes, and the clients.
+//! The head of a cluster: the supervisor's state machine with its journal, the nodes' processes, the clients and the operator.
+
+mod handle;
+mod operator;
+mod status;
+
+pub(super) use handle::Reply;
+pub use handle::{Answer, HeadHandle};
+pub use status::{ClusterStatus, NodeStatus, ReplicaStatus};
 
 use super::ClusterError;
+use super::book::Book;
 use super::elsewhere::Elsewhere;
 use super::processes::Processes;
 use super::requests::Requests;
 use super::said::Said;
 use crate::disk::FileDisk;
 use crate::net::{Key, Mesh};
+use crate::node::NodeError;
 use crate::node::event_loop::Clock;
-use crate::node::{NodeError, StreamEvent};
 use crate::supervisor::JournalTail;
+use handle::Happened;
 use lite_llm_core::LOGIC_VERSION;
-use lite_llm_core::cluster::membership::{Member, NodeId};
+use lite_llm_core::cluster::membership::Member;
 use lite_llm_core::cluster::supervisor::{
     ClusterConfig, Failure, Standing, Supervisor, SupervisorEvent, SupervisorInput, SupervisorOutput,
 };
 use lite_llm_core::digest::Digest;
-use lite_llm_core::ids::{Incarnation, RequestId, Seq};
-use lite_llm_core::input::Body;
+use lite_llm_core::ids::{Incarnation, Seq};
 use lite_llm_core::journal::{Header, Store, scan};
 use lite_llm_core::replay::{encode_input, fold};
 use lite_llm_core::time::Time;
+use operator::Operator;
 use serde::Serialize;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::fs::{DirBuilder, OpenOptions};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -70,40 +80,11 @@ pub struct HeadOptions {
     pub on_event: Option<OnEvent>,
 }
 
-#[derive(Debug)]
-enum Happened {
-    Said(Said),
-    Submit { id: RequestId, body: Box<Body>, from: u32, events: Sender<StreamEvent> },
-    Drain { bound_ns: Option<u64> },
-    Stop,
-}
-
 /// A running head. Dropping it is a crash: the nodes go on, and the next life finds them.
 #[derive(Debug)]
 pub struct Head {
     handle: HeadHandle,
     thread: Option<JoinHandle<Result<(), ClusterError>>>,
-}
-
-/// Asks a head from any thread.
-#[derive(Clone, Debug)]
-pub struct HeadHandle(SyncSender<Happened>);
-
-impl HeadHandle {
-    /// Asks for a stream from a token on. The same id with the same body attaches to what is there.
-    #[must_use]
-    pub fn submit(&self, id: RequestId, body: Body, from: u32) -> Receiver<StreamEvent> {
-        let (events, receiver) = channel();
-        // A head that has ended answers nothing.
-        let _ = self.0.send(Happened::Submit { id, body: Box::new(body), from, events });
-        receiver
-    }
-
-    /// Asks for a clean stop: what is accepted is finished, or left in the journals once the bound is over.
-    pub fn drain(&self, bound: Option<Duration>) {
-        let bound_ns = bound.map(|bound| u64::try_from(bound.as_nanos()).unwrap_or(u64::MAX));
-        let _ = self.0.send(Happened::Drain { bound_ns });
-    }
 }
 
 impl Head {
@@ -113,12 +94,13 @@ impl Head {
     /// If the journal or the network cannot be opened.
     pub fn start(options: HeadOptions) -> Result<Self, ClusterError> {
         let (messages, happened) = sync_channel(MESSAGES_MAX);
+        let replicas = options.cluster.topology.data;
         let mut loop_ = Loop::open(options, &messages)?;
         let thread = std::thread::Builder::new()
             .name("head".into())
             .spawn(move || loop_.run(&happened))
             .map_err(|source| NodeError::System { what: "cannot start the head's loop", source })?;
-        Ok(Self { handle: HeadHandle(messages), thread: Some(thread) })
+        Ok(Self { handle: HeadHandle::new(messages, replicas), thread: Some(thread) })
     }
 
     /// A handle for other threads.
@@ -147,48 +129,10 @@ impl Head {
 impl Drop for Head {
     fn drop(&mut self) {
         if self.thread.is_some() {
-            let _ = self.handle.0.send(Happened::Stop);
+            self.handle.send(Happened::Stop);
             // What it says is of no interest to who drops it.
             let _ = self.join();
         }
-    }
-}
-
-/// Where lives are to be told. An older life of a node may still say something, and is answered where it is.
-#[derive(Debug, Default)]
-struct Book(BTreeMap<Member, SocketAddr>);
-
-impl Book {
-    /// Lives of a node whose addresses are kept.
-    const LIVES: usize = 4;
-
-    fn insert(&mut self, member: Member, address: SocketAddr) {
-        self.0.insert(member, address);
-        let older: Vec<Member> =
-            self.lives(member.node).rev().skip(Self::LIVES).map(|(member, _)| member).collect();
-        for member in older {
-            self.0.remove(&member);
-        }
-    }
-
-    fn lives(&self, node: NodeId) -> impl DoubleEndedIterator<Item = (Member, SocketAddr)> {
-        let life = |incarnation| Member { node, incarnation: Incarnation(incarnation) };
-        self.0.range(life(0)..=life(u64::MAX)).map(|(&member, &address)| (member, address))
-    }
-
-    fn of(&self, member: Member) -> Option<SocketAddr> {
-        self.0.get(&member).copied()
-    }
-
-    fn newest_of(&self, node: NodeId) -> Option<SocketAddr> {
-        self.lives(node).next_back().map(|(_, address)| address)
-    }
-
-    /// Each node's newest life.
-    fn newest(&self) -> impl Iterator<Item = (NodeId, SocketAddr)> {
-        let newest: BTreeMap<NodeId, SocketAddr> =
-            self.0.iter().map(|(member, &address)| (member.node, address)).collect();
-        newest.into_iter()
     }
 }
 
@@ -216,6 +160,7 @@ struct Loop {
     mesh: Mesh,
     book: Book,
     requests: Requests,
+    operator: Operator,
     end: Option<Result<(), ClusterError>>,
 }
 
@@ -275,6 +220,7 @@ impl Loop {
             mesh,
             book: Book::default(),
             requests: Requests::new(replicas),
+            operator: Operator::default(),
             end: None,
         })
     }
@@ -287,11 +233,15 @@ impl Loop {
                 return end;
             }
             self.ask();
+            self.attend();
             let due = self
                 .until
                 .map_or(LOOK_EVERY, |until| Duration::from_nanos(until.0.saturating_sub(self.clock.now().0)));
-            let asks =
-                self.requests.again().map_or(LOOK_EVERY, |at| at.saturating_duration_since(Instant::now()));
+            // What is due and was not asked waits for somebody who leads.
+            let now = Instant::now();
+            let asks = self.requests.again().into_iter().chain(self.operator.again());
+            let asks = asks.map(|at| at.saturating_duration_since(now)).filter(|wait| !wait.is_zero());
+            let asks = asks.min().unwrap_or(LOOK_EVERY);
             match happened.recv_timeout(due.min(asks).min(LOOK_EVERY)) {
                 Ok(Happened::Stop) => return Err(NodeError::Ended.into()),
                 Ok(happened) => self.take(happened),
@@ -325,8 +275,15 @@ impl Loop {
                 self.book.insert(beat.member, address);
                 self.inbox.push_back(SupervisorInput::Beat(beat));
             }
-            Happened::Said(Said::Tell(output)) => self.requests.tell(*output),
-            Happened::Said(Said::Refused { input, .. }) => self.requests.refused(&input),
+            Happened::Said(Said::Tell(output)) => {
+                self.operator.wishes.tell(&output);
+                self.requests.tell(*output);
+            }
+            Happened::Said(Said::Refused { input, .. }) => {
+                self.operator.wishes.refused(&input);
+                self.requests.refused(&input);
+            }
+            Happened::Said(Said::Seen { member, status }) => self.operator.seen(member, *status),
             Happened::Said(Said::Agent(says)) => {
                 let (to, wanted, new) = self.elsewhere.hear(*says, &self.settings);
                 self.mesh.send(to, Said::Wanted(Box::new(wanted)).encode());
@@ -340,8 +297,11 @@ impl Loop {
                 self.inbox
                     .extend(new.filter(|&node| given_up(node)).map(|node| SupervisorInput::Restart { node }));
             }
-            Happened::Said(Said::Rank(_) | Said::Orders { .. } | Said::Ask { .. } | Said::Wanted(_)) => {}
+            Happened::Said(
+                Said::Rank(_) | Said::Orders { .. } | Said::Ask { .. } | Said::Look | Said::Wanted(_),
+            ) => {}
             Happened::Submit { id, body, from, events } => self.requests.submit(id, *body, from, events),
+            Happened::Asked(asked) => self.asked(asked),
             Happened::Drain { bound_ns } => self.inbox.push_back(SupervisorInput::Drain { bound_ns }),
             Happened::Stop => unreachable!("taken by the caller"),
         }
@@ -451,7 +411,7 @@ impl Loop {
         Ok(tail)
     }
 
-    /// Asks whoever leads for the streams that clients wait for.
+    /// Asks whoever leads for the streams that clients wait for, and for what the operator wishes.
     fn ask(&mut self) {
         let view = self.supervisor.view();
         let leader = |replica: u32| {
@@ -460,7 +420,9 @@ impl Loop {
             let node = membership.leading().node;
             (active && self.book.newest_of(node).is_some()).then_some((membership.epoch, node))
         };
-        for (node, replica, input) in self.requests.due(leader) {
+        let mut due = self.requests.due(leader);
+        due.extend(self.operator.wishes.due(leader));
+        for (node, replica, input) in due {
             if let Some(to) = self.book.newest_of(node) {
                 self.mesh.send(to, Said::Ask { replica, input: Box::new(input) }.encode());
             }
@@ -492,27 +454,4 @@ fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), ClusterErro
         std::fs::File::open(dir)?.sync_all()
     };
     write().map_err(|source| ClusterError::File { path: path.clone(), source })
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lives_are_told_where_they_are_and_the_newest_is_the_nodes() {
-        let member = |node, life| Member { node: NodeId(node), incarnation: Incarnation(life) };
-        let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        let mut book = Book::default();
-        for life in [1, 2, 3, 4, 5] {
-            book.insert(member(0, u64::from(life)), at(100 + life));
-        }
-        book.insert(member(1, 7), at(7));
-        // An older life that is heard late takes nobody's place.
-        book.insert(member(0, 4), at(104));
-        assert_eq!(book.of(member(0, 4)), Some(at(104)));
-        assert_eq!(book.of(member(0, 1)), None);
-        assert_eq!(book.newest().collect::<Vec<_>>(), [(NodeId(0), at(105)), (NodeId(1), at(7))]);
-        assert_eq!(book.newest_of(NodeId(2)), None);
-    }
 }

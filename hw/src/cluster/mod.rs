@@ -5,15 +5,17 @@
 //! does no harm.
 
 pub mod agent;
+mod book;
 mod elsewhere;
 pub mod head;
 mod processes;
 pub mod rank;
 mod requests;
 mod said;
+mod wishes;
 
 pub use agent::AgentOptions;
-pub use head::{Head, HeadOptions};
+pub use head::{ClusterStatus, Head, HeadOptions};
 pub use processes::end_all;
 pub use rank::RankOptions;
 pub use said::is_said;

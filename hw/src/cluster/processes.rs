@@ -141,6 +141,18 @@ impl Processes {
         ended
     }
 
+    /// The process of a life, if it runs here.
+    pub(super) fn pid(&self, member: Member) -> Option<u32> {
+        let running = self.running.get(&member.node).filter(|running| running.member == member)?;
+        match &running.child {
+            Some(child) => Some(child.id()),
+            None => {
+                let (pid, life, _) = written(&self.dir(member.node))?;
+                (life == member.incarnation).then(|| pid.as_raw_nonzero().get().unsigned_abs())
+            }
+        }
+    }
+
     /// Ends everything that runs.
     pub(super) fn kill_all(&mut self) {
         let members: Vec<Member> = self.running.values().map(|running| running.member).collect();

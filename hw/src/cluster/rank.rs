@@ -18,6 +18,7 @@ use crate::node::event_loop::Clock;
 use crate::node::journal::{Change, Contents, Journal};
 use crate::node::loaders::Loaders;
 use crate::node::open::{LOADERS_MAX, fold_contents, refold};
+use crate::node::report;
 use crate::node::reports::{Report, Reports};
 use crate::telemetry::{Telemetry, Timing};
 use lite_llm_core::LOGIC_VERSION;
@@ -276,7 +277,7 @@ impl Node {
             });
             match happened.recv_timeout(wait) {
                 Ok(Happened::Report(report)) => self.report(report)?,
-                Ok(Happened::Said(said)) => self.hear(said)?,
+                Ok(Happened::Said(said)) => self.hear(said, mesh)?,
                 Err(RecvTimeoutError::Timeout) => self.inbox.push_back(PeerInput::Tick),
                 Err(RecvTimeoutError::Disconnected) => {
                     unreachable!("threads of this node report as long as it runs")
@@ -287,7 +288,7 @@ impl Node {
     }
 
     /// Another process says something.
-    fn hear(&mut self, said: Said) -> Result<(), ClusterError> {
+    fn hear(&mut self, said: Said, mesh: &Mesh) -> Result<(), ClusterError> {
         match said {
             Said::Rank(message) => self.inbox.push_back(PeerInput::Message(message)),
             Said::Orders { orders, book } if orders.to == self.member => {
@@ -305,10 +306,16 @@ impl Node {
                     self.inbox.push_back(PeerInput::Command(*input));
                 }
             }
+            Said::Look => {
+                let status = report::status(self.peer.engine(), self.durable, self.telemetry.dropped());
+                let said = Said::Seen { member: self.member, status: Box::new(status) };
+                mesh.send(self.supervisor, said.encode());
+            }
             Said::Orders { .. }
             | Said::Beat { .. }
             | Said::Tell(_)
             | Said::Refused { .. }
+            | Said::Seen { .. }
             | Said::Agent(_)
             | Said::Wanted(_) => {}
         }

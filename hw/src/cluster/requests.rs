@@ -29,6 +29,13 @@ struct Request {
     again: Instant,
 }
 
+/// Each request belongs to one replica, by its id.
+pub(super) fn replica_of(id: &RequestId, replicas: u32) -> u32 {
+    let hash = Digest::of(id.as_str().as_bytes());
+    let hash = u64::from_le_bytes(*hash.0.first_chunk().expect("a digest is longer"));
+    u32::try_from(hash % u64::from(replicas)).expect("below a number of replicas")
+}
+
 /// All requests that have not ended.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
@@ -43,12 +50,14 @@ impl Requests {
 
     /// A client wants a stream from a token on.
     pub(super) fn submit(&mut self, id: RequestId, body: Body, from: u32, events: Sender<StreamEvent>) {
-        // Each request belongs to one replica, by its id.
-        let hash = Digest::of(id.as_str().as_bytes());
-        let hash = u64::from_le_bytes(*hash.0.first_chunk().expect("a digest is longer"));
-        let replica = u32::try_from(hash % u64::from(self.replicas)).expect("below a number of replicas");
+        let replica = replica_of(&id, self.replicas);
         let request = Request { body, replica, next: from, events, asked: None, again: Instant::now() };
         self.open.insert(id, request);
+    }
+
+    /// Whose replica each is of, and the tokens that its client was told, up to an offset.
+    pub(super) fn told(&self) -> BTreeMap<RequestId, (u32, u32)> {
+        self.open.iter().map(|(id, request)| (id.clone(), (request.replica, request.next))).collect()
     }
 
     /// What is to be asked now, and of whom: `leader` says who leads a replica.

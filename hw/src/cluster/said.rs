@@ -1,5 +1,6 @@
 //! What processes of a cluster say to each other.
 
+use crate::node::Status;
 use lite_llm_core::cluster::membership::{Member, NodeId};
 use lite_llm_core::cluster::message::Message;
 use lite_llm_core::cluster::orders::{Beat, Orders};
@@ -25,6 +26,10 @@ pub(super) enum Said {
     Tell(Box<Output>),
     /// From a node: what was asked is not taken, and why.
     Refused { input: Box<Input>, reason: String },
+    /// To a node: say what you are doing.
+    Look,
+    /// From a node: what it is doing.
+    Seen { member: Member, status: Box<Status> },
     /// From the agent of a node on another machine.
     Agent(Box<AgentSays>),
     /// To it.

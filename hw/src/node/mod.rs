@@ -14,7 +14,7 @@ pub(crate) mod event_loop;
 pub(crate) mod journal;
 pub(crate) mod loaders;
 pub(crate) mod open;
-mod report;
+pub(crate) mod report;
 pub(crate) mod reports;
 mod stop;
 mod streams;
@@ -35,6 +35,7 @@ use lite_llm_core::output::{Carving, FinishReason, Refusal};
 use lite_llm_core::plan::Identity;
 use lite_llm_model::Capture;
 use lite_llm_model::kernels::{DType, Isa};
+use serde::{Deserialize, Serialize};
 
 pub use error::NodeError;
 use event_loop::{Command, Message};
@@ -134,7 +135,7 @@ pub struct ExitReport {
 }
 
 /// What a node is doing.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// Where it is in its life.
     pub lifecycle: Lifecycle,
@@ -171,7 +172,7 @@ pub struct Status {
 }
 
 /// An unfinished request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RequestStatus {
     /// Idempotency key.
     pub id: RequestId,

@@ -24,7 +24,7 @@ pub(super) fn exit(engine: &Engine) -> ExitReport {
     }
 }
 
-pub(super) fn status(engine: &Engine, durable: Seq, telemetry_dropped: u64) -> Status {
+pub(crate) fn status(engine: &Engine, durable: Seq, telemetry_dropped: u64) -> Status {
     let view = engine.view();
     let current = view.generation();
     let requests = view.requests().map(|request| RequestStatus {
