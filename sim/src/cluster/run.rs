@@ -94,7 +94,7 @@ impl ClusterSetup {
             topology,
             nodes,
             real: false,
-            trains: seed % 2 == 1,
+            trains: seed % 4 == 1,
             hazards: Hazard::ALL.to_vec(),
             decisions: None,
             unrestricted: false,
