@@ -1,7 +1,7 @@
 //! Shards of an optimizer over a supervisor and the keepers of its nodes: who lost one gets it from whoever has it; if nobody
 //! has it all go back to the newest checkpoint of which everything is there; and never further while a disk is not read.
 
-mod common;
+mod beats;
 
 use lite_llm_core::cluster::membership::{Member, NodeId};
 use lite_llm_core::cluster::shards::{Keeper, KeeperInput, KeeperOutput, ShardMessage, ShardWord, Stamp};
@@ -208,7 +208,7 @@ impl Cluster {
         for at in 0..self.nodes.len() as u32 {
             let node = &self.nodes[at as usize];
             let Some(keeper) = &node.keeper else { continue };
-            let mut beat = common::beat_of(&self.supervisor, node.member(at), self.now);
+            let mut beat = beats::beat_of(&self.supervisor, node.member(at), self.now);
             beat.shards = Some(Box::new(keeper.standing()));
             self.give(SupervisorInput::Beat(Box::new(beat)));
         }

@@ -1,7 +1,7 @@
 //! The supervisor by hand: who is refused, who is not started again, who may lead, and what is said of it.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
+mod beats;
 
 use lite_llm_core::cluster::membership::{Epoch, Member, NodeId};
 use lite_llm_core::cluster::orders::{Beat, LogEnd, Orders};
@@ -54,7 +54,7 @@ impl Rig {
     }
 
     fn beat_of(&self, node: u32) -> Beat {
-        common::beat_of(&self.supervisor, self.member(node), self.now)
+        beats::beat_of(&self.supervisor, self.member(node), self.now)
     }
 
     fn beat(&mut self, node: u32) -> Vec<SupervisorOutput> {
