@@ -7,7 +7,7 @@ use lite_llm_core::cluster::membership::{Epoch, Member, NodeId};
 use lite_llm_core::cluster::orders::{Beat, LogEnd, Orders};
 use lite_llm_core::cluster::supervisor::{
     Cause, ClusterConfig, Ending, Restarts, Standing, Supervisor, SupervisorEvent, SupervisorInput,
-    SupervisorOutput,
+    SupervisorOutput, Training,
 };
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{Incarnation, Seq};
@@ -137,6 +137,10 @@ fn impossible_clusters_are_refused_with_the_remedy() {
         (ClusterConfig { nodes: 0, ..good.clone() }, "nodes is 0"),
         (ClusterConfig { lease_ns: 0, ..good.clone() }, "lease_ns is 0"),
         (ClusterConfig { drift_per_mille: 500, ..good.clone() }, "drift_per_mille is 500"),
+        (
+            ClusterConfig { training: Some(Training { store_every: 0, until: 9 }), ..good.clone() },
+            "training.store_every is 0",
+        ),
         (
             ClusterConfig { topology: Topology { data: 0, ..good.topology }, ..good.clone() },
             "topology.data is 0",
