@@ -76,8 +76,14 @@ impl<P: Clone> Link<P> {
         next || again
     }
 
-    /// Gives what is to be sent again, if its time has come, and the mere confirmation that is owed.
-    pub(super) fn due(&mut self, now: Time, retry_ns: u64, mut carry: impl FnMut(LinkHeader, Option<P>)) {
+    /// Gives what is to be sent again, if its time has come, and the mere confirmation that is owed. Says when there may be
+    /// more.
+    pub(super) fn due(
+        &mut self,
+        now: Time,
+        retry_ns: u64,
+        mut carry: impl FnMut(LinkHeader, Option<P>),
+    ) -> Option<Time> {
         if self.again.is_some_and(|again| again <= now) {
             self.vain = (self.vain + 1).min(VAIN_MAX);
             self.again = Some(now.after_ns(retry_ns.saturating_mul(1 << self.vain)));
@@ -91,11 +97,7 @@ impl<P: Clone> Link<P> {
             self.owes = false;
             carry(LinkHeader { number: 0, confirms: self.received }, None);
         }
-    }
-
-    /// When [`due`](Self::due) has something.
-    pub(super) fn again(&self) -> Option<Time> {
-        if self.owes { Some(Time(0)) } else { self.again }
+        self.again
     }
 }
 
@@ -135,7 +137,8 @@ mod tests {
                     air.push((1 - from, header, Some(payload)));
                 }
                 for (from, end) in ends.iter_mut().enumerate() {
-                    end.due(now, RETRY_NS, |header, payload| air.push((1 - from, header, payload)));
+                    let again = end.due(now, RETRY_NS, |header, payload| air.push((1 - from, header, payload)));
+                    prop_assert_eq!(again.is_some(), end.unconfirmed() > 0);
                 }
                 if air.is_empty() {
                     continue;
@@ -152,7 +155,7 @@ mod tests {
             }
             prop_assert_eq!(&got[1], &sent[0]);
             prop_assert_eq!(&got[0], &sent[1]);
-            prop_assert!(ends.iter().all(|end| end.unconfirmed() == 0 && end.again().is_none()), "all is confirmed");
+            prop_assert!(ends.iter().all(|end| end.unconfirmed() == 0 && end.again.is_none()), "all is confirmed");
         }
     }
 }

@@ -49,16 +49,31 @@ pub const fn mix(a: u64, b: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// What a seed draws at a point.
-const fn draw(seed: u64, point: Point) -> u64 {
-    mix(mix(mix(seed, point.hazard as u64), point.subject), point.nth)
+/// How often a hazard happens, and where its draws begin.
+#[derive(Clone, Copy, Debug, Default)]
+struct Odds {
+    /// In 2^32.
+    rate: u32,
+    /// Seed and hazard, mixed: they are the same in every draw.
+    base: u64,
+}
+
+impl Odds {
+    const fn new(seed: u64, hazard: Hazard, rate: u32) -> Self {
+        Self { rate, base: mix(seed, hazard as u64) }
+    }
+
+    /// What is drawn at a point.
+    const fn draw(self, subject: u64, nth: u64) -> u64 {
+        mix(mix(self.base, subject), nth)
+    }
 }
 
 /// Where decisions come from.
 #[derive(Clone, Debug)]
 enum Source {
-    /// A seed, with a rate in 2^32 for each hazard, by number.
-    Seed(Box<[u32; 256]>),
+    /// A seed: the odds of each hazard, by number.
+    Seed(Box<[Odds; 256]>),
     /// A log.
     Log(BTreeMap<Point, u64>),
 }
@@ -80,7 +95,7 @@ impl Decisions {
     /// some runs have one fault often and others all of them now and then.
     #[must_use]
     pub fn of_seed(seed: u64, hazards: &[Hazard]) -> Self {
-        let mut rates = [0; 256];
+        let mut odds = [Odds::default(); 256];
         for &hazard in hazards {
             let pick = mix(mix(seed, 0x5a17), hazard as u64);
             if pick.is_multiple_of(3) {
@@ -89,20 +104,20 @@ impl Decisions {
             // From a sixteenth of the most to all of it, each halving as likely as the next.
             let most = u64::from(hazard.about().per_million) * (1 << 32) / 1_000_000;
             let rate = most >> ((pick >> 8) % 5);
-            rates[hazard as usize] = u32::try_from(rate).unwrap_or(u32::MAX);
+            odds[hazard as usize] = Odds::new(seed, hazard, u32::try_from(rate).unwrap_or(u32::MAX));
         }
-        Self::new(seed, Source::Seed(Box::new(rates)))
+        Self::new(seed, Source::Seed(Box::new(odds)))
     }
 
     /// Decisions of a seed in which each hazard happens as often as its table allows.
     #[must_use]
     pub fn always(seed: u64, hazards: &[Hazard]) -> Self {
-        let mut rates = [0; 256];
+        let mut odds = [Odds::default(); 256];
         for &hazard in hazards {
             let most = u64::from(hazard.about().per_million) * (1 << 32) / 1_000_000;
-            rates[hazard as usize] = u32::try_from(most).unwrap_or(u32::MAX);
+            odds[hazard as usize] = Odds::new(seed, hazard, u32::try_from(most).unwrap_or(u32::MAX));
         }
-        Self::new(seed, Source::Seed(Box::new(rates)))
+        Self::new(seed, Source::Seed(Box::new(odds)))
     }
 
     /// The decisions of a log. The seed still decides what is no fault: workloads, latencies.
@@ -130,13 +145,13 @@ impl Decisions {
         }
         let point = Point { hazard, subject, nth };
         let value = match &inner.source {
-            Source::Seed(rates) => {
-                let rate = rates[hazard as usize];
-                if rate == 0 {
+            Source::Seed(odds) => {
+                let odds = odds[hazard as usize];
+                if odds.rate == 0 {
                     return None;
                 }
-                let drawn = draw(inner.seed, point);
-                if (drawn >> 32) >= u64::from(rate) {
+                let drawn = odds.draw(subject, nth);
+                if (drawn >> 32) >= u64::from(odds.rate) {
                     return None;
                 }
                 mix(drawn, 1)

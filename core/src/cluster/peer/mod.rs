@@ -196,6 +196,8 @@ pub struct Peer {
     /// The first input of the epoch is in the log: outputs are obeyed.
     obeying: bool,
     links: BTreeMap<u32, Link<Payload>>,
+    /// When the first of them has something to send again.
+    again: Option<Time>,
     /// Ends of the log: the one up to which every member's journal is known to be durable, and after each record since.
     ends: VecDeque<LogEnd>,
     /// The durable end of the local journal.
@@ -248,6 +250,7 @@ impl Peer {
             active: false,
             obeying: false,
             links: BTreeMap::new(),
+            again: None,
             followers: BTreeMap::new(),
             reading: VecDeque::new(),
             reads: false,
@@ -494,11 +497,13 @@ impl Peer {
     /// Sends again what was not confirmed, and confirmations that nothing else carried.
     fn confirm(&mut self, now: Time) {
         let Some(membership) = &self.membership else { return };
+        self.again = None;
         for (&rank, link) in &mut self.links {
-            link.due(now, self.settings.retry_ns, |header, payload| {
+            let again = link.due(now, self.settings.retry_ns, |header, payload| {
                 let message = message(membership, self.settings.member, rank, header, payload);
                 self.out.push_back(PeerOutput::Send(message));
             });
+            self.again = self.again.into_iter().chain(again).min();
         }
     }
 
@@ -509,11 +514,10 @@ impl Peer {
     }
 
     fn until(&self) -> Option<Time> {
-        let links = self.links.values().filter_map(Link::again);
         let (own, log) = self.begun;
         let engine =
             self.engine_until.filter(|_| self.leads()).map(|at| own.after_ns(at.0.saturating_sub(log.0)));
-        links.chain(engine).min()
+        self.again.into_iter().chain(engine).min()
     }
 }
 
