@@ -1,6 +1,7 @@
 //! A model on this machine: its base parameters packed for the kernels, its routers, and how experts are loaded.
 
 use crate::arch::{Arch, Attention};
+use crate::checkpoint::native::ExpertBlob;
 use crate::checkpoint::{Checkpoint, CheckpointError, Tier};
 use crate::forward::{KvGroups, planned_bytes};
 use crate::kernels::{CONTRACT_VERSION, DType, Isa, KvShape, PAGE_POSITIONS, Pool, RopeTable, SelfTestError};
@@ -9,6 +10,7 @@ use crate::weights::{Base, ExpertLayout, Router, expert_layout, load_base, pack_
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::ExpertKey;
 use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -332,6 +334,27 @@ impl ExpertLoader {
         }
         own.cut(whole, &expert, slot);
         Ok(())
+    }
+
+    /// Where an expert lies that goes into a slot as it is; `None` if it is packed from tensors, cut, or not there.
+    pub fn blob(&self, key: ExpertKey) -> Option<ExpertBlob> {
+        let native = self.checkpoint.native().filter(|_| self.own.is_none())?;
+        Some(native.blob(key.layer, self.checkpoint.ordinal(key)?))
+    }
+
+    /// The shards that blobs lie in; none if the checkpoint is no native one.
+    pub fn shards(&self) -> Vec<PathBuf> {
+        self.checkpoint.native().map_or_else(Vec::new, |native| native.shards().map(Path::to_owned).collect())
+    }
+
+    /// Whether a slot has a part of an expert only, which is cut out of the whole.
+    pub const fn cuts(&self) -> bool {
+        self.own.is_some()
+    }
+
+    /// Whether experts are packed from tensors.
+    pub fn packs(&self) -> bool {
+        self.whole.is_some() && self.checkpoint.native().is_none()
     }
 
     fn load_whole(&self, key: ExpertKey, layout: &ExpertLayout, slot: &mut [u8]) -> Result<(), ModelError> {

@@ -124,6 +124,42 @@ pub struct Blob {
     pub blake3: Vec<String>,
 }
 
+/// Where an expert lies as one blob, in the very layout of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertBlob {
+    /// Which shard, in order of layers.
+    pub shard: usize,
+    /// Decoder layer.
+    pub layer: u32,
+    /// Original number in the layer.
+    pub ordinal: u32,
+    /// Where it begins: a multiple of [`ALIGN`].
+    pub offset: u64,
+    /// Its length, which need not be one.
+    pub bytes: usize,
+    /// CRC-32 of it.
+    pub crc32: u32,
+}
+
+impl ExpertBlob {
+    /// Holds bytes that were read of it, from the shard at `path`, against its checksum.
+    ///
+    /// # Errors
+    /// If they have another.
+    pub fn verify(&self, path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
+        let found = crc32fast::hash(bytes);
+        if found == self.crc32 {
+            return Ok(());
+        }
+        let Self { layer, ordinal, offset, crc32, .. } = self;
+        let what = format!(
+            "expert {ordinal} of layer {layer} at byte {offset} has checksum {found:08x} instead of {crc32:08x}: the file \
+             is damaged, import the checkpoint again"
+        );
+        Err(CheckpointError::corrupt(path, &what))
+    }
+}
+
 /// An opened native checkpoint.
 #[derive(Debug)]
 pub(crate) struct Native {
@@ -376,22 +412,24 @@ impl Native {
             .collect()
     }
 
+    /// The shards of experts, in order of layers.
+    pub(crate) fn shards(&self) -> impl Iterator<Item = &Path> {
+        self.files.values().map(|(path, _)| path.as_path())
+    }
+
+    /// Where an expert lies.
+    pub(crate) fn blob(&self, layer: u32, ordinal: u32) -> ExpertBlob {
+        let at = self.manifest.experts.binary_search_by_key(&layer, |shard| shard.layer);
+        let shard = at.expect("every layer has a shard");
+        let Blob { offset, crc32, .. } = self.manifest.experts[shard].blobs[ordinal as usize];
+        ExpertBlob { shard, layer, ordinal, offset, bytes: self.blob_bytes, crc32 }
+    }
+
     /// Reads an expert's blob and verifies its checksum.
     pub(crate) fn read(&self, layer: u32, ordinal: u32, into: &mut [u8]) -> Result<(), CheckpointError> {
         let (path, file) = &self.files[&layer];
-        let at = self.manifest.experts.binary_search_by_key(&layer, |shard| shard.layer);
-        let shard = &self.manifest.experts[at.expect("every layer has a shard")];
-        let blob = &shard.blobs[ordinal as usize];
+        let blob = self.blob(layer, ordinal);
         file.read_exact_at(into, blob.offset).map_err(|e| CheckpointError::io(path, e))?;
-        let found = crc32fast::hash(into);
-        if found != blob.crc32 {
-            let what = format!(
-                "expert {ordinal} of layer {layer} at byte {} has checksum {found:08x} instead of {:08x}: the file is \
-                 damaged, import the checkpoint again",
-                blob.offset, blob.crc32
-            );
-            return Err(CheckpointError::corrupt(path, &what));
-        }
-        Ok(())
+        blob.verify(path, into)
     }
 }
