@@ -72,6 +72,7 @@ impl Service {
         options.threads = settings.threads;
         options.isa = settings.isa;
         options.kv_dtype = Some(settings.kv_dtype);
+        options.io = settings.io;
         options.journal_bytes = settings.journal_bytes;
         options.capture = capture;
         let (carved, carving) = channel();
@@ -91,6 +92,9 @@ impl Service {
             if let Some(status) = &status {
                 progress.suspend(|| {
                     tell!("{}", memory_plan(status));
+                    if !node.reading().is_empty() {
+                        tell!("{}", node.reading());
+                    }
                     tell!("model {}, state {}", model.display(), state.path().display());
                 });
             }

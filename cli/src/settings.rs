@@ -5,6 +5,7 @@ use crate::quantity::{Size, duration};
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use lite_llm_core::config::{Config, Placement};
+use lite_llm_hw::cold::Io;
 use lite_llm_hw::memory;
 use lite_llm_model::Checkpoint;
 use lite_llm_model::checkpoint::Tier;
@@ -54,6 +55,9 @@ pub(crate) struct RuntimeArgs {
     /// Storage type of cached keys and values [default: f32]
     #[arg(long, value_name = "TYPE")]
     pub(crate) kv_type: Option<KvType>,
+    /// How experts are read from an imported checkpoint; the best that works here if left out
+    #[arg(long, value_name = "WAY")]
+    pub(crate) io: Option<IoName>,
     /// Positions of a prompt that one step computes [default: 64]
     #[arg(long, value_name = "N")]
     pub(crate) prefill_chunk: Option<u32>,
@@ -101,6 +105,27 @@ impl From<KvType> for DType {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum IoName {
+    /// One thread with many direct reads in flight
+    Uring,
+    /// Threads that each read one expert, past the cache where the file system allows
+    Pread,
+    /// The same threads, through maps of the files
+    Mmap,
+}
+
+impl From<IoName> for Io {
+    fn from(io: IoName) -> Self {
+        match io {
+            IoName::Uring => Self::Uring,
+            IoName::Pread => Self::Pread,
+            IoName::Mmap => Self::Mmap,
+        }
+    }
+}
+
 /// The configuration file.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -110,6 +135,7 @@ struct File {
     threads: Option<u16>,
     isa: Option<IsaName>,
     kv_type: Option<KvType>,
+    io: Option<IoName>,
     tierset: Vec<String>,
     mode: Option<String>,
     modes: BTreeMap<String, Vec<String>>,
@@ -151,6 +177,7 @@ pub(crate) struct Settings {
     pub(crate) threads: usize,
     pub(crate) isa: Isa,
     pub(crate) kv_dtype: DType,
+    pub(crate) io: Option<Io>,
     pub(crate) journal_bytes: Option<u64>,
     pub(crate) drain_bound: Duration,
 }
@@ -198,6 +225,7 @@ impl RuntimeArgs {
             isa,
             // Not the type of the weights: a cache that rounds is a choice, and the published oracles do not make it.
             kv_dtype: self.kv_type.or(file.kv_type).map_or(DType::F32, DType::from),
+            io: self.io.or(file.io).map(Io::from),
             drain_bound,
             config: self.engine_config(file, checkpoint.tiers())?,
         })

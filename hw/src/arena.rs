@@ -129,6 +129,28 @@ pub struct SlotWriter {
     slot: Slot,
 }
 
+impl SlotWriter {
+    /// The arena that the slot is of.
+    pub(crate) const fn arena(&self) -> &Arc<Arena> {
+        &self.arena
+    }
+
+    /// Which slot it is.
+    pub(crate) const fn slot(&self) -> Slot {
+        self.slot
+    }
+
+    /// Where the slot begins, for a kernel that writes to it. No reference to its bytes may be made before it is done.
+    pub(crate) fn start(&mut self) -> *mut u8 {
+        self.arena.start(self.slot)
+    }
+
+    /// Bytes of the slot.
+    pub(crate) fn bytes(&self) -> usize {
+        self.arena.slot_bytes
+    }
+}
+
 impl Deref for SlotWriter {
     type Target = [u8];
 

@@ -6,6 +6,7 @@
 pub mod arena;
 pub mod blobs;
 pub mod cluster;
+pub mod cold;
 pub mod memory;
 pub mod net;
 pub mod node;

@@ -24,6 +24,7 @@ use lite_llm_core::output::FinishReason;
 use lite_llm_core::topology::Topology;
 use lite_llm_hw::cluster::head::HeadHandle;
 use lite_llm_hw::cluster::{Head, HeadOptions, end_all, rank};
+use lite_llm_hw::cold::Cold;
 use lite_llm_hw::net::Key;
 use lite_llm_hw::node::StreamEvent;
 use lite_llm_model::kernels::Isa;
@@ -104,7 +105,7 @@ impl ClusterArgs {
         let topology = self.topology.unwrap_or(Topology { pipeline: nodes.clamp(1, 64), ..Topology::SINGLE });
         let checkpoint = Arc::new(Checkpoint::open(&run.model)?);
         Share::check(&topology, checkpoint.arch()).map_err(usage)?;
-        let Settings { config, threads, isa, kv_dtype, .. } = &mut opened.settings;
+        let Settings { config, threads, isa, kv_dtype, io, .. } = &mut opened.settings;
         config.topology = topology;
         if run.runtime.memory.is_none() {
             // What is available is another number each time; nodes of a former life have the one they were given.
@@ -125,6 +126,11 @@ impl ClusterArgs {
             ..ModelOptions::default()
         };
         let model = Model::open(checkpoint, options)?;
+        // Here it is refused in words; a node's process could only end. A node of another machine may read in another way.
+        let cold = Cold::open(*io, &model.expert_loader(), config.memory_bytes)?;
+        if !cold.report().is_empty() {
+            tell!("{}", cold.report());
+        }
         let facts = rank::facts(&model, config, opened.tokenizer.as_ref())?;
         let defaults = Patience::default();
         let cluster = ClusterConfig {
@@ -150,7 +156,7 @@ impl ClusterArgs {
         state: &StateDir,
         cluster: ClusterConfig,
     ) -> anyhow::Result<Cluster> {
-        let Settings { config, threads, isa, kv_dtype, drain_bound, .. } = &opened.settings;
+        let Settings { config, threads, isa, kv_dtype, io, drain_bound, .. } = &opened.settings;
         let model = run.model.canonicalize().context("cannot find the checkpoint again")?;
         let settings = NodeSettings {
             model,
@@ -158,6 +164,7 @@ impl ClusterArgs {
             threads: *threads,
             scalar: *isa == Isa::Scalar,
             kv_type: (*kv_dtype).into(),
+            io: *io,
             drift_per_mille: cluster.drift_per_mille,
         };
         let settings_path = state.path().join(SETTINGS_NAME);

@@ -7,6 +7,7 @@ use lite_llm_core::cluster::membership::{Member, NodeId};
 use lite_llm_core::config::Config;
 use lite_llm_core::ids::Incarnation;
 use lite_llm_hw::cluster::{RankOptions, rank};
+use lite_llm_hw::cold::Io;
 use lite_llm_hw::net::Key;
 use lite_llm_model::kernels::{DType, Isa};
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,8 @@ pub(crate) struct NodeSettings {
     /// Whether portable code is to be used.
     pub(crate) scalar: bool,
     pub(crate) kv_type: KvName,
+    #[serde(default)]
+    pub(crate) io: Option<Io>,
     pub(crate) drift_per_mille: u32,
 }
 
@@ -90,7 +93,7 @@ pub(crate) struct RankArgs {
 
 impl RankArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
-        let NodeSettings { model, config, threads, scalar, kv_type, drift_per_mille } =
+        let NodeSettings { model, config, threads, scalar, kv_type, io, drift_per_mille } =
             NodeSettings::read(&self.settings)?;
         rank::run(RankOptions {
             model_dir: model,
@@ -99,6 +102,7 @@ impl RankArgs {
             threads,
             isa: if scalar { Isa::Scalar } else { Isa::detect() },
             kv_dtype: kv_type.into(),
+            io,
             member: Member { node: NodeId(self.node), incarnation: Incarnation(self.incarnation) },
             drift_per_mille,
             supervisor: self.join,

@@ -8,6 +8,7 @@ use super::ClusterError;
 use super::processes::introduce;
 use super::said::Said;
 use crate::blobs::Blobs;
+use crate::cold::{Cold, Io};
 use crate::disk::FileDisk;
 use crate::net::{Key, Mesh};
 use crate::node::NodeError;
@@ -73,6 +74,8 @@ pub struct RankOptions {
     pub isa: Isa,
     /// Storage type of cached keys and values.
     pub kv_dtype: DType,
+    /// How experts are read; as well as it can be if `None`.
+    pub io: Option<Io>,
     /// This life.
     pub member: Member,
     /// How far two clocks may drift apart, in thousandths.
@@ -201,6 +204,8 @@ impl Node {
         };
         let rank = 0;
         let model = shares.open(Share::new(config.topology, rank))?;
+        let loader = model.expert_loader();
+        let cold = Cold::open(options.io, &loader, config.memory_bytes).map_err(NodeError::from)?;
         let digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);
         let limits = &config.limits;
         let plan = model.plan(limits.step_positions_max, limits.rows_max, digest).map_err(NodeError::from)?;
@@ -229,7 +234,7 @@ impl Node {
         };
         let blobs = Blobs::of(state_dir);
         let loaders = options.threads.clamp(1, LOADERS_MAX).min(limits.loads_max as usize);
-        let loaders = Loaders::start(loaders, model.expert_loader(), &blobs, &reports)?;
+        let loaders = Loaders::start(loaders, loader, cold, &blobs, &reports)?;
         let compute = Compute::start(model, None, reports.clone())?;
         let durable = Seq(store.durable());
         Ok(Self {
@@ -341,6 +346,7 @@ impl Node {
             }
             // Of an epoch that is over.
             Report::Done { .. } | Report::Data { .. } | Report::Wake => {}
+            Report::Lost { what } => return Err(NodeError::Lost(what).into()),
             Report::Panicked { thread, message } => {
                 return Err(NodeError::Panic { seq: self.last(), thread, message }.into());
             }

@@ -160,6 +160,7 @@ impl Device {
             Output::Abort { step, attempt } => self.compute.send(Work::Abort { step, attempt }),
             Output::Release => {
                 self.arenas = None;
+                self.loaders.release();
                 self.compute.send(Work::Release);
             }
             other => unreachable!("{other:?} is nothing for a device"),

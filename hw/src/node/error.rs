@@ -7,6 +7,7 @@ use lite_llm_core::journal::JournalError;
 use lite_llm_core::replay::ReplayError;
 use lite_llm_model::{CheckpointError, ModelError};
 
+use crate::cold::ColdError;
 use crate::disk::OpenError;
 
 /// Why a node does not start, or does not go on.
@@ -46,6 +47,12 @@ pub enum NodeError {
         /// Why not.
         source: std::io::Error,
     },
+    /// Experts cannot be read as they should.
+    #[error(transparent)]
+    Cold(#[from] ColdError),
+    /// The device that experts are read from answers no more.
+    #[error("{0}; see to the disk of the checkpoint, and start again: the journal goes on where it was")]
+    Lost(String),
     /// The boot sequence was given up.
     #[error("{0}")]
     Boot(String),

@@ -1,11 +1,11 @@
 //! Loaders: a few threads that read experts into slots, each packed and verified, move them between the arenas, and write
-//! modified ones.
+//! modified ones. Where the cold tier has a reader of its own, whole blobs of shards are left to it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{ExpertKey, LoadId, Seq};
@@ -17,7 +17,12 @@ use super::error::panic_message;
 use super::reports::{Report, Reports};
 use crate::arena::SlotWriter;
 use crate::blobs::Blobs;
+use crate::cold::{self, Cold, Fetch, Reader, Told};
 use crate::telemetry::Timing;
+
+/// How long threads that are closed are waited for. A disk that hangs may hold one up for ever: then it is left to itself, with
+/// the slots that it has.
+const CLOSE_WAIT: Duration = Duration::from_secs(10);
 
 /// Something to do with the bytes of experts.
 #[derive(Debug)]
@@ -45,6 +50,7 @@ pub(crate) struct Loaders {
     /// The epoch of the jobs from now on: their answers say it.
     epoch: u64,
     loader: Arc<ExpertLoader>,
+    reader: Option<Reader>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -52,18 +58,22 @@ impl Loaders {
     pub(crate) fn start(
         count: usize,
         loader: ExpertLoader,
+        cold: Cold,
         blobs: &Blobs,
         reports: &Reports,
     ) -> Result<Self, NodeError> {
         let (jobs, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
-        let mut loaders = Self { jobs, epoch: 0, loader: Arc::new(loader), threads: Vec::new() };
+        let fetch = cold.fetch();
+        let heard = reports.clone();
+        let reader = cold.reader(move |told| heard.tell(report_of(told)))?;
+        let mut loaders = Self { jobs, epoch: 0, loader: Arc::new(loader), reader, threads: Vec::new() };
         for index in 0..count.max(1) {
             let (receiver, reports) = (Arc::clone(&receiver), reports.clone());
-            let blobs = blobs.clone();
+            let sources = Sources { blobs: blobs.clone(), fetch: fetch.clone() };
             let thread = std::thread::Builder::new()
                 .name(format!("loader-{index}"))
-                .spawn(move || run(&blobs, &receiver, &reports))
+                .spawn(move || run(&sources, &receiver, &reports))
                 .map_err(|source| NodeError::System { what: "cannot start a loader thread", source })?;
             loaders.threads.push(thread);
         }
@@ -71,34 +81,97 @@ impl Loaders {
     }
 
     pub(crate) fn send(&self, job: Job) {
+        let Some(job) = self.leave_to_reader(job) else { return };
         // A loader that is gone has reported why.
         let _ = self.jobs.send(Asked { epoch: self.epoch, loader: Arc::clone(&self.loader), job });
+    }
+
+    /// The job, if it is none for the reader.
+    fn leave_to_reader(&self, job: Job) -> Option<Job> {
+        let (Some(reader), Job::Load { expert, blob: None, slot, .. }) = (&self.reader, &job) else {
+            return Some(job);
+        };
+        let Some(blob) = self.loader.blob(*expert).filter(|blob| blob.bytes <= slot.len()) else {
+            return Some(job);
+        };
+        let Job::Load { load, expert, slot, keep, .. } = job else { unreachable!("it was looked at") };
+        reader.read(cold::Load { epoch: self.epoch, load, expert, blob, slot, keep });
+        None
+    }
+
+    /// Lets go of the arenas.
+    pub(crate) fn release(&self) {
+        if let Some(reader) = &self.reader {
+            reader.forget(self.epoch);
+        }
     }
 
     /// Begins another epoch, maybe with another share of each expert.
     pub(crate) fn begin(&mut self, epoch: u64, loader: Option<ExpertLoader>) {
         self.epoch = epoch;
+        self.release();
         if let Some(loader) = loader {
             self.loader = Arc::new(loader);
         }
     }
 
-    /// Waits for the jobs under way, and ends the threads.
+    /// Waits a while for the jobs under way, and ends the threads.
     pub(crate) fn close(self) {
-        drop(self.jobs);
-        for thread in self.threads {
+        let Self { jobs, reader, mut threads, .. } = self;
+        drop(jobs);
+        threads.extend(reader.into_iter().flat_map(Reader::close));
+        let began = Instant::now();
+        while threads.iter().any(|thread| !thread.is_finished()) && began.elapsed() < CLOSE_WAIT {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for thread in threads.into_iter().filter(JoinHandle::is_finished) {
             let _ = thread.join();
         }
     }
 }
 
-fn run(blobs: &Blobs, jobs: &Mutex<Receiver<Asked>>, reports: &Reports) {
+fn report_of(told: Told) -> Report {
+    match told {
+        Told::Answer(cold::Answer { epoch, load, result, took }) => {
+            let input = Input::Loaded { load, fault: result.err() };
+            Report::Done { epoch, input, took: Some((Timing::Load(load.0), took)) }
+        }
+        Told::Lost(what) => Report::Lost { what },
+        Told::Panicked(message) => Report::Panicked { thread: "cold reader", message },
+    }
+}
+
+/// Where experts come from.
+struct Sources {
+    blobs: Blobs,
+    fetch: Option<Fetch>,
+}
+
+impl Sources {
+    fn read(
+        &self,
+        loader: &ExpertLoader,
+        expert: ExpertKey,
+        modified: Option<Digest>,
+        slot: &mut SlotWriter,
+    ) -> Result<(), Fault> {
+        if let Some(blob) = modified {
+            return self.blobs.read(blob, slot);
+        }
+        match (&self.fetch, loader.blob(expert)) {
+            (Some(fetch), Some(blob)) if blob.bytes <= slot.len() => fetch.read(expert, &blob, slot),
+            _ => loader.load(expert, slot).map_err(|error| fault_of(expert, &error)),
+        }
+    }
+}
+
+fn run(sources: &Sources, jobs: &Mutex<Receiver<Asked>>, reports: &Reports) {
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Asked { epoch, loader, job }) = job else { return };
         let began = Instant::now();
         // The slot is given back within: the engine may give it to somebody else as soon as it hears.
-        let report = match catch_unwind(AssertUnwindSafe(|| work(&loader, blobs, job))) {
+        let report = match catch_unwind(AssertUnwindSafe(|| work(&loader, sources, job))) {
             Ok((input, what)) => Report::Done { epoch, input, took: Some((what, began.elapsed())) },
             Err(panic) => Report::Panicked { thread: "loader", message: panic_message(&*panic) },
         };
@@ -108,16 +181,13 @@ fn run(blobs: &Blobs, jobs: &Mutex<Receiver<Asked>>, reports: &Reports) {
     }
 }
 
-fn work(loader: &ExpertLoader, blobs: &Blobs, job: Job) -> (Input, Timing) {
+fn work(loader: &ExpertLoader, sources: &Sources, job: Job) -> (Input, Timing) {
     match job {
         Job::Load { load, expert, blob, mut slot, keep } => {
             if let Some(mut keep) = keep {
                 keep.copy_from_slice(&slot);
             }
-            let result = match blob {
-                Some(blob) => blobs.read(blob, &mut slot),
-                None => loader.load(expert, &mut slot).map_err(|error| fault_of(expert, &error)),
-            };
+            let result = sources.read(loader, expert, blob, &mut slot);
             (Input::Loaded { load, fault: result.err() }, Timing::Load(load.0))
         }
         Job::Promote { load, mut slot, mut warm, exchange } => {
@@ -129,15 +199,14 @@ fn work(loader: &ExpertLoader, blobs: &Blobs, job: Job) -> (Input, Timing) {
             (Input::Loaded { load, fault: None }, Timing::Promote(load.0))
         }
         Job::Persist { asked, experts } => {
-            let result = experts.iter().try_for_each(|(blob, bytes)| blobs.write(*blob, bytes));
+            let result = experts.iter().try_for_each(|(blob, bytes)| sources.blobs.write(*blob, bytes));
             (Input::Persisted { asked, fault: result.err() }, Timing::Persist(asked.0))
         }
     }
 }
 
 fn fault_of(expert: ExpertKey, error: &ModelError) -> Fault {
-    let ExpertKey { layer, tier, group, expert } = expert;
-    let what = format!("expert {expert} of layer {layer}, tier {tier}, group {group}: {error}");
+    let what = format!("{}: {error}", cold::Named(expert));
     match error {
         ModelError::Checkpoint(CheckpointError::Io { .. }) => Fault::Io(what),
         ModelError::Checkpoint(CheckpointError::Corrupt { .. }) => Fault::Corrupt(what),

@@ -3,7 +3,7 @@
 //! Four kinds of threads. The event loop owns the engine: every command and completion comes to it through one channel,
 //! is given to the journal thread, then handled, and the outputs are obeyed. What may be seen from outside waits until
 //! the journal is durable up to its `after`. The journal thread writes commit groups, the compute thread runs steps, the
-//! loaders read experts into slots. None of them decides anything: that is the engine's.
+//! loaders read experts into slots, or a reader of the cold tier does. None of them decides anything: that is the engine's.
 //!
 //! A node that is dropped stops as a killed process would: nothing is flushed, and the journal says what goes on.
 
@@ -37,6 +37,8 @@ use lite_llm_model::Capture;
 use lite_llm_model::kernels::{DType, Isa};
 use serde::{Deserialize, Serialize};
 
+use crate::cold::Io;
+
 pub use error::NodeError;
 use event_loop::{Command, Message};
 
@@ -58,6 +60,8 @@ pub struct NodeOptions {
     pub isa: Isa,
     /// Storage type of cached keys and values; the type of the weights if `None`.
     pub kv_dtype: Option<DType>,
+    /// How experts are read from a native checkpoint; as well as it can be if `None`. The choice changes no bit.
+    pub io: Option<Io>,
     /// Bytes that the journal may grow to: a snapshot is taken at half of them, so that old segments can go. While the
     /// node boots or drains there is none, and the journal may be larger. `None` leaves it to `snapshot_every`.
     pub journal_bytes: Option<u64>,
@@ -77,6 +81,7 @@ impl NodeOptions {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             isa: Isa::detect(),
             kv_dtype: None,
+            io: None,
             journal_bytes: None,
             capture: None,
             on_event: None,
@@ -201,6 +206,7 @@ pub struct GenerationSpan {
 #[derive(Debug)]
 pub struct Node {
     handle: NodeHandle,
+    reading: String,
     ready: Receiver<()>,
     thread: Option<JoinHandle<Result<ExitReport, NodeError>>>,
 }
@@ -292,6 +298,11 @@ impl Node {
     /// What the journal belongs to.
     pub fn identity(&self) -> &Identity {
         self.handle.identity()
+    }
+
+    /// How experts are read, and why not in a better way, for people; empty if there are none.
+    pub fn reading(&self) -> &str {
+        &self.reading
     }
 
     /// A handle for other threads.

@@ -32,6 +32,7 @@ use super::loaders::Loaders;
 use super::reports::Reports;
 use super::{Node, NodeError, NodeHandle, NodeOptions};
 use crate::blobs::Blobs;
+use crate::cold::Cold;
 use crate::disk::FileDisk;
 use crate::memory;
 use crate::telemetry::Telemetry;
@@ -48,7 +49,7 @@ const SEGMENT_BYTES_MIN: u64 = 1 << 16;
 const NODE: u32 = 0;
 
 pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
-    let NodeOptions { model_dir, state_dir, mut config, threads, isa, kv_dtype, .. } = options;
+    let NodeOptions { model_dir, state_dir, mut config, threads, isa, kv_dtype, io, .. } = options;
     let NodeOptions { journal_bytes, capture, on_event, .. } = options;
     if config.memory_bytes == u64::MAX {
         let measured = memory::measure();
@@ -68,6 +69,10 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let routing_seed = config.routing_seed.unwrap_or(0);
     let options = ModelOptions { threads, isa, kv_dtype, routing_seed, ..ModelOptions::default() };
     let model = Model::open(checkpoint, options)?;
+    // Refused before all weights are read for their digest.
+    let loader = model.expert_loader();
+    let cold = Cold::open(io, &loader, config.memory_bytes)?;
+    let reading = cold.report().to_owned();
     let tokenizer_digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);
     let limits = &config.limits;
     let plan = model.plan(limits.step_positions_max, limits.rows_max, tokenizer_digest)?;
@@ -107,7 +112,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let (messages, receiver) = sync_channel(MESSAGES_MAX);
     let (ready_sender, ready) = channel();
     let reports = Reports::to(messages.clone());
-    let loaders = Loaders::start(loaders, model.expert_loader(), &blobs, &reports)?;
+    let loaders = Loaders::start(loaders, loader, cold, &blobs, &reports)?;
     let compute = Compute::start(model, capture, reports.clone())?;
     let journal = Journal::start(store, bytes, reports)?;
     let device = Device::new(compute, loaders, plan, tokenizer);
@@ -117,7 +122,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
         .name("node".into())
         .spawn(move || event_loop.run(receiver, first))
         .map_err(|source| NodeError::System { what: "cannot start the event loop", source })?;
-    Ok(Node { handle: NodeHandle { messages, identity }, ready, thread: Some(thread) })
+    Ok(Node { handle: NodeHandle { messages, identity }, reading, ready, thread: Some(thread) })
 }
 
 /// The log that a journal holds after it was cut or replaced.

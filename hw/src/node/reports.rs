@@ -20,6 +20,8 @@ pub(crate) enum Report {
     Data { epoch: u64, to: u32, tag: Tag, bytes: Vec<u8> },
     /// The journal is further than before.
     Wake,
+    /// A device answers no more, and keeps slots: there is no going on.
+    Lost { what: String },
     /// A thread found a bug.
     Panicked { thread: &'static str, message: String },
 }

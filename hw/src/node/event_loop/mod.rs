@@ -267,6 +267,7 @@ impl EventLoop {
         let (mut input, took) = match report {
             Report::Done { input, took, .. } => (input, took),
             Report::Wake => return Ok(()),
+            Report::Lost { what } => return Err(NodeError::Lost(what)),
             Report::Panicked { thread, message } => {
                 return Err(NodeError::Panic { seq: Seq(self.engine.next_seq().0 - 1), thread, message });
             }

@@ -1,0 +1,103 @@
+//! A node reads its experts in each way, and says which: the tokens are the oracle's.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::{Path, PathBuf};
+
+use lite_llm_core::config::Config;
+use lite_llm_core::ids::RequestId;
+use lite_llm_core::input::Body;
+use lite_llm_hw::cold::{ColdError, Io};
+use lite_llm_hw::node::{Node, NodeError, NodeOptions, StreamEvent};
+use lite_llm_model::checkpoint::import::import;
+use lite_llm_model::kernels::DType;
+
+fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/olmoe")
+}
+
+/// What the oracle makes of a prompt: the prompt, and what follows.
+fn oracle(prompt: usize) -> (Vec<u32>, Vec<u32>) {
+    let text = std::fs::read_to_string(fixture().join("oracle.json")).unwrap();
+    let oracle: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let tokens = |value: &serde_json::Value| -> Vec<u32> { serde_json::from_value(value.clone()).unwrap() };
+    (tokens(&oracle["prompts"][prompt]), tokens(&oracle["greedy"][prompt]["tokens"]))
+}
+
+fn options(model: &Path, state: &Path, io: Option<Io>) -> NodeOptions {
+    let config = Config { memory_bytes: 512 << 20, ..Config::default() };
+    NodeOptions { threads: 2, kv_dtype: Some(DType::F32), io, ..NodeOptions::new(model, state, config) }
+}
+
+fn generate(node: &Node, prompt: usize) -> Vec<u32> {
+    let (prompt, greedy) = oracle(prompt);
+    let body = Body { prompt, max_tokens: greedy.len() as u32, ..Body::default() };
+    let token = |event| if let StreamEvent::Token { token, .. } = event { Some(token) } else { None };
+    node.submit(RequestId::new("r").unwrap(), body, 0).into_iter().filter_map(token).collect()
+}
+
+#[test]
+fn every_way_gives_the_tokens_of_the_oracle() {
+    let dir = tempfile::tempdir().unwrap();
+    let native = dir.path().join("native");
+    import(&fixture(), &native, None, 2, |_, _| {}).unwrap();
+    let state = || tempfile::tempdir().unwrap();
+    let (_, greedy) = oracle(2);
+
+    // As little memory as will do, a part of it warm: experts come and go, are demoted and promoted.
+    let small = |io| {
+        let (state, mut refused) = (tempfile::tempdir().unwrap(), None);
+        let mut memory_bytes = 1;
+        loop {
+            let mut options = options(&native, state.path(), io);
+            options.config.memory_bytes = memory_bytes;
+            match Node::start(options) {
+                Err(NodeError::Boot(words)) if refused.is_none() => {
+                    let (_, needed) = words.split_once("needs at least ").unwrap();
+                    let least: u64 = needed.split(':').next().unwrap().parse().unwrap();
+                    (memory_bytes, refused) = (least, Some(words));
+                }
+                node => return (state, node.unwrap()),
+            }
+        }
+    };
+    for io in [Some(Io::Uring), Some(Io::Pread), Some(Io::Mmap), None] {
+        let state = state();
+        let node = match Node::start(options(&native, state.path(), io)) {
+            // A sandbox may forbid it, a file system have no direct reads.
+            Err(NodeError::Cold(ColdError::Refused { io: Io::Uring, .. })) => continue,
+            node => node.unwrap(),
+        };
+        let names: &[&str] = match io {
+            Some(Io::Uring) => &["io_uring"],
+            Some(Io::Pread) => &["with pread"],
+            Some(Io::Mmap) => &["with mmap"],
+            None => &["io_uring", "with pread"],
+        };
+        assert!(names.iter().any(|name| node.reading().contains(name)), "{io:?}: {}", node.reading());
+        assert_eq!(generate(&node, 2), greedy, "{io:?}");
+        let all = node.status().unwrap().carving.slots;
+        drop(node);
+        let (_state, node) = small(io);
+        assert!(node.status().unwrap().carving.slots < all, "{io:?}: not every expert has a slot");
+        assert_eq!(generate(&node, 2), greedy, "{io:?}, with little memory");
+        node.drain(None).unwrap();
+        node.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_way_that_cannot_be_had_is_refused_before_anything_is_loaded() {
+    for io in [Io::Uring, Io::Pread] {
+        let state = tempfile::tempdir().unwrap();
+        let refused = Node::start(options(&fixture(), state.path(), Some(io)));
+        let Err(NodeError::Cold(error)) = refused else { panic!("{io} is not refused") };
+        let words = error.to_string();
+        for part in [&format!("with {io}"), "packed from mapped tensors", "import", "--io"] {
+            assert!(words.contains(part), "{words}");
+        }
+    }
+    // That is what is done anyway.
+    let state = tempfile::tempdir().unwrap();
+    let node = Node::start(options(&fixture(), state.path(), Some(Io::Mmap))).unwrap();
+    assert_eq!(node.reading(), "experts are packed from mapped tensors");
+}
