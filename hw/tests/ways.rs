@@ -8,6 +8,7 @@ use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::Body;
 use lite_llm_hw::cold::{ColdError, Io};
 use lite_llm_hw::node::{Node, NodeError, NodeOptions, StreamEvent};
+use lite_llm_hw::telemetry;
 use lite_llm_model::checkpoint::import::import;
 use lite_llm_model::kernels::DType;
 
@@ -43,22 +44,19 @@ fn every_way_gives_the_tokens_of_the_oracle() {
     let state = || tempfile::tempdir().unwrap();
     let (_, greedy) = oracle(2);
 
-    // As little memory as will do, a part of it warm: experts come and go, are demoted and promoted.
-    let small = |io| {
-        let (state, mut refused) = (tempfile::tempdir().unwrap(), None);
-        let mut memory_bytes = 1;
-        loop {
+    // As little memory as will do, and three warm slots: experts come and go, are demoted and promoted.
+    let small = |io, slot_bytes: u64| {
+        let state = tempfile::tempdir().unwrap();
+        let options = |memory_bytes, warm_bytes| {
             let mut options = options(&native, state.path(), io);
-            options.config.memory_bytes = memory_bytes;
-            match Node::start(options) {
-                Err(NodeError::Boot(words)) if refused.is_none() => {
-                    let (_, needed) = words.split_once("needs at least ").unwrap();
-                    let least: u64 = needed.split(':').next().unwrap().parse().unwrap();
-                    (memory_bytes, refused) = (least, Some(words));
-                }
-                node => return (state, node.unwrap()),
-            }
-        }
+            (options.config.memory_bytes, options.config.warm_bytes) = (memory_bytes, warm_bytes);
+            Node::start(options)
+        };
+        let Err(NodeError::Boot(words)) = options(1, 0) else { panic!("one byte is not enough") };
+        let (_, needed) = words.split_once("needs at least ").unwrap();
+        let least: u64 = needed.split(':').next().unwrap().parse().unwrap();
+        let node = options(least + 3 * slot_bytes, 3 * slot_bytes).unwrap();
+        (state, node)
     };
     for io in [Some(Io::Uring), Some(Io::Pread), Some(Io::Mmap), None] {
         let state = state();
@@ -75,13 +73,18 @@ fn every_way_gives_the_tokens_of_the_oracle() {
         };
         assert!(names.iter().any(|name| node.reading().contains(name)), "{io:?}: {}", node.reading());
         assert_eq!(generate(&node, 2), greedy, "{io:?}");
-        let all = node.status().unwrap().carving.slots;
+        let slot_bytes = node.status().unwrap().carving.slot_bytes;
         drop(node);
-        let (_state, node) = small(io);
-        assert!(node.status().unwrap().carving.slots < all, "{io:?}: not every expert has a slot");
+        let (state, node) = small(io, slot_bytes);
+        let carving = node.status().unwrap().carving;
+        assert_eq!((carving.slots, carving.warm_slots), (2, 3), "{io:?}");
         assert_eq!(generate(&node, 2), greedy, "{io:?}, with little memory");
         node.drain(None).unwrap();
         node.wait().unwrap();
+        let timings = std::fs::read_to_string(state.path().join(telemetry::TIMINGS_NAME)).unwrap();
+        for what in ["{\"Load\":", "{\"Promote\":"] {
+            assert!(timings.contains(what), "{io:?}: {what}");
+        }
     }
 }
 

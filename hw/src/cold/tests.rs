@@ -371,6 +371,35 @@ fn an_epoch_that_is_over_leaves_nothing_behind() {
 }
 
 #[test]
+fn what_does_not_verify_after_its_epoch_is_not_read_again() {
+    let ground = Ground::new(&[8192, (1 << 20) + 5], false);
+    if !ways(&ground).contains(&Io::Uring) {
+        return;
+    }
+    let offset = ground.blobs[3].offset;
+    let [wrong] = planned(offset, 1, Wrong::Byte);
+    // The tail, which is read when it is verified.
+    let [slow] = planned(offset + (1 << 20), 1, Wrong::Stall(Duration::from_millis(300)));
+    let (arena, running) = (ground.arena(), ground.start(Io::Uring, &[wrong, slow]));
+    running.load(&ground, &arena, 3);
+    let began = Instant::now();
+    while running.faults.left() > 0 {
+        assert!(began.elapsed() < Duration::from_secs(30), "it is verified");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    running.reader.as_ref().unwrap().forget(1);
+    let former = Arc::downgrade(&arena);
+    drop(arena);
+    while Weak::strong_count(&former) > 0 {
+        assert!(began.elapsed() < Duration::from_secs(30), "the former arena stays");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let reads = running.faults.reads().iter().filter(|&&read| read == (1, offset)).count();
+    assert_eq!(reads, 1, "once");
+    running.close();
+}
+
+#[test]
 fn the_choice_is_said_and_an_impossible_one_refused() {
     let ground = Ground::new(&[5000], true);
     for io in ways(&ground) {
