@@ -38,6 +38,7 @@ fn a_configuration_is_refused_by_file_and_key() {
         ("journal_max = 1", &["config.toml", "journal_max", "give at least"]),
         ("memory = \"many\"", &["config.toml", "memory"]),
         ("warm = -1", &["config.toml", "warm"]),
+        ("io = \"tape\"", &["config.toml", "io", "uring", "pread", "mmap"]),
         ("drain_bound = \"soon\"", &["config.toml", "drain_bound"]),
         ("treads = 1", &["config.toml", "treads"]),
         ("tierset = [\"fast\"]", &["config.toml", "unknown tier \"fast\"", "all"]),
@@ -54,6 +55,31 @@ fn a_configuration_is_refused_by_file_and_key() {
     place.run(run).refuses(2, &["/dev/zero", "longer than any configuration"]);
     let run = ["run", "model", "--prompt-tokens", "5", "--max-tokens", "1", "--journal-max", "0"];
     place.run(run).refuses(2, &["--journal-max", "give at least"]);
+}
+
+#[test]
+fn a_run_says_how_experts_are_read_and_refuses_what_cannot_be_had() {
+    let place = place();
+    let run = |model, more: &[&str]| {
+        let line = ["run", model, "--prompt-tokens", "5", "--max-tokens", "1"];
+        place.run(line.iter().chain(more))
+    };
+    let cannot = ["uring", "packed from mapped tensors", "import", "--io"];
+    run("model", &["--io", "uring"]).refuses(1, &cannot);
+    std::fs::write(place.path("config.toml"), "io = \"uring\"").unwrap();
+    run("model", &["--config", "config.toml"]).refuses(1, &cannot);
+    assert!(run("model", &[]).stderr.contains("experts are packed from mapped tensors"));
+
+    let imported = place.run(["import", "model", "native"]);
+    assert_eq!(imported.code, Some(0), "{}", imported.stderr);
+    let said = run("native", &["--config", "config.toml", "--io", "mmap"]).stderr;
+    assert!(said.contains("experts are read with mmap"), "a flag goes before the file: {said}");
+    let said = run("native", &["--io", "pread"]).stderr;
+    assert!(said.contains("experts are read with pread"), "{said}");
+    let ran = run("native", &[]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let better = ran.stderr.contains("experts are read with io_uring");
+    assert!(better || ran.stderr.contains("; not with io_uring: "), "it is said why not: {}", ran.stderr);
 }
 
 #[test]
