@@ -280,7 +280,12 @@ impl Peer {
             PeerInput::Message(message) => self.message(now, *message),
             PeerInput::Durable { seq } => self.journalled(now, seq),
             PeerInput::Answer(input) => {
-                self.progress += 1;
+                // What records alone bring about says nothing of a device: they may all be wishes.
+                let of_records = matches!(
+                    input,
+                    Input::SnapshotDurable { .. } | Input::Persisted { .. } | Input::Retired { .. }
+                );
+                self.progress += u64::from(!of_records);
                 self.answer(now, input);
             }
             PeerInput::Command(input) => self.command(now, input),
