@@ -72,6 +72,13 @@ pub enum Fact<'a> {
         /// Which.
         stamp: &'a Stamp,
     },
+    /// A shard of an optimizer is let go of on a node's disk; a crash may bring it back.
+    Removed {
+        /// Whose.
+        node: NodeId,
+        /// Which.
+        stamp: &'a Stamp,
+    },
     /// The supervisor says what happens.
     Event(&'a SupervisorEvent),
     /// A process has ended by itself, and said why.

@@ -93,6 +93,7 @@ impl Checker for CommittedOnce {
             | Fact::Entered { .. }
             | Fact::Made { .. }
             | Fact::Stored { .. }
+            | Fact::Removed { .. }
             | Fact::Event(_)
             | Fact::Exited { .. }
             | Fact::Queued { .. } => Ok(()),

@@ -24,6 +24,8 @@ pub struct ShardsOne {
     known: Vec<(Vec<u8>, Vec<Digest>)>,
     made: Copies,
     stored: Copies,
+    /// The newest checkpoint.
+    sealed: u64,
     given_up: BTreeSet<NodeId>,
 }
 
@@ -42,6 +44,7 @@ impl ShardsOne {
             known: (0..topology.ranks()).map(first).collect(),
             made: Copies::new(),
             stored: Copies::new(),
+            sealed: 0,
             given_up: BTreeSet::new(),
         }
     }
@@ -70,6 +73,22 @@ impl ShardsOne {
         })
     }
 
+    /// Whether nobody can read what is on a node's disk.
+    fn is_lost(&self, node: NodeId) -> bool {
+        self.vaults.is_damaged(node.0) || self.given_up.contains(&node)
+    }
+
+    /// A copy goes from a disk. Of a checkpoint the last that can be read has to stay, and counts as if it were there.
+    fn removed(&mut self, node: NodeId, stamp: &Stamp) {
+        let key = (stamp.shard, stamp.version);
+        let Some(nodes) = self.stored.get(&key) else { return };
+        let is_last = !nodes.iter().any(|other| *other != node && !self.is_lost(*other));
+        if stamp.version == self.sealed && is_last {
+            return;
+        }
+        self.stored.entry(key).or_default().remove(&node);
+    }
+
     /// A supervisor that dies may have said less than it decided: each event has to be right by itself.
     fn event(&mut self, event: &SupervisorEvent) -> Result<(), String> {
         match event {
@@ -80,17 +99,18 @@ impl ShardsOne {
                 return Err(format!("version {version} is a checkpoint, and not on every disk"));
             }
             SupervisorEvent::Restored { version, sealed, .. } if version < sealed => {
-                let is_lost = |node: NodeId| self.vaults.is_damaged(node.0) || self.given_up.contains(&node);
                 let lost = |shard| {
                     let nodes = self.stored.get(&(shard, *sealed));
-                    nodes.is_some_and(|nodes| nodes.iter().all(|node| is_lost(*node)))
+                    nodes.is_some_and(|nodes| nodes.iter().all(|node| self.is_lost(*node)))
                 };
                 if !(0..self.topology.ranks()).any(lost) {
                     return Err(format!(
                         "back to {version}, and {sealed} is whole on disks that can be read"
                     ));
                 }
+                self.sealed = *version;
             }
+            SupervisorEvent::Sealed { version } => self.sealed = *version,
             SupervisorEvent::GaveUp { node, .. } => {
                 self.given_up.insert(*node);
             }
@@ -117,6 +137,10 @@ impl Checker for ShardsOne {
             Fact::Stored { member, stamp } => {
                 self.stored.entry((stamp.shard, stamp.version)).or_default().insert(member.node);
                 self.copy("stored", *member, stamp)
+            }
+            Fact::Removed { node, stamp } => {
+                self.removed(*node, stamp);
+                Ok(())
             }
             Fact::Event(event) => self.event(event),
             _ => Ok(()),

@@ -244,8 +244,11 @@ impl NodeActor {
             KeeperOutput::Drop(stamp) => {
                 shards.memory.remove(&stamp);
             }
-            // A file that comes back after a crash does no harm.
-            KeeperOutput::Remove(stamp) => drop(self.vault.0.remove(&Vault::name(&stamp))),
+            KeeperOutput::Remove(stamp) => {
+                self.common.watch.see(cx.world_ns(), &Fact::Removed { node: member.node, stamp: &stamp });
+                // A file that comes back after a crash does no harm.
+                drop(self.vault.0.remove(&Vault::name(&stamp)));
+            }
             KeeperOutput::Wait { .. } => unreachable!("taken by the caller"),
         }
     }
