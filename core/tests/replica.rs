@@ -568,3 +568,20 @@ fn the_same_seed_gives_the_same_log() {
         assert_eq!(run(topology, 77, 8), run(topology, 77, 8));
     }
 }
+
+#[test]
+fn what_records_bring_about_is_no_progress() {
+    let topology = Topology::SINGLE;
+    let config = Config { topology, ..Config::default() };
+    let member = Member { node: NodeId(0), incarnation: Incarnation(1) };
+    let log = Log::new(Engine::new(), &[]);
+    let mut peer = Peer::new(settings(topology, &config, member), log);
+    let mut progress = |input: Input| {
+        peer.handle(Time(1), PeerInput::Answer(input));
+        while !matches!(peer.poll(), PeerOutput::Wait { .. }) {}
+        peer.beat(Time(1)).progress
+    };
+    assert_eq!(progress(Input::SnapshotDurable { next: Seq(60) }), 0, "clients alone make records");
+    assert_eq!(progress(Input::Persisted { asked: Seq(1), fault: None }), 0);
+    assert_eq!(progress(Input::BaseLoaded { shard: 0 }), 1);
+}
