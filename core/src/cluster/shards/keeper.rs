@@ -306,7 +306,7 @@ impl Keeper {
             self.out.push_back(KeeperOutput::Store(stamp));
         } else if let Some(next) = self.orders.next
             && own(next).is_none()
-            && let Some(before) = own(next - 1)
+            && let Some(before) = next.checked_sub(1).and_then(own)
         {
             self.job = Some(Job::Make { shard: before.shard, version: next });
             self.out.push_back(KeeperOutput::Compute(before));
