@@ -34,6 +34,8 @@ struct Node {
     strange: bool,
     /// It gives others bytes that are not those it has.
     lies: bool,
+    /// It says what it has, but not that it has obeyed anything.
+    behind: bool,
     /// Its process is not started again.
     gone: bool,
 }
@@ -209,7 +211,11 @@ impl Cluster {
             let node = &self.nodes[at as usize];
             let Some(keeper) = &node.keeper else { continue };
             let mut beat = beats::beat_of(&self.supervisor, node.member(at), self.now);
-            beat.shards = Some(Box::new(keeper.standing()));
+            let mut standing = keeper.standing();
+            if node.behind {
+                standing.round -= 1;
+            }
+            beat.shards = Some(Box::new(standing));
             self.give(SupervisorInput::Beat(Box::new(beat)));
         }
         while let Some(message) = self.wires.pop_front() {
@@ -369,6 +375,24 @@ fn what_comes_out_differently_does_not_count() {
     cluster.give(SupervisorInput::Started { incarnation: Incarnation(2), config: config() });
     cluster.until_trained(version + 2);
     cluster.check();
+}
+
+#[test]
+fn what_a_rank_has_counts_once_it_has_obeyed_the_newest_orders() {
+    let mut cluster = Cluster::new(config());
+    // 3 is to be computed into 4, and 4 is to be stored.
+    for version in [3, 4] {
+        cluster.until_trained(version);
+        cluster.nodes[1].behind = true;
+        cluster.tenths(30);
+        let (now, sealed) = cluster.supervisor.view().shards();
+        assert_eq!((now, sealed), (version, 0), "it may be letting go of it");
+        assert!(cluster.nodes[1].disk.contains_key(&stamp_of(1, 4)) == (version == 4));
+        assert_eq!(cluster.nodes[1].memory.len(), if version == 4 { 1 } else { 2 }, "it has what it should");
+        cluster.nodes[1].behind = false;
+    }
+    cluster.tenths(1);
+    assert_eq!(cluster.supervisor.view().shards(), (4, 4));
 }
 
 #[test]

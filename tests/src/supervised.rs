@@ -12,6 +12,7 @@ use lite_llm_core::replay::{decode_input, encode_input};
 use lite_llm_core::time::Time;
 use lite_llm_core::topology::Topology;
 use lite_llm_sim::random::Choice;
+use std::collections::BTreeMap;
 
 /// Feeds as many inputs as are chosen; the supervisor's own invariants are asserted after each.
 ///
@@ -28,12 +29,13 @@ pub fn anything_said(mut choice: Choice, inputs: usize) {
         ..ClusterConfig::default()
     };
     let (mut supervisor, mut lives, mut now) = (Supervisor::new(), 0, Time(1));
+    let mut rounds = BTreeMap::new();
     for _ in 0..=inputs {
         let input = if lives == 0 || choice.chance(20) {
             lives += 1;
             SupervisorInput::Started { incarnation: Incarnation(lives), config: config.clone() }
         } else {
-            said(&mut choice, &supervisor, nodes)
+            said(&mut choice, &supervisor, nodes, &rounds)
         };
         // What is journalled is what was said.
         let input = decode_input(&encode_input(&input)).expect("an input is read again");
@@ -41,12 +43,18 @@ pub fn anything_said(mut choice: Choice, inputs: usize) {
         let ticked = matches!(input, SupervisorInput::Tick);
         supervisor.handle(now, input);
         loop {
-            if let SupervisorOutput::Wait { until } = supervisor.poll() {
-                assert!(
-                    !ticked || until.is_none_or(|until| until > now),
-                    "an alarm that rang rings for ever"
-                );
-                break;
+            match supervisor.poll() {
+                SupervisorOutput::Wait { until } => {
+                    assert!(
+                        !ticked || until.is_none_or(|until| until > now),
+                        "an alarm that rang rings for ever"
+                    );
+                    break;
+                }
+                SupervisorOutput::Orders { orders, .. } => {
+                    rounds.extend(orders.shards.map(|shards| (orders.to.node, shards.round)));
+                }
+                _ => {}
             }
         }
     }
@@ -54,7 +62,12 @@ pub fn anything_said(mut choice: Choice, inputs: usize) {
     assert_eq!(restored.state_digest(), supervisor.state_digest());
 }
 
-fn said(choice: &mut Choice, supervisor: &Supervisor, nodes: u32) -> SupervisorInput {
+fn said(
+    choice: &mut Choice,
+    supervisor: &Supervisor,
+    nodes: u32,
+    rounds: &BTreeMap<NodeId, u64>,
+) -> SupervisorInput {
     // A node too many, and a life too early or late, now and then.
     let node = NodeId(choice.below(u64::from(nodes) + 1) as u32);
     let newest = supervisor.view().nodes().nth(node.0 as usize).map_or(1, |(member, _)| member.incarnation.0);
@@ -69,7 +82,7 @@ fn said(choice: &mut Choice, supervisor: &Supervisor, nodes: u32) -> SupervisorI
             SupervisorInput::Drain { bound_ns: choice.chance(500).then(|| choice.below(1 << 36)) }
         }
         4..=6 => SupervisorInput::Tick,
-        _ => SupervisorInput::Beat(Box::new(beat(choice, supervisor, member))),
+        _ => SupervisorInput::Beat(Box::new(beat(choice, supervisor, member, rounds))),
     }
 }
 
@@ -83,7 +96,12 @@ fn ending(choice: &mut Choice) -> Ending {
     }
 }
 
-fn beat(choice: &mut Choice, supervisor: &Supervisor, member: Member) -> Beat {
+fn beat(
+    choice: &mut Choice,
+    supervisor: &Supervisor,
+    member: Member,
+    rounds: &BTreeMap<NodeId, u64>,
+) -> Beat {
     let epoch = Epoch(supervisor.view().epoch().0.saturating_sub(choice.below(2)));
     let facts = Facts { contract: u32::from(choice.chance(20)), ..Facts::default() };
     let activities =
@@ -101,12 +119,12 @@ fn beat(choice: &mut Choice, supervisor: &Supervisor, member: Member) -> Beat {
         progress: choice.below(3),
         diverged: if choice.chance(50) { choice.below(8) } else { 0 },
         drained: choice.chance(50),
-        shards: choice.chance(700).then(|| Box::new(standing(choice, member))),
+        shards: choice.chance(700).then(|| Box::new(standing(choice, member, rounds))),
     }
 }
 
 /// Any shards in any versions, those too that no rank has, and now and then of other bytes.
-fn standing(choice: &mut Choice, member: Member) -> ShardStanding {
+fn standing(choice: &mut Choice, member: Member, rounds: &BTreeMap<NodeId, u64>) -> ShardStanding {
     let mut stamps = || -> Vec<Stamp> {
         let stamp = |choice: &mut Choice| {
             let version = if choice.chance(20) { u64::MAX } else { choice.below(4) };
@@ -118,6 +136,7 @@ fn standing(choice: &mut Choice, member: Member) -> ShardStanding {
     let (held, stored) = (stamps(), stamps());
     let accused = held.first().map(|stamp| (member, *stamp));
     ShardStanding {
+        round: rounds.get(&member.node).copied().filter(|_| choice.chance(900)).unwrap_or_default(),
         held,
         stored: choice.chance(900).then_some(stored),
         accused: accused.filter(|_| choice.chance(50)),

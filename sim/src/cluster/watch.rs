@@ -65,6 +65,13 @@ pub enum Fact<'a> {
         /// Which.
         stamp: &'a Stamp,
     },
+    /// A shard of an optimizer is let go of in a node's memory.
+    Dropped {
+        /// Whose.
+        node: NodeId,
+        /// Which.
+        stamp: &'a Stamp,
+    },
     /// A shard of an optimizer is on a node's disk, durable.
     Stored {
         /// Whose.

@@ -172,6 +172,7 @@ impl Keeper {
     #[must_use]
     pub fn standing(&self) -> ShardStanding {
         ShardStanding {
+            round: self.orders.round,
             held: self.held.iter().copied().collect(),
             stored: self.stored.as_ref().map(|stored| stored.iter().copied().collect()),
             accused: self.accused,

@@ -29,6 +29,8 @@ pub struct Stamp {
 /// What a node says of its shards, with each beat.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardStanding {
+    /// [`ShardOrders::round`] of the orders that it obeys; 0 before any came.
+    pub round: u64,
     /// In memory.
     pub held: Vec<Stamp>,
     /// On its disk, each read and verified in this life; `None` until all of them were.

@@ -5,6 +5,9 @@
 //! it gets it from his own disk or from whoever has it. Only if a shard of it is nowhere do all go back, to the newest version
 //! of which every shard is somewhere, in memory or on a disk that was read; and below what all had on disk only once every
 //! disk that had it was read, or its node is given up. No step of this waits for a time.
+//!
+//! A beat may be older than orders that are on their way, and whoever obeys those lets go of what they do not name. So what
+//! ranks have counts as theirs only from beats of those that have obeyed their newest orders, and only if it was ordered.
 
 use super::config::Training;
 use super::node::Life;
@@ -76,6 +79,8 @@ impl Shards {
 /// The nodes that have told of their shards, in order; and which of them is which rank.
 struct Census<'a> {
     standings: BTreeMap<NodeId, &'a ShardStanding>,
+    /// What each was told last, of those that have said since that they obey it.
+    obeyed: BTreeMap<NodeId, &'a ShardOrders>,
     seats: Vec<(NodeId, u32)>,
     ranks: u32,
 }
@@ -95,6 +100,12 @@ impl<'a> Census<'a> {
             standing.stored.iter().flatten().any(|stamp| stamp.version == version)
         };
         self.standings.iter().filter(move |(_, standing)| has(standing)).map(|(&node, _)| node)
+    }
+
+    /// Whether every rank does what the newest orders say, and they say this.
+    fn all_obey(&self, say: impl Fn(&ShardOrders) -> bool) -> bool {
+        let obeys = |&(node, _): &(NodeId, u32)| self.obeyed.get(&node).is_some_and(|orders| say(orders));
+        self.seats.iter().all(obeys)
     }
 
     /// Who is to give others a shard: who holds it, or else who can read it.
@@ -192,9 +203,16 @@ impl State {
             self.nodes[index(member.node.0)].incarnation == member.incarnation
                 && standings.contains_key(&member.node)
         };
-        let all = seats.iter().all(lives);
+        if !seats.iter().all(lives) {
+            return None;
+        }
+        let obeys = |(&id, standing): (&NodeId, &&ShardStanding)| {
+            let orders = self.nodes[index(id.0)].shards.as_deref()?;
+            (orders.round == standing.round).then_some((id, orders))
+        };
+        let obeyed = standings.iter().filter_map(obeys).collect();
         let seats = seats.into_iter().map(|(member, shard)| (member.node, shard)).collect();
-        all.then(|| Census { standings, seats, ranks: self.config.topology.ranks() })
+        Some(Census { standings, obeyed, seats, ranks: self.config.topology.ranks() })
     }
 
     /// Ends whoever gave others bytes that were not those of their stamp, and has that stamp still.
@@ -242,11 +260,13 @@ fn decide(
         if version != from {
             events.push(SupervisorEvent::Restored { version, from, sealed });
         }
-        // Whoever has it on disk is waited for, should it be lost from memory again.
-        if version != sealed {
+        if version < sealed {
             shards.sealers.clear();
         }
-        shards.sealers.extend(census.storing(version));
+        // Whoever has it on disk is waited for, should it be lost from memory again.
+        if version <= sealed {
+            shards.sealers.extend(census.storing(version));
+        }
         (shards.version, shards.digests) = (version, digests);
         shards.sealed_before = shards.sealed_before.min(version);
         // What was on all disks stays so; anything else is written before anybody goes on from it.
@@ -268,12 +288,12 @@ fn decide(
     } else if !is_in_step(shards, census) {
         return events;
     }
-    if shards.storing {
+    if shards.storing && census.all_obey(|orders| orders.store == Some(shards.version)) {
         seal(shards, census, &mut events);
     }
     let next = shards.version + 1;
     shards.dropping &= census.standings.values().any(|s| s.held.iter().any(|stamp| stamp.version == next));
-    if may_go_on(shards, training) {
+    if may_go_on(shards, training) && census.all_obey(|orders| orders.next == Some(next)) {
         match census.held_by_all(next) {
             None => {}
             Some(Err(shard)) => {

@@ -92,6 +92,7 @@ impl Checker for CommittedOnce {
             Fact::Took { .. }
             | Fact::Entered { .. }
             | Fact::Made { .. }
+            | Fact::Dropped { .. }
             | Fact::Stored { .. }
             | Fact::Removed { .. }
             | Fact::Event(_)

@@ -134,6 +134,10 @@ impl Checker for ShardsOne {
                 self.made.entry((stamp.shard, stamp.version)).or_default().insert(member.node);
                 self.copy("made", *member, stamp)
             }
+            Fact::Dropped { node, stamp } => {
+                self.made.entry((stamp.shard, stamp.version)).or_default().remove(node);
+                Ok(())
+            }
             Fact::Stored { member, stamp } => {
                 self.stored.entry((stamp.shard, stamp.version)).or_default().insert(member.node);
                 self.copy("stored", *member, stamp)

@@ -242,6 +242,7 @@ impl NodeActor {
             KeeperOutput::Send(message) => cx.send(message.to.node.0, Said::Shard(Box::new(message))),
             KeeperOutput::Store(stamp) => self.store_shard(cx, stamp),
             KeeperOutput::Drop(stamp) => {
+                self.common.watch.see(cx.world_ns(), &Fact::Dropped { node: member.node, stamp: &stamp });
                 shards.memory.remove(&stamp);
             }
             KeeperOutput::Remove(stamp) => {
