@@ -4,6 +4,7 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod beats;
+mod bench;
 mod cause;
 mod commands;
 mod control;

@@ -4,6 +4,7 @@
 //! loaders. What the engine decides, they obey; what happens, they report. Nothing here decides anything.
 
 pub mod arena;
+pub mod bandwidth;
 pub mod blobs;
 pub mod cluster;
 pub mod cold;

@@ -30,6 +30,18 @@ pub fn resident_bytes() -> Option<u64> {
     pages.checked_mul(rustix::param::page_size() as u64)
 }
 
+/// The most bytes of this process that were in memory at once, since it began or the peak was forgotten.
+pub fn peak_bytes() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Has the peak begin again from what is in memory now. Where the system does not allow it, it stays.
+pub fn forget_peak() {
+    let _ = fs::write("/proc/self/clear_refs", "5");
+}
+
 /// The limit of the control group, version 2 or 1.
 fn group_limit() -> Option<u64> {
     ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
@@ -58,5 +70,6 @@ mod tests {
         let here = measure().unwrap();
         assert!(here.available > 0 && here.available <= here.total);
         assert!(resident_bytes().unwrap() > 1 << 16);
+        assert!(peak_bytes().unwrap() >= resident_bytes().unwrap() / 2);
     }
 }

@@ -49,6 +49,8 @@ pub enum Timing {
     Phase(lite_llm_core::event::Phase),
     /// A batch step with this many rows.
     Step(u64, usize),
+    /// Of that, waiting for experts: the number of the step. Only steps that waited have it.
+    Wait(u64),
     /// Reading an expert into a slot: the number of the load.
     Load(u64),
     /// Bringing an expert from the warm arena into the hot one: the number of the load.

@@ -4,16 +4,10 @@
 use lite_llm_core::config::Config;
 use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::Body;
+use lite_llm_hw::memory;
 use lite_llm_hw::node::{Node, NodeError, NodeOptions, StreamEvent};
 use lite_llm_model::kernels::DType;
 use lite_llm_model::synth::{SynthFamily, SynthSpec, synth};
-
-/// The most memory that the process had since `/proc/self/clear_refs` was told to forget.
-fn peak_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
-}
 
 // The only test of its file: another one's memory would be counted too.
 #[test]
@@ -41,11 +35,11 @@ fn a_model_larger_than_the_budget_is_served_within_it() {
     let budget = least + (16 << 20);
     assert!(budget < weights / 2, "the model is to be larger than {budget}, it has {weights}");
 
-    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    memory::forget_peak();
     let node = Node::start(options(budget)).unwrap();
     let body = Body { prompt: (5..105).collect(), max_tokens: 30, ignore_eos: true, ..Body::default() };
     let events = node.submit(RequestId::new("r").unwrap(), body, 0);
     assert_eq!(events.into_iter().filter(|event| matches!(event, StreamEvent::Token { .. })).count(), 30);
-    let peak = peak_bytes();
+    let peak = memory::peak_bytes().unwrap();
     assert!(peak <= budget, "the process had {peak} bytes, its budget is {budget}");
 }

@@ -1,6 +1,7 @@
 //! The subcommands, one file each.
 
 mod batch;
+mod bench;
 mod cluster;
 mod completions;
 mod ctl;
@@ -56,6 +57,8 @@ pub(crate) enum Command {
     Trace(Box<trace::TraceArgs>),
     /// Say how well a model predicts a text, under one or all of its TierSets
     Perplexity(Box<perplexity::PerplexityArgs>),
+    /// Say how fast a model runs here, where the time goes, and what would have been possible
+    Bench(Box<bench::BenchArgs>),
     /// Write a random checkpoint of any size
     Synth(synth::SynthArgs),
     /// Run simulated clusters under every fault, and check everything
@@ -81,6 +84,7 @@ impl Command {
             Self::Import(args) => args.run(),
             Self::Trace(args) => args.run(),
             Self::Perplexity(args) => args.run(),
+            Self::Bench(args) => args.run(),
             Self::Synth(args) => args.run(),
             Self::Sim(args) => args.run(),
             Self::Demo(args) => args.run(),

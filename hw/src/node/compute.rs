@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use lite_llm_core::cluster::collective::{Exchange, Kind, Plan};
 use lite_llm_core::cluster::message::Tag;
@@ -25,6 +25,7 @@ use super::NodeError;
 use super::error::panic_message;
 use super::reports::{Report, Reports};
 use crate::arena::{Arena, SlotReader};
+use crate::telemetry::Timing;
 
 /// What the compute thread is told.
 #[derive(Debug)]
@@ -160,10 +161,10 @@ impl Machine {
                     self.loaded(loaded, Input::RoutersLoaded);
                 }
                 Work::Forward(forward) => {
-                    let (input, then) = self.forward(&forward, work);
+                    let (input, waited, then) = self.forward(&forward, work);
                     match then {
                         Some((epoch, model)) => self.forget(epoch, model),
-                        None => self.say(input),
+                        None => self.tell(input, waited.map(|waited| (Timing::Wait(forward.step.0), waited))),
                     }
                 }
                 // Of a step that has ended meanwhile.
@@ -209,8 +210,13 @@ impl Machine {
         }
     }
 
-    /// The answer to a step; and the new epoch, if one began meanwhile and nobody wants the answer.
-    fn forward(&mut self, forward: &Forward, work: &Receiver<Work>) -> (Input, Option<Forgotten>) {
+    /// The answer to a step, and how long it waited for experts; and the new epoch, if one began meanwhile and nobody wants
+    /// the answer.
+    fn forward(
+        &mut self,
+        forward: &Forward,
+        work: &Receiver<Work>,
+    ) -> (Input, Option<Duration>, Option<Forgotten>) {
         let (step, attempt) = (forward.step, forward.attempt);
         self.early.borrow_mut().retain(|(_, tag, _)| (tag.step, tag.attempt) >= (step, attempt));
         let Memory { arena, cache, workspace, readers } =
@@ -229,6 +235,7 @@ impl Machine {
             provided: RefCell::default(),
             early: &self.early,
             forgotten: Cell::new(None),
+            waited: Duration::ZERO,
         };
         for &(_, slot) in forward.resident.iter().flatten() {
             source.take(slot);
@@ -240,20 +247,25 @@ impl Machine {
         };
         let result = self.model.forward(forward, cache, workspace, &mut source, capture);
         let forgotten = source.forgotten.take();
+        let waited = Some(source.waited).filter(|waited| !waited.is_zero());
         // Every slot is let go before the engine hears that the step is over.
         readers.fill_with(|| None);
         let duration_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let fault = match result {
-            Ok(rows) => return (Input::Finished { step, attempt, rows, duration_ns }, forgotten),
+            Ok(rows) => return (Input::Finished { step, attempt, rows, duration_ns }, waited, forgotten),
             Err(StepError::Stopped(stopped)) => Fault::Device(stopped.to_string()),
             Err(StepError::NonFinite { row, layer, position }) => Fault::NonFinite { row, layer, position },
         };
-        (Input::Failed { step, attempt, fault }, forgotten)
+        (Input::Failed { step, attempt, fault }, waited, forgotten)
     }
 
     fn say(&self, input: Input) {
+        self.tell(input, None);
+    }
+
+    fn tell(&self, input: Input, took: Option<(Timing, Duration)>) {
         // A loop that is gone wants to hear nothing.
-        self.reports.tell(Report::Done { epoch: self.epoch, input, took: None });
+        self.reports.tell(Report::Done { epoch: self.epoch, input, took });
     }
 }
 
@@ -275,6 +287,8 @@ struct Source<'a> {
     early: &'a RefCell<Vec<(u32, Tag, Vec<u8>)>>,
     /// The epoch that has begun meanwhile.
     forgotten: Cell<Option<Forgotten>>,
+    /// How long nothing could be computed for want of an expert.
+    waited: Duration,
 }
 
 impl Source<'_> {
@@ -348,7 +362,9 @@ impl ExpertSource for Source<'_> {
                 self.wave.push(provided.slot);
                 return Ok(provided);
             }
+            let began = Instant::now();
             self.wait()?;
+            self.waited += began.elapsed();
         }
     }
 

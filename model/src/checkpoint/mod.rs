@@ -5,6 +5,7 @@
 //!
 //! Nothing that a file says is trusted: every size, offset and name is checked before anything is allocated for it.
 
+mod bytes;
 pub mod config;
 mod encoded;
 pub mod import;

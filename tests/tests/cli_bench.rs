@@ -1,0 +1,106 @@
+//! What a model does here, measured: the figures fit each other, whatever the machine is.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use lite_llm_tests::command::Place;
+use serde_json::Value;
+
+/// A place with a native mixture of 64 experts in `m`.
+fn place() -> Place {
+    let place = Place::new();
+    let made = place.run([
+        "synth",
+        "m",
+        "--family",
+        "olmoe",
+        "--layers",
+        "4",
+        "--hidden",
+        "256",
+        "--heads",
+        "4",
+        "--experts",
+        "16",
+        "--top-k",
+        "4",
+        "--intermediate",
+        "128",
+        "--vocab",
+        "512",
+        "--dtype",
+        "bf16",
+        "--tiers",
+        "all:16",
+    ]);
+    assert_eq!(made.code, Some(0), "{}", made.stderr);
+    place
+}
+
+fn bench(place: &Place, more: &[&str]) -> Value {
+    let ran = place.run([&["bench", "m", "--prompt", "40", "--decode", "48", "--json"], more].concat());
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    ran.json()
+}
+
+#[track_caller]
+fn number(figures: &Value, name: &str) -> f64 {
+    figures[name].as_f64().unwrap_or_else(|| panic!("no number {name} in {figures}"))
+}
+
+/// Bytes that the model needs at least, as its refusal says.
+fn least(place: &Place) -> u64 {
+    let refused = place.run(["bench", "m", "--memory", "1MiB"]);
+    refused.refuses(1, &["needs at least"]);
+    let (_, rest) = refused.stderr.split_once("needs at least ").unwrap();
+    rest.split(':').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn figures_fit_each_other_and_the_budget() {
+    let place = place();
+    let all = bench(&place, &[]);
+    for name in ["hit_rate", "belady_hit_rate", "uniform_hit_rate"] {
+        assert_eq!(all[name], 1.0, "{name} where every expert is in memory");
+    }
+    assert_eq!(all["disk_bytes_per_token"], 0.0);
+    // A third of the experts, and pages for all positions.
+    let memory = least(&place) + 16 * 196_608 + 8 * 524_288;
+    let few = bench(&place, &["--memory", &memory.to_string(), "--report", "page.html"]);
+    for figures in [&all, &few] {
+        for name in ["prefill_tokens_per_s", "decode_tokens_per_s", "dram_bytes_per_s", "roofline_share"] {
+            assert!(number(figures, name) > 0.0, "{name} in {figures}");
+        }
+        // 4 layers with 4 experts each, and all that is not an expert.
+        let least = 16.0 * 196_608.0;
+        assert!((least..3.0 * least).contains(&number(figures, "bytes_per_token")), "{figures}");
+    }
+    let (hits, best) = (number(&few, "hit_rate"), number(&few, "belady_hit_rate"));
+    assert!(hits > 0.0 && hits <= best && best < 1.0, "{few}");
+    assert!(number(&few, "uniform_hit_rate") < 1.0);
+    assert!((number(&few, "disk_bytes_per_token") - (1.0 - hits) * 16.0 * 196_608.0).abs() < 1.0, "{few}");
+    assert!(number(&few, "peak_rss_bytes") <= memory as f64 * 1.02, "{few}");
+    assert!(number(&few["per_token"], "io_wait_ms") > 0.0);
+    assert_eq!(few["tokens_digest"], all["tokens_digest"], "memory changes no token");
+    let page = std::fs::read_to_string(place.path("page.html")).unwrap();
+    // A column of three parts for each step that decodes, but the first token is of the prefill.
+    assert_eq!(page.matches("<rect").count(), 3 * 47 + 2 * 4, "{page}");
+    assert!(place.private_states().is_empty(), "nothing is left behind");
+}
+
+#[test]
+fn a_batch_shares_what_it_reads() {
+    let place = place();
+    let one = bench(&place, &["--threads", "1"]);
+    let four = bench(&place, &["--batch", "4", "--threads", "1"]);
+    assert!(number(&four, "bytes_per_token") < 0.8 * number(&one, "bytes_per_token"), "{one} {four}");
+    assert_ne!(one["tokens_digest"], four["tokens_digest"]);
+    assert_eq!(bench(&place, &["--batch", "4"])["tokens_digest"], four["tokens_digest"]);
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused() {
+    let place = place();
+    place.run(["bench", "m", "--prompt", "9999999"]).refuses(2, &["--prompt 9999999", "context"]);
+    place.run(["bench", "m", "--batch", "0"]).refuses(2, &["--batch"]);
+    place.run(["bench", "none"]).refuses(1, &["none"]);
+    place.run(["bench", "m", "--report", "no/page.html"]).refuses(1, &["no/page.html"]);
+}
