@@ -2,8 +2,8 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use lite_llm_model::kernels::{
-    AttentionParams, DType, Isa, KvPage, KvShape, PAGE_POSITIONS, PackedView, PagedKv, Pool, Storage,
-    attention, linear, math, packed_len, rms_norm,
+    AttentionParams, DType, Isa, KvPage, KvShape, PAGE_POSITIONS, PackedView, PagedKv, Pool, Quantised,
+    Storage, attention, linear, math, packed_len, rms_norm,
 };
 use std::hint::black_box;
 
@@ -21,12 +21,14 @@ fn weights(storage: Storage, outputs: usize, inputs: usize) -> Vec<u8> {
     (0..len).map(|i| if i % size == size - 1 { 0x3c } else { i as u8 & 0x3f }).collect()
 }
 
-const STORAGES: [(&str, Storage); 5] = [
+const STORAGES: [(&str, Storage); 7] = [
     ("bf16", Storage::Plain(DType::Bf16)),
     ("f16", Storage::Plain(DType::F16)),
     ("f32", Storage::Plain(DType::F32)),
     ("mxfp4", Storage::Mxfp4),
     ("e4m3", Storage::E4m3),
+    ("q8", Storage::Grouped(Quantised::Q8)),
+    ("q4", Storage::Grouped(Quantised::Q4)),
 ];
 
 /// Four streams at once, as a product has them: one alone waits for memory.

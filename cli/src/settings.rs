@@ -85,6 +85,8 @@ pub(crate) enum IsaName {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C
     Avx2,
+    /// The same with AVX-512 and VNNI, for matrices of integers
+    Avx512,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
@@ -206,8 +208,10 @@ impl RuntimeArgs {
             None => Isa::detect(),
             Some(IsaName::Scalar) => Isa::Scalar,
             Some(IsaName::Avx2) => Isa::Avx2,
+            Some(IsaName::Avx512) => Isa::Avx512,
         };
-        anyhow::ensure!(isa.available(), "this machine has no AVX2, FMA and F16C; use --isa scalar");
+        let lacking = if isa == Isa::Avx512 { "AVX-512 with VNNI" } else { "AVX2, FMA and F16C" };
+        anyhow::ensure!(isa.available(), "this machine has no {lacking}; use --isa scalar");
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let drain_bound = match (self.drain_bound, &file.drain_bound) {
             (Some(bound), _) => bound,

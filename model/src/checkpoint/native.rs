@@ -203,6 +203,7 @@ pub(super) const fn storage_name(storage: Storage) -> &'static str {
         Storage::Plain(dtype) => dtype_name(dtype),
         Storage::Mxfp4 => "mxfp4",
         Storage::E4m3 => "e4m3",
+        Storage::Grouped(kind) => kind.name(),
     }
 }
 

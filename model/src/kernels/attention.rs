@@ -295,6 +295,7 @@ fn attend<'a>(isa: Isa, kv: &PagedKv<'_>, rows: &Rows<'_>, room: &'a mut Buffer)
     let [scores, denominators, sinks, block, widened, out] =
         sizes.map(|size| rest.split_off_mut(..size).expect("room for all"));
     let mut room = Room { scores, span, denominators, sinks, block, widened, out };
+    let isa = isa.of_floats();
     attend_in(isa, isa, kv, rows, &mut room);
     room.out
 }

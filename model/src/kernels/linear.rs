@@ -3,7 +3,7 @@
 //! The inputs are padded with pairs of +0 to a multiple of 16 and cut into chunks of 1024 at absolute offsets. In a
 //! chunk, lane l starts at +0 and takes `fma(x[k], w[k], acc)` for the k with k mod 16 = l, ascending. The lanes are
 //! added left to right, starting from the first; so are the chunks; a bias is added last. Only outputs are divided
-//! among threads.
+//! among threads. Matrices of integers have an order of their own (`grouped`).
 
 use super::buffer::{Buffer, Parts, emptied};
 use super::convert::{bf16_value, e2m1_value, e4m3_value, f16_value};
@@ -11,11 +11,13 @@ use super::packed::{
     CHUNK, E4M3_BLOCK, LANES, MXFP4_BLOCK, PackedView, Storage, TILE_OUTPUTS, padded_inputs,
 };
 use super::pool::Pool;
+use super::quantise::Quantised;
 use super::{DType, Isa};
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod grouped;
 #[cfg(target_arch = "x86_64")]
 mod scaled;
 
@@ -157,7 +159,12 @@ impl<'a> Product<'a> {
 
     /// Values of the repacked input.
     fn repacked(&self) -> usize {
-        self.rows * padded_inputs(self.w.inputs())
+        let inputs = self.w.inputs();
+        self.rows * if self.grouped().is_some() { grouped::row_words(inputs) } else { padded_inputs(inputs) }
+    }
+
+    fn grouped(&self) -> Option<Quantised> {
+        self.w.storage().grouped()
     }
 
     fn tiles(&self) -> usize {
@@ -166,11 +173,15 @@ impl<'a> Product<'a> {
 
     /// Tiles that one pass goes through.
     fn tiles_together(&self) -> usize {
-        if self.rows == 1 { TILES_OF_ONE_ROW } else { 1 }
+        match self.rows {
+            1 => TILES_OF_ONE_ROW,
+            _ if self.grouped().is_some() => grouped::TILES_OF_ROWS,
+            _ => 1,
+        }
     }
 
     fn work(&self) -> usize {
-        self.repacked() * self.tiles() * TILE_OUTPUTS
+        self.rows * padded_inputs(self.w.inputs()) * self.tiles() * TILE_OUTPUTS
     }
 
     fn has_input_of(&self, other: &Self) -> bool {
@@ -179,7 +190,8 @@ impl<'a> Product<'a> {
             (Some(rows), Some(others)) => std::ptr::eq(rows, others),
             _ => false,
         };
-        same_rows && std::ptr::eq(self.x, other.x) && self.w.inputs() == other.w.inputs()
+        let same_form = self.w.inputs() == other.w.inputs() && self.grouped() == other.grouped();
+        same_rows && std::ptr::eq(self.x, other.x) && same_form
     }
 
     /// The tiles of one of its tasks.
@@ -213,7 +225,7 @@ impl Products {
         let inputs = Parts::new(self.repacked.values(work.inputs));
         pool.rows(work.blocks, work.inputs, &|block| {
             let product = &list[list.partition_point(|product| product.plan.first_block <= block) - 1];
-            repack(product, block - product.plan.first_block, &inputs);
+            repack(isa, product, block - product.plan.first_block, &inputs);
         });
         let inputs = self.repacked.written(work.inputs);
         pool.run_with_room(work.tasks, work.shared, &|task, room| {
@@ -291,8 +303,11 @@ fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Puts a block of rows into the order in which the tiles read it: chunks, in a chunk lanes, in a lane the blocks of
-/// rows, in a block the steps, in a step the rows.
-fn repack(product: &Product<'_>, block: usize, inputs: &Parts<'_, f32>) {
+/// rows, in a block the steps, in a step the rows. For integers they are quantised.
+fn repack(isa: Isa, product: &Product<'_>, block: usize, inputs: &Parts<'_, f32>) {
+    if let Some(kind) = product.grouped() {
+        return grouped::quantise_block(isa, kind, product, block, inputs);
+    }
     let rows = blocks(product.rows).nth(block).expect("a block of this product");
     match rows.len() {
         1 => repack_rows::<1>(product, rows.start, inputs),
@@ -325,6 +340,10 @@ fn repack_rows<const ROWS: usize>(product: &Product<'_>, first: usize, inputs: &
 }
 
 fn linear_part(isa: Isa, x: &[f32], product: &Product<'_>, task: usize, room: &mut Buffer) {
+    if let Some(kind) = product.grouped() {
+        return grouped::part(isa, kind, x, product, product.tiles_of(task));
+    }
+    let isa = isa.of_floats();
     let Range { start: mut tile, end } = product.tiles_of(task);
     let sums = room.values(product.rows * TILE_OUTPUTS).as_chunks_mut().0;
     while tile < end {
@@ -415,9 +434,9 @@ fn chunk_sums(isa: Isa, storage: Storage, x: &[f32], w: &[u8], sums: &mut [[f32;
     match isa {
         Isa::Scalar => chunk_sums_scalar(storage, x, w, sums),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::chunk_sums(storage, x, w, sums),
+        Isa::Avx2 | Isa::Avx512 => avx2::chunk_sums(storage, x, w, sums),
         #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 => panic!("AVX2 exists on x86-64 only"),
+        Isa::Avx2 | Isa::Avx512 => panic!("AVX2 exists on x86-64 only"),
     }
 }
 
@@ -478,6 +497,7 @@ fn widen_entry(storage: Storage, input: usize, factors: &[u8], bytes: &[u8]) -> 
                 *value = e4m3_value(*code) / 256.0 * factor;
             }
         }
+        Storage::Grouped(_) => unreachable!("integers have products of their own"),
     }
     values
 }

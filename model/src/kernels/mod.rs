@@ -12,6 +12,7 @@ pub mod math;
 pub mod norm;
 pub mod packed;
 pub mod pool;
+pub mod quantise;
 pub mod rope;
 pub mod sample;
 mod self_test;
@@ -24,9 +25,11 @@ pub use buffer::Buffer;
 pub use linear::{Product, Products, dot, linear};
 pub use norm::{layer_norm, rms_norm, rms_norm_in_place};
 pub use packed::{
-    PackedError, PackedView, Storage, TILE_OUTPUTS, pack, pack_e4m3, pack_mxfp4, packed_len, unpack,
+    PackedError, PackedView, Storage, TILE_OUTPUTS, pack, pack_e4m3, pack_groups, pack_mxfp4, packed_len,
+    unpack,
 };
 pub use pool::Pool;
+pub use quantise::Quantised;
 pub use rope::RopeTable;
 pub use sample::{NonFinite, argmax, penalise, sample};
 pub use self_test::{SelfTestError, self_test};
@@ -42,12 +45,15 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// The same with AVX-512 (F, BW and VNNI), which products of integers use; all else is as with AVX2.
+    Avx512,
 }
 
 impl Isa {
     /// The fastest instruction set that this machine has.
     pub fn detect() -> Self {
-        if Self::Avx2.available() { Self::Avx2 } else { Self::Scalar }
+        let fastest = [Self::Avx512, Self::Avx2].into_iter().find(|isa| isa.available());
+        fastest.unwrap_or(Self::Scalar)
     }
 
     /// Whether this machine has the instruction set.
@@ -60,8 +66,23 @@ impl Isa {
                     && std::arch::is_x86_feature_detected!("fma")
                     && std::arch::is_x86_feature_detected!("f16c")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.available()
+                    && std::arch::is_x86_feature_detected!("avx512f")
+                    && std::arch::is_x86_feature_detected!("avx512bw")
+                    && std::arch::is_x86_feature_detected!("avx512vnni")
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 => false,
+            Self::Avx2 | Self::Avx512 => false,
+        }
+    }
+
+    /// The instruction set for kernels of floats.
+    pub(crate) const fn of_floats(self) -> Self {
+        match self {
+            Self::Scalar => Self::Scalar,
+            Self::Avx2 | Self::Avx512 => Self::Avx2,
         }
     }
 }
@@ -103,13 +124,15 @@ macro_rules! versioned {
             match isa {
                 $crate::kernels::Isa::Scalar => $body($($arg),*),
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::Isa::Avx2 => {
+                $crate::kernels::Isa::Avx2 | $crate::kernels::Isa::Avx512 => {
                     assert!(isa.available(), "this machine lacks AVX2, FMA or F16C");
                     // SAFETY: the assertion above established the features that `avx2` is compiled for.
                     unsafe { avx2($($arg),*) }
                 }
                 #[cfg(not(target_arch = "x86_64"))]
-                $crate::kernels::Isa::Avx2 => panic!("AVX2 exists on x86-64 only"),
+                $crate::kernels::Isa::Avx2 | $crate::kernels::Isa::Avx512 => {
+                    panic!("AVX2 exists on x86-64 only")
+                }
             }
         }
     };

@@ -11,8 +11,15 @@
 //! MXFP4 for each 32 inputs and each output half of the power of two, in bfloat16; of E4M3 for each 128 inputs one
 //! `f32`, the published factor times 256. The kernels multiply each weight with its factor, which rounds once: that is
 //! the weight that a decoder gives.
+//!
+//! Integers with a scale for each 32 inputs are another thing: their inputs are padded to a multiple of 32 and their groups
+//! stand in order, two together, without chunks and lanes. First the scales of both groups, 16 of binary16 each; then the
+//! integers of one and of the other, unsigned: 8 bits as value + 128, in eight vectors of 64 bytes, of which vector v has at
+//! byte 4o + i output o at input 4v + i; 4 bits as value + 8, in four such vectors, whose high halves are 16 inputs further
+//! on. A group that has no partner stands alone.
 
 use super::DType;
+use super::quantise::{GROUP, Quantised};
 use thiserror::Error;
 
 /// Outputs in a tile.
@@ -21,6 +28,8 @@ pub const TILE_OUTPUTS: usize = 16;
 pub const LANES: usize = 16;
 /// Inputs in a chunk of a dot product.
 pub const CHUNK: usize = 1024;
+/// Bytes of four inputs, or of eight, of all outputs of a tile.
+pub(super) const GROUP_VECTOR_BYTES: usize = 64;
 /// Inputs of MXFP4 that share a factor.
 pub const MXFP4_BLOCK: usize = 32;
 /// Inputs of E4M3, and as many outputs, that share a factor.
@@ -35,6 +44,14 @@ pub enum Storage {
     Mxfp4,
     /// A byte each (E4M3), 128 inputs of 128 outputs with a factor.
     E4m3,
+    /// Integers, 32 inputs of an output with a scale; their products quantise the other side too.
+    Grouped(Quantised),
+}
+
+impl From<Quantised> for Storage {
+    fn from(kind: Quantised) -> Self {
+        Self::Grouped(kind)
+    }
 }
 
 impl From<DType> for Storage {
@@ -49,7 +66,7 @@ impl Storage {
         match self {
             Self::Plain(dtype) => dtype,
             Self::Mxfp4 => DType::Bf16,
-            Self::E4m3 => DType::F32,
+            Self::E4m3 | Self::Grouped(_) => DType::F32,
         }
     }
 
@@ -58,7 +75,16 @@ impl Storage {
         match self {
             Self::Plain(dtype) => TILE_OUTPUTS * dtype.bytes(),
             Self::Mxfp4 => TILE_OUTPUTS / 2,
-            Self::E4m3 => TILE_OUTPUTS,
+            Self::E4m3 | Self::Grouped(Quantised::Q8) => TILE_OUTPUTS,
+            Self::Grouped(Quantised::Q4) => TILE_OUTPUTS / 2,
+        }
+    }
+
+    /// The integers that it has with scales of groups, if it has.
+    pub(super) const fn grouped(self) -> Option<Quantised> {
+        match self {
+            Self::Grouped(kind) => Some(kind),
+            Self::Plain(_) | Self::Mxfp4 | Self::E4m3 => None,
         }
     }
 
@@ -68,6 +94,7 @@ impl Storage {
             Self::Plain(_) => None,
             Self::Mxfp4 => Some(MXFP4_BLOCK),
             Self::E4m3 => Some(E4M3_BLOCK),
+            Self::Grouped(_) => Some(GROUP),
         }
     }
 
@@ -77,12 +104,18 @@ impl Storage {
             Self::Plain(_) => 0,
             Self::Mxfp4 => entries.div_ceil(MXFP4_BLOCK) * TILE_OUTPUTS * 2,
             Self::E4m3 => entries.div_ceil(E4M3_BLOCK) * 4,
+            Self::Grouped(_) => entries.div_ceil(GROUP) * TILE_OUTPUTS * 2,
         }
     }
 
     /// Bytes of a chunk of that many entries.
     pub(super) const fn chunk_bytes(self, entries: usize) -> usize {
         self.factor_bytes(entries) + entries * self.entry_bytes()
+    }
+
+    /// Inputs, padded to what the layout wants a multiple of.
+    const fn padded(self, inputs: usize) -> Option<usize> {
+        inputs.checked_next_multiple_of(if self.grouped().is_some() { GROUP } else { LANES })
     }
 
     /// Bytes of a tile, if they can be counted.
@@ -161,7 +194,8 @@ impl<'a> PackedView<'a> {
 
     /// Bytes of the tile that starts at output `16 * tile`.
     pub(super) fn tile(&self, tile: usize) -> &'a [u8] {
-        let size = self.storage.tile_bytes(padded_inputs(self.inputs)).expect("the matrix is there");
+        let padded = self.storage.padded(self.inputs).expect("the matrix is there");
+        let size = self.storage.tile_bytes(padded).expect("the matrix is there");
         &self.bytes[tile * size..][..size]
     }
 }
@@ -170,7 +204,7 @@ impl<'a> PackedView<'a> {
 pub fn packed_len(storage: impl Into<Storage>, outputs: usize, inputs: usize) -> Option<usize> {
     let storage = storage.into();
     let tiles = outputs.div_ceil(TILE_OUTPUTS);
-    let padded = inputs.checked_next_multiple_of(LANES)?;
+    let padded = storage.padded(inputs)?;
     // The row-major source has to be addressable too, whatever it is decoded to.
     outputs.checked_mul(inputs)?.checked_mul(4)?;
     padded.checked_mul(storage.entry_bytes())?;
@@ -246,6 +280,47 @@ pub fn pack_e4m3(
         };
         four.copy_from_slice(&value.to_le_bytes());
     });
+}
+
+/// Packs rows of groups, as [`quantise_row`](super::quantise::quantise_row) makes them.
+///
+/// # Panics
+/// If a slice has another length than the shape gives.
+pub fn pack_groups(kind: Quantised, outputs: usize, inputs: usize, rows: &[u8], dst: &mut [u8]) {
+    let expected = packed_len(kind, outputs, inputs).expect("the matrix is too large to address");
+    assert_eq!(dst.len(), expected, "the packed slice does not fit the shape");
+    assert_eq!(rows.len(), outputs * kind.row_bytes(inputs), "the rows do not fit the shape");
+    let groups = inputs.div_ceil(GROUP);
+    if groups == 0 {
+        return;
+    }
+    let flipped = if kind == Quantised::Q8 { 0x8080_8080 } else { 0 };
+    let tile_bytes = Storage::Grouped(kind).tile_bytes(groups * GROUP).expect("the matrix can be addressed");
+    let rows_of_tile = TILE_OUTPUTS * kind.row_bytes(inputs);
+    for (dst, rows) in dst.chunks_exact_mut(tile_bytes).zip(rows.chunks(rows_of_tile)) {
+        dst.fill(0);
+        for (output, row) in rows.chunks_exact(kind.row_bytes(inputs)).enumerate() {
+            for (group, block) in row.chunks_exact(kind.group_bytes()).enumerate() {
+                let (scales, codes) = place_of_group(kind, group, groups);
+                dst[scales + 2 * output..][..2].copy_from_slice(&block[..2]);
+                for (vector, four) in block[2..].as_chunks::<4>().0.iter().enumerate() {
+                    let word = u32::from_le_bytes(*four) ^ flipped;
+                    let at = codes + vector * GROUP_VECTOR_BYTES + 4 * output;
+                    dst[at..at + 4].copy_from_slice(&word.to_le_bytes());
+                }
+            }
+        }
+    }
+}
+
+/// Where in a tile the scales and the integers of a group stand.
+#[inline(always)]
+pub(super) const fn place_of_group(kind: Quantised, group: usize, groups: usize) -> (usize, usize) {
+    let (scales, codes) = (2 * TILE_OUTPUTS, TILE_OUTPUTS * kind.code_bytes());
+    let (pair, within) = (group / 2, group % 2);
+    let start = pair * 2 * (scales + codes);
+    let together = if pair * 2 + 1 < groups { 2 } else { 1 };
+    (start + within * scales, start + together * scales + within * codes)
 }
 
 /// Where a weight and its factor go in their chunk.

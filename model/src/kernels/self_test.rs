@@ -84,7 +84,7 @@ impl Golden {
     }
 }
 
-pub(super) const GOLDEN: [Golden; 19] = [
+pub(super) const GOLDEN: [Golden; 21] = [
     Golden {
         kernel: "linear f32",
         run: |isa, bits| linears(isa, DType::F32, bits),
@@ -102,6 +102,16 @@ pub(super) const GOLDEN: [Golden; 19] = [
     },
     Golden { kernel: "linear mxfp4", run: linears_of_mxfp4, hash: 0x9549_1aff_bf2e_9655 },
     Golden { kernel: "linear e4m3", run: linears_of_e4m3, hash: 0x2559_d1c0_44bf_97b3 },
+    Golden {
+        kernel: "linear q8",
+        run: |isa, bits| linears_of_groups(isa, Quantised::Q8, bits),
+        hash: 0x81ed_853f_05b1_0573,
+    },
+    Golden {
+        kernel: "linear q4",
+        run: |isa, bits| linears_of_groups(isa, Quantised::Q4, bits),
+        hash: 0x950b_e5c0_4b8d_1072,
+    },
     Golden {
         kernel: "attention f32",
         run: |isa, bits| attentions(isa, KvShape { dtype: DType::F32, ..SHAPE }, bits),
@@ -212,6 +222,26 @@ fn linears_of_e4m3(isa: Isa, bits: &mut Bits) {
     let factors = operands(2 * 9, 21);
     pack_e4m3(outputs, inputs, code, |down, across| factors[down * 9 + across], &mut packed);
     quantised(isa, Storage::E4m3, (outputs, inputs), &packed, bits);
+}
+
+/// A group without a partner, a padded one, a padded tile; every number of rows in a block. Rows are quantised too.
+fn linears_of_groups(isa: Isa, kind: Quantised, bits: &mut Bits) {
+    let (outputs, inputs) = (65, 1061);
+    let mut rows = vec![0; outputs * kind.row_bytes(inputs)];
+    let weights = operands(outputs * inputs, 31);
+    for (weights, row) in weights.chunks(inputs).zip(rows.chunks_mut(kind.row_bytes(inputs))) {
+        quantise::quantise_row(kind, weights, row).expect("the operands are finite and small");
+    }
+    bits.bytes(&rows);
+    let mut packed = vec![0; packed_len(kind, outputs, inputs).expect("the shape is small")];
+    pack_groups(kind, outputs, inputs, &rows, &mut packed);
+    let view = PackedView::new(kind, outputs, inputs, &packed).expect("the length is the shape's");
+    let pool = Pool::new(1);
+    for rows in [1, 2, 3, 4, 5, 6, 13] {
+        let mut out = vec![0.0; rows * outputs];
+        linear(&pool, isa, &operands(rows * inputs, 32 + rows as u64), rows, &view, None, &mut out);
+        bits.values(&out);
+    }
 }
 
 fn quantised(isa: Isa, storage: Storage, (outputs, inputs): (usize, usize), packed: &[u8], bits: &mut Bits) {

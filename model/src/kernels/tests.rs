@@ -6,6 +6,7 @@ use super::self_test::{Bits, GOLDEN, Golden};
 use super::*;
 
 mod bits;
+mod grouped;
 mod quantised;
 
 #[test]
@@ -171,7 +172,7 @@ fn conversions_round_to_even() {
 }
 
 fn isas() -> Vec<Isa> {
-    [Isa::Scalar, Isa::Avx2].into_iter().filter(|isa| isa.available()).collect()
+    [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.available()).collect()
 }
 
 #[test]

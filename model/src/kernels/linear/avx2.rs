@@ -199,6 +199,7 @@ unsafe fn widened(storage: Storage, x: &[f32], w: &[u8], steps: usize, sums: &mu
             }
             // SAFETY: the caller's promise, with room for the entries of one lane.
             Storage::Mxfp4 | Storage::E4m3 => unsafe { scaled::widen_lane(storage, lane, w, widened) },
+            Storage::Grouped(_) => unreachable!("integers have products of their own"),
         }
         // SAFETY: a sixteenth of what the caller promises, as f32.
         unsafe { lane_of_rows::<0>(x, bytemuck::cast_slice(widened), steps, lane == 0, sums) };

@@ -42,7 +42,7 @@ pub(super) unsafe fn tiles_of_one_row<const TILES: usize>(
             match storage {
                 Storage::Mxfp4 => lanes_of_tiles::<MXFP4>(x, *w, sums),
                 Storage::E4m3 => lanes_of_tiles::<E4M3>(x, *w, sums),
-                Storage::Plain(_) => unreachable!("plain weights have no factors"),
+                Storage::Plain(_) | Storage::Grouped(_) => unreachable!("no codes of floats"),
             }
         }
     }
@@ -154,7 +154,7 @@ pub(super) unsafe fn widen_lane(storage: Storage, lane: usize, w: &[u8], out: &m
         match storage {
             Storage::Mxfp4 => widen::<MXFP4>(lane, w, out),
             Storage::E4m3 => widen::<E4M3>(lane, w, out),
-            Storage::Plain(_) => unreachable!("plain weights have no factors"),
+            Storage::Plain(_) | Storage::Grouped(_) => unreachable!("no codes of floats"),
         }
     }
 }

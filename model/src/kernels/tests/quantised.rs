@@ -13,7 +13,7 @@ fn power(exponent: u8) -> f32 {
 }
 
 /// A number from a seed and a place.
-fn draw(seed: u64, a: usize, b: usize) -> u64 {
+pub(super) fn draw(seed: u64, a: usize, b: usize) -> u64 {
     let mut z = seed ^ (a as u64) << 32 ^ b as u64;
     z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
