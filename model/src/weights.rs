@@ -4,7 +4,7 @@ use crate::arch::{Arch, Latent, Norm};
 use crate::checkpoint::{
     Checkpoint, Gated, Tensor, expert_parts, latent_projections, projections, qk_norm_sizes,
 };
-use crate::kernels::{DType, Isa, PackedView, Storage, convert, pack, packed_len};
+use crate::kernels::{DType, Isa, PackedView, Storage, convert, pack, pack_groups, packed_len};
 use crate::model::ModelError;
 use crate::share::Share;
 use memmap2::{Advice, MmapMut};
@@ -14,7 +14,7 @@ use std::ops::Range;
 /// A matrix in the packed layout.
 #[derive(Debug)]
 pub(crate) struct Matrix {
-    dtype: DType,
+    storage: Storage,
     outputs: usize,
     inputs: usize,
     size: usize,
@@ -29,32 +29,45 @@ impl Matrix {
     /// Some rows of a matrix.
     fn load_rows(checkpoint: &Checkpoint, tensor: &Tensor, rows: Range<usize>) -> Result<Self, ModelError> {
         let [_, inputs] = tensor.shape[..] else { unreachable!("matrices are asked for by shape") };
-        let row = inputs * tensor.dtype.bytes();
-        let bytes = checkpoint.row_major(tensor);
-        let matrix = Self::pack(tensor.dtype, rows.len(), inputs, &bytes[rows.start * row..rows.end * row])?;
+        let matrix = if let Storage::Grouped(kind) = tensor.storage() {
+            let row = kind.row_bytes(inputs);
+            let stored = &checkpoint.bytes(tensor)[rows.start * row..rows.end * row];
+            Self::packed(kind, rows.len(), inputs, |dst| pack_groups(kind, rows.len(), inputs, stored, dst))?
+        } else {
+            let row = inputs * tensor.dtype.bytes();
+            let bytes = checkpoint.row_major(tensor);
+            Self::pack(tensor.dtype, rows.len(), inputs, &bytes[rows.start * row..rows.end * row])?
+        };
         checkpoint.forget(tensor);
         Ok(matrix)
     }
 
     fn pack(dtype: DType, outputs: usize, inputs: usize, row_major: &[u8]) -> Result<Self, ModelError> {
-        let size = packed_bytes(dtype, outputs, inputs)?;
+        Self::packed(dtype, outputs, inputs, |dst| pack(dtype, outputs, inputs, row_major, dst))
+    }
+
+    fn packed(
+        storage: impl Into<Storage>,
+        outputs: usize,
+        inputs: usize,
+        pack: impl FnOnce(&mut [u8]),
+    ) -> Result<Self, ModelError> {
+        let storage = storage.into();
+        let size = packed_len(storage, outputs, inputs)
+            .ok_or(ModelError::Memory { what: "a matrix", bytes: u64::MAX })?;
         let refused = |_| ModelError::Memory { what: "a matrix", bytes: size as u64 };
         let mut bytes = MmapMut::map_anon(size.max(1)).map_err(refused)?;
         // Decode reads all of it once a token: with small pages it would wait for page walks. A kernel without large
         // pages refuses, and nothing is lost but time.
         let _ = bytes.advise(Advice::HugePage);
-        pack(dtype, outputs, inputs, row_major, &mut bytes[..size]);
-        Ok(Self { dtype, outputs, inputs, size, bytes })
+        pack(&mut bytes[..size]);
+        Ok(Self { storage, outputs, inputs, size, bytes })
     }
 
     pub(crate) fn view(&self) -> PackedView<'_> {
-        PackedView::new(self.dtype, self.outputs, self.inputs, &self.bytes[..self.size])
+        PackedView::new(self.storage, self.outputs, self.inputs, &self.bytes[..self.size])
             .expect("packed for this shape")
     }
-}
-
-fn packed_bytes(dtype: DType, outputs: usize, inputs: usize) -> Result<usize, ModelError> {
-    packed_len(dtype, outputs, inputs).ok_or(ModelError::Memory { what: "a matrix", bytes: u64::MAX })
 }
 
 /// A matrix and its bias.
@@ -243,6 +256,11 @@ impl ExpertLayout {
         }
     }
 
+    /// Bytes of gate, up or down.
+    pub(crate) fn matrix_bytes(&self, matrix: usize) -> usize {
+        self.matrices[matrix] - matrix.checked_sub(1).map_or(0, |before| self.matrices[before])
+    }
+
     fn bias_bytes(&self) -> usize {
         if self.storages.len() > 3 { 4 * (2 * self.wide.len() + self.deep.len()) } else { 0 }
     }
@@ -284,11 +302,15 @@ pub(crate) fn pack_expert(checkpoint: &Checkpoint, gated: &Gated, layout: &Exper
         checkpoint.forget(tensor);
         start = end;
     }
+    pack_biases(checkpoint, gated, &mut slot[start..]);
+}
+
+/// The biases of an expert, if it has any, one after the other.
+pub(crate) fn pack_biases(checkpoint: &Checkpoint, gated: &Gated, mut rest: &mut [u8]) {
     for tensor in gated.biases.iter().flatten() {
         let values = values(checkpoint, tensor);
-        let end = start + 4 * values.len();
-        convert::narrow(DType::F32, &values, &mut slot[start..end]);
-        start = end;
+        let into = rest.split_off_mut(..4 * values.len()).expect("room for every part");
+        convert::narrow(DType::F32, &values, into);
     }
 }
 

@@ -198,6 +198,47 @@ fn bad_input_says_what_and_why() {
     place.run(["import", "m", "n", "--tiers", "a"]).refuses(2, &["NAME:EXPERTS"]);
 }
 
+/// Made without floats on the way, computed to the same tokens however, journalled and proved; and what is refused.
+#[test]
+fn integers_are_imported_synthesised_and_run() {
+    let place = place();
+    let made = place.run([
+        "synth",
+        "q",
+        "--family",
+        "olmoe",
+        "--quantise",
+        "q4",
+        "--tiers",
+        "core:6,rest:rest:cold",
+        "--json",
+    ]);
+    assert!(made.json()["bytes"].as_u64().unwrap() < 2 << 20, "{}", made.stdout);
+    assert_eq!(
+        place.run(["import", "m", "n", "--quantise", "q4", "--tiers", "core:6,rest:rest:cold"]).code,
+        Some(0)
+    );
+    let of = |model: &str, more: &[&str]| {
+        let arguments = ["run", model, "--ignore-eos", "--max-tokens", "12", "--json"];
+        place.run(arguments.iter().chain(&PROMPT).chain(more)).json()["tokens"].clone()
+    };
+    let tokens = of("q", &["--state", "state", "--request-id", "one"]);
+    assert_eq!(tokens.as_array().unwrap().len(), 12);
+    for model in ["q", "n"] {
+        assert_eq!(
+            of(model, &["--isa", "scalar", "--threads", "1", "--prefill-chunk", "3"]),
+            tokens,
+            "{model}"
+        );
+    }
+    let full = place.run(["replay", "state", "--full", "q"]);
+    assert_eq!(full.code, Some(0), "{}", full.stderr);
+    place.run(["replay", "state", "--full", "m"]).refuses(1, &["weights"]);
+    place.run(["import", "n", "o", "--quantise", "q8"]).refuses(1, &["native checkpoint already"]);
+    place.run(["import", "m", "o", "--quantise", "q5"]).refuses(2, &["q8", "q4"]);
+    place.run(["synth", "q", "--family", "olmoe", "--quantise", "q8"]).refuses(1, &["it exists already"]);
+}
+
 #[test]
 fn a_missing_shard_is_named() {
     let place = Place::new();

@@ -90,11 +90,14 @@ fn an_import_goes_on_where_it_was_cut() {
     let manifest: serde_json::Value =
         serde_json::from_slice(&fs::read(whole.join("manifest.json")).unwrap()).unwrap();
     let weights = Checkpoint::open(&whole).unwrap().weights_digest(1).unwrap().to_string();
-    let mut notes =
-        serde_json::json!({ "Source": { "weights": weights, "tiers": manifest["tiers"] } }).to_string();
-    notes += &format!("\n{}\n", serde_json::json!({ "Base": manifest["base"] }));
+    let note = |note: serde_json::Value| {
+        let note = note.to_string();
+        format!("{} {note}\n", blake3::hash(note.as_bytes()).to_hex())
+    };
+    let mut notes = note(serde_json::json!({ "Source": { "weights": weights, "tiers": manifest["tiers"] } }));
+    notes += &note(serde_json::json!({ "Base": manifest["base"] }));
     for shard in manifest["experts"].as_array().unwrap() {
-        notes += &format!("{}\n", serde_json::json!({ "Experts": shard }));
+        notes += &note(serde_json::json!({ "Experts": shard }));
     }
     notes += "{\"Experts\":{\"file\":";
     fs::write(partial.join("progress.jsonl"), notes).unwrap();

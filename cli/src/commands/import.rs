@@ -3,10 +3,11 @@
 use crate::exit::{Exit, usage};
 use crate::quantity::Size;
 use crate::terminal;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use lite_llm_model::checkpoint::import::import;
+use lite_llm_model::checkpoint::import::{Wanted, import};
 use lite_llm_model::checkpoint::tiers::{Division, parse_tiers, read_tiers};
+use lite_llm_model::kernels::Quantised;
 use lite_llm_model::trace::Trace;
 use serde_json::json;
 use std::io::Write;
@@ -34,12 +35,33 @@ pub(crate) struct ImportArgs {
     /// Let counts of --tiers take the most used experts of each layer, by a trace of this model
     #[arg(long, value_name = "TRACE", requires = "tiers")]
     by_use: Option<PathBuf>,
-    /// Threads that hash; one per core if left out
+    /// Make integers of all matrices but routers: 8.5 or 4.5 bits a weight, of which the output changes
+    #[arg(long, value_name = "FORM")]
+    quantise: Option<Integers>,
+    /// Threads that hash and pack; one per core if left out
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+/// Integers with a scale for each 32 inputs.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Integers {
+    /// Of 8 bits, near what is published
+    Q8,
+    /// Of 4 bits, half as large and coarser
+    Q4,
+}
+
+impl From<Integers> for Quantised {
+    fn from(integers: Integers) -> Self {
+        match integers {
+            Integers::Q8 => Self::Q8,
+            Integers::Q4 => Self::Q4,
+        }
+    }
 }
 
 impl ImportArgs {
@@ -51,7 +73,8 @@ impl ImportArgs {
         if let Ok(style) = ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes}, {eta} left") {
             bar.set_style(style);
         }
-        let imported = import(&self.source, &self.target, division.as_ref(), threads, |done, total| {
+        let wanted = Wanted { division: division.as_ref(), quantise: self.quantise.map(Quantised::from) };
+        let imported = import(&self.source, &self.target, wanted, threads, |done, total| {
             bar.set_length(total);
             bar.set_position(done);
         });

@@ -1,14 +1,15 @@
 //! `lite-llm synth`: a random checkpoint of any size.
 
+use super::import::Integers;
 use crate::exit::{Exit, usage};
 use crate::quantity::Size;
 use crate::terminal;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use lite_llm_model::checkpoint::import::import;
-use lite_llm_model::checkpoint::tiers::parse_tiers;
+use lite_llm_model::checkpoint::import::{Wanted, import};
+use lite_llm_model::checkpoint::tiers::{Division, parse_tiers};
 use lite_llm_model::kernels::DType;
-use lite_llm_model::synth::{SynthError, SynthFamily, SynthReport, SynthSpec, synth};
+use lite_llm_model::synth::{SynthError, SynthFamily, SynthReport, SynthSpec, synth, synth_native};
 use serde_json::json;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -57,7 +58,10 @@ pub(crate) struct SynthArgs {
     /// has them in its router, with NAME:GROUPSxEXPERTS
     #[arg(long, value_name = "SPEC")]
     tiers: Option<String>,
-    /// Storage type of the weights
+    /// Write a native checkpoint whose matrices are integers, as of import; nothing larger is written on the way
+    #[arg(long, value_name = "FORM")]
+    quantise: Option<Integers>,
+    /// Storage type of the weights, or of what is quantised
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     dtype: WeightType,
     /// Seed of the weights; the same seed gives the same bytes
@@ -91,9 +95,18 @@ enum WeightType {
 
 impl SynthArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
-        let report = match &self.tiers {
-            Some(tiers) if !matches!(self.family, Family::TieredMoe) => self.native(tiers)?,
-            _ => write(&self.dir, &self.spec()?)?,
+        // The router of a tiered form has the tiers: they are no division.
+        let tiers = self.tiers.as_ref().filter(|_| !matches!(self.family, Family::TieredMoe));
+        let division = tiers.map(|tiers| parse_tiers(tiers)).transpose();
+        let division = division.map_err(|error| usage(format!("--tiers: {error}")))?;
+        let report = match (self.quantise, division) {
+            (Some(integers), division) => {
+                let wanted = Wanted { division: division.as_ref(), quantise: Some(integers.into()) };
+                let written = synth_native(&self.dir, &self.spec()?, wanted, cores(), |_, _| {});
+                written.map_err(misused)?
+            }
+            (None, Some(tiers)) => self.native(&tiers)?,
+            (None, None) => write(&self.dir, &self.spec()?)?,
         };
         let mut out = terminal::stdout();
         if self.json {
@@ -123,8 +136,7 @@ impl SynthArgs {
     }
 
     /// Writes the Hugging Face form aside, then imports it.
-    fn native(&self, tiers: &str) -> anyhow::Result<SynthReport> {
-        let tiers = parse_tiers(tiers).map_err(|error| usage(format!("--tiers: {error}")))?;
+    fn native(&self, tiers: &Division) -> anyhow::Result<SynthReport> {
         let Some(name) = self.dir.file_name() else {
             return Err(usage(format!("{} is no name of a directory to make", self.dir.display())));
         };
@@ -132,8 +144,7 @@ impl SynthArgs {
         let source = self.dir.with_file_name(format!(".{}.source", name.to_string_lossy()));
         clear(&source)?;
         let report = write(&source, &self.spec()?)?;
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let imported = import(&source, &self.dir, Some(&tiers), threads, |_, _| {});
+        let imported = import(&source, &self.dir, Some(tiers), cores(), |_, _| {});
         clear(&source)?;
         let imported = imported?;
         Ok(SynthReport {
@@ -201,10 +212,19 @@ fn clear(dir: &Path) -> anyhow::Result<()> {
 }
 
 fn write(dir: &Path, spec: &SynthSpec) -> anyhow::Result<SynthReport> {
-    synth(dir, spec).map_err(|error| match error {
+    synth(dir, spec).map_err(misused)
+}
+
+/// What no such checkpoint can be, the command line says.
+fn misused(error: SynthError) -> anyhow::Error {
+    match error {
         SynthError::Invalid { .. } => usage(error.to_string()),
         other => other.into(),
-    })
+    }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// The most heads, up to the usual number, into which the width divides evenly.

@@ -2,8 +2,9 @@
 //! whose values are decoded exactly.
 
 use super::tensors::Span;
-use crate::kernels::DType;
 use crate::kernels::convert::{self, e2m1_value, e4m3_value};
+use crate::kernels::quantise::dequantise_row;
+use crate::kernels::{DType, Quantised};
 use std::borrow::Cow;
 
 /// Weights that share a scale in MXFP4.
@@ -20,6 +21,10 @@ pub(super) enum Form {
     Mxfp4 { first: usize, row: usize, scales: Span },
     /// Bytes of E4M3; each square of them shares an f32 that multiplies them, the last squares are cut.
     Fp8 { scales: Span, side: usize },
+    /// Rows of integers with a scale for each group of them.
+    Groups(Quantised),
+    /// In no file: the tensor of that number, row-major, is made whenever it is read.
+    Made(usize),
 }
 
 /// The row-major bytes of a tensor of `dtype`, of `shape`'s rows and columns. `stored` are its bytes and `scales` those of
@@ -69,6 +74,15 @@ pub(super) fn decode<'a>(
             });
             Cow::Owned(floats(dtype, values, rows * columns))
         }
+        Form::Groups(kind) => {
+            let mut values = vec![0.0; rows * columns];
+            let of_rows = values.chunks_exact_mut(columns.max(1));
+            for (values, row) in of_rows.zip(stored.chunks_exact(kind.row_bytes(columns).max(1))) {
+                dequantise_row(kind, row, values);
+            }
+            Cow::Owned(floats(dtype, values.into_iter(), rows * columns))
+        }
+        Form::Made(_) => unreachable!("what is made is no file's"),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::tensors::Tensor;
 use super::{Checkpoint, CheckpointError};
 use crate::arch::{Arch, ExpertForm, Latent, Moe, Norm, QkNorm};
-use crate::kernels::DType;
+use crate::kernels::{DType, Quantised};
 use lite_llm_core::digest::Digest;
 
 /// A tensor that is used.
@@ -14,7 +14,10 @@ pub(crate) struct Item {
     /// By which it is looked up; nothing for a part of an expert.
     pub(crate) published: Option<String>,
     pub(crate) dtype: DType,
+    /// The integers that it is stored as, if it is.
+    pub(crate) grouped: Option<Quantised>,
     pub(crate) shape: Vec<usize>,
+    /// Of its row-major form.
     pub(crate) bytes: u64,
     /// Where its values are, if they are in a mapped file.
     pub(crate) tensor: Option<Tensor>,
@@ -284,7 +287,8 @@ impl Checkpoint {
         let hash = self.native.as_ref().and_then(|native| native.hash(&name));
         let bytes = tensor.bytes_len() as u64;
         let (dtype, shape) = (tensor.dtype, tensor.shape.clone());
-        Item { name, published, dtype, shape, bytes, tensor: Some(tensor), hash }
+        let grouped = tensor.storage().grouped();
+        Item { name, published, dtype, grouped, shape, bytes, tensor: Some(tensor), hash }
     }
 
     fn list_base(&self, list: &mut Vec<Item>) -> Result<(), CheckpointError> {
@@ -412,7 +416,8 @@ impl Checkpoint {
         let mut all = blake3::Hasher::new();
         for (item, hash) in &hashed {
             let hash = blake3::Hash::from_bytes(*hash);
-            let line = format!("{} {:?} {:?} {}\n", item.name, item.dtype, item.shape, hash.to_hex());
+            let dtype = item.grouped.map_or_else(|| format!("{:?}", item.dtype), |kind| kind.name().into());
+            let line = format!("{} {dtype} {:?} {}\n", item.name, item.shape, hash.to_hex());
             all.update(line.as_bytes());
         }
         Ok(Digest(*all.finalize().as_bytes()))

@@ -11,6 +11,7 @@ mod encoded;
 pub mod import;
 mod inventory;
 pub mod native;
+mod quantised;
 mod tensors;
 pub mod tiers;
 
@@ -26,6 +27,7 @@ use lite_llm_core::ids::ExpertKey;
 use native::Native;
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
+pub(crate) use tensors::Maker;
 pub use tensors::{Tensor, TensorFiles};
 use thiserror::Error;
 
@@ -183,6 +185,15 @@ impl Checkpoint {
     /// # Errors
     /// Names the file, what is wrong with it, and the remedy.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        Self::open_with(dir, None)
+    }
+
+    /// A directory that has the configuration only, of tensors that are made.
+    pub(crate) fn open_made(dir: &Path, made: TensorFiles) -> Result<Self, CheckpointError> {
+        Self::open_with(dir, Some(made))
+    }
+
+    fn open_with(dir: &Path, made: Option<TensorFiles>) -> Result<Self, CheckpointError> {
         // What an import noted of the files beside its shards is verified before they are believed.
         let manifest = if native::is_native(dir) { Some(native::read_manifest(dir)?) } else { None };
         let path = dir.join("config.json");
@@ -195,7 +206,10 @@ impl Checkpoint {
                 let tiers = native.tiers().to_vec();
                 (files, Some(native), tiers)
             }
-            None => (TensorFiles::open(dir)?, None, arch.moe.as_ref().map_or_else(Vec::new, tiers_of)),
+            None => {
+                let files = made.map_or_else(|| TensorFiles::open(dir), Ok)?;
+                (files, None, arch.moe.as_ref().map_or_else(Vec::new, tiers_of))
+            }
         };
         let this = Self { dir: dir.into(), arch, files, native, tiers, eos };
         // Every tensor is found, with its shape, before anything is loaded; and none is there that would be ignored.
@@ -313,10 +327,10 @@ impl Checkpoint {
     pub(crate) fn embedding(&self) -> Result<Tensor, CheckpointError> {
         let name = "model.embed_tokens.weight";
         let tensor = self.tensor(name, &[self.arch.vocab, self.arch.hidden])?;
-        if tensor.is_plain() {
+        if tensor.is_stored() {
             return Ok(tensor);
         }
-        let what = format!("tensor {name} is quantised; the embedding is read as F32, BF16 or F16 only");
+        let what = format!("tensor {name} is quantised; the embedding is read as F32, BF16, F16, q8 or q4");
         Err(CheckpointError::invalid(self.files.path(), &what))
     }
 

@@ -11,7 +11,7 @@ use super::tiers::Order;
 use super::{CheckpointError, ExpertPart, Item, Tier, expert_parts};
 use crate::arch::Arch;
 use crate::files;
-use crate::kernels::{CONTRACT_VERSION, DType, Storage};
+use crate::kernels::{CONTRACT_VERSION, DType, Quantised, Storage};
 use crate::weights::ExpertLayout;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -191,7 +191,7 @@ fn dtype_of(path: &Path, name: &str) -> Result<DType, CheckpointError> {
         || {
             CheckpointError::invalid(
                 path,
-                &format!("storage type {name:?} is none of f32, bf16, f16, mxfp4 and e4m3"),
+                &format!("storage type {name:?} is none of f32, bf16, f16, mxfp4, e4m3, q8 and q4"),
             )
         },
     )
@@ -208,8 +208,11 @@ pub(super) const fn storage_name(storage: Storage) -> &'static str {
 }
 
 fn storage_of(path: &Path, name: &str) -> Result<Storage, CheckpointError> {
-    let quantised =
-        [Storage::Mxfp4, Storage::E4m3].into_iter().find(|&storage| storage_name(storage) == name);
+    let kinds = [Quantised::Q8, Quantised::Q4].map(Storage::Grouped);
+    let quantised = [Storage::Mxfp4, Storage::E4m3]
+        .into_iter()
+        .chain(kinds)
+        .find(|&storage| storage_name(storage) == name);
     quantised.map_or_else(|| dtype_of(path, name).map(Storage::Plain), Ok)
 }
 
@@ -232,8 +235,12 @@ pub(super) fn open(
     let mut listed = Vec::new();
     for tensor in &manifest.base.tensors {
         hashes.insert(tensor.canonical.clone(), hash_of(&path, &tensor.blake3)?);
-        let dtype = dtype_of(&path, &tensor.dtype)?;
-        listed.push((tensor.name.clone(), dtype, tensor.shape.clone(), tensor.offset));
+        let storage = storage_of(&path, &tensor.dtype)?;
+        if matches!(storage, Storage::Mxfp4 | Storage::E4m3) {
+            let what = format!("tensor {} is {}: only experts are", tensor.name, tensor.dtype);
+            return Err(CheckpointError::invalid(&path, &what));
+        }
+        listed.push((tensor.name.clone(), storage, tensor.shape.clone(), tensor.offset));
     }
     files.map(&shard(dir, &manifest.base.file)?, listed)?;
 
@@ -404,11 +411,15 @@ impl Native {
         let parts = self.parts.iter().zip(&self.storages);
         parts
             .map(|(part, storage)| {
-                let dtype = storage.dtype();
+                let (dtype, grouped) = (storage.dtype(), storage.grouped());
                 let name = format!("{name}.{}", part.name);
                 let hash = self.hash(&name);
-                let bytes = (part.shape.iter().product::<usize>() * dtype.bytes()) as u64;
-                Item { name, published: None, dtype, shape: part.shape.clone(), bytes, tensor: None, hash }
+                let bytes = match (grouped, &part.shape[..]) {
+                    (Some(kind), &[rows, columns]) => rows * kind.row_bytes(columns),
+                    _ => part.shape.iter().product::<usize>() * dtype.bytes(),
+                } as u64;
+                let shape = part.shape.clone();
+                Item { name, published: None, dtype, grouped, shape, bytes, tensor: None, hash }
             })
             .collect()
     }

@@ -4,7 +4,7 @@
 use super::CheckpointError;
 use super::encoded::{self, Form, MXFP4_GROUP};
 use crate::kernels::packed::E4M3_BLOCK;
-use crate::kernels::{DType, Storage, pack, pack_e4m3, pack_mxfp4};
+use crate::kernels::{DType, Storage, pack, pack_e4m3, pack_groups, pack_mxfp4, packed_len};
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use std::borrow::Cow;
@@ -53,18 +53,29 @@ impl Tensor {
         self.form == Form::Plain
     }
 
+    /// Whether its bytes are in the file as they are used, those of integers among them.
+    pub(super) fn is_stored(&self) -> bool {
+        matches!(self.form, Form::Plain | Form::Groups(_))
+    }
+
     /// How its values are stored in a slot: quantised ones stay so.
     pub(crate) fn storage(&self) -> Storage {
         match self.form {
             Form::Mxfp4 { .. } => Storage::Mxfp4,
             Form::Fp8 { side: E4M3_BLOCK, .. } => Storage::E4m3,
-            Form::Plain | Form::Strided { .. } | Form::Fp8 { .. } => Storage::Plain(self.dtype),
+            Form::Groups(kind) => Storage::Grouped(kind),
+            Form::Plain | Form::Strided { .. } | Form::Fp8 { .. } | Form::Made(_) => {
+                Storage::Plain(self.dtype)
+            }
         }
     }
 
-    /// Bytes of its values, row-major.
+    /// Bytes of its values, row-major: those of integers with their scales, others decoded.
     pub fn bytes_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.bytes()
+        match self.form {
+            Form::Groups(kind) => self.shape[0] * kind.row_bytes(self.shape[1]),
+            _ => self.shape.iter().product::<usize>() * self.dtype.bytes(),
+        }
     }
 }
 
@@ -84,12 +95,22 @@ struct Quantised {
     shape: Vec<usize>,
 }
 
+/// Makes tensors that are in no file, each time they are read.
+pub(crate) trait Maker: std::fmt::Debug + Send + Sync {
+    /// Gives out the row-major bytes of a tensor, piece by piece.
+    fn make(&self, index: usize, put: &mut dyn FnMut(&[u8]));
+
+    /// What they are a function of: others of the same identity are the same.
+    fn identity(&self) -> String;
+}
+
 /// The mapped files.
 #[derive(Debug)]
 pub struct TensorFiles {
     files: Vec<(PathBuf, Mmap)>,
     tensors: BTreeMap<String, Tensor>,
     quantised: BTreeMap<String, Quantised>,
+    maker: Option<Box<dyn Maker>>,
 }
 
 impl TensorFiles {
@@ -98,7 +119,7 @@ impl TensorFiles {
         let index = dir.join(INDEX);
         let names: BTreeSet<String> =
             if index.exists() { shards(&index)? } else { BTreeSet::from([ONE.to_owned()]) };
-        let mut this = Self { files: Vec::new(), tensors: BTreeMap::new(), quantised: BTreeMap::new() };
+        let mut this = Self::empty();
         for name in names {
             this.add(&dir.join(name))?;
         }
@@ -107,20 +128,45 @@ impl TensorFiles {
 
     /// No files yet.
     pub(super) fn empty() -> Self {
-        Self { files: Vec::new(), tensors: BTreeMap::new(), quantised: BTreeMap::new() }
+        Self { files: Vec::new(), tensors: BTreeMap::new(), quantised: BTreeMap::new(), maker: None }
+    }
+
+    /// Tensors that are made, in the order of their numbers.
+    pub(crate) fn made(
+        maker: Box<dyn Maker>,
+        listed: impl IntoIterator<Item = (String, DType, Vec<usize>)>,
+    ) -> Self {
+        let mut this = Self::empty();
+        for (index, (name, dtype, shape)) in listed.into_iter().enumerate() {
+            // No two have the same place.
+            let span = Span { file: index, start: 0, end: 1 };
+            this.tensors.insert(name, Tensor { span, form: Form::Made(index), dtype, shape });
+        }
+        this.maker = Some(maker);
+        this
+    }
+
+    /// What made tensors are a function of.
+    pub(crate) fn identity_of_made(&self) -> Option<String> {
+        self.maker.as_ref().map(|maker| maker.identity())
     }
 
     /// Maps a file whose tensors are listed elsewhere: name, type, shape, offset. Each is checked against the file.
     pub(super) fn map(
         &mut self,
         path: &Path,
-        listed: impl IntoIterator<Item = (String, DType, Vec<usize>, u64)>,
+        listed: impl IntoIterator<Item = (String, Storage, Vec<usize>, u64)>,
     ) -> Result<(), CheckpointError> {
         let map = map_file(path)?;
         let file = self.files.len();
-        for (name, dtype, shape, offset) in listed {
-            let values = shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size));
-            let bytes = values.and_then(|values| values.checked_mul(dtype.bytes()));
+        for (name, storage, shape, offset) in listed {
+            let (form, bytes) = match storage {
+                Storage::Grouped(kind) => (Form::Groups(kind), bytes_of_groups(kind, &shape)),
+                _ => {
+                    let values = shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size));
+                    (Form::Plain, values.and_then(|values| values.checked_mul(storage.dtype().bytes())))
+                }
+            };
             let start = usize::try_from(offset).ok();
             let end = start.zip(bytes).and_then(|(start, bytes)| start.checked_add(bytes));
             let (Some(start), Some(end)) = (start, end.filter(|&end| end <= map.len())) else {
@@ -129,7 +175,7 @@ impl TensorFiles {
                 return Err(CheckpointError::invalid(path, &what));
             };
             let span = Span { file, start, end };
-            self.tensors.insert(name, Tensor { span, form: Form::Plain, dtype, shape });
+            self.tensors.insert(name, Tensor { span, form, dtype: storage.dtype(), shape });
         }
         self.files.push((path.to_owned(), map));
         Ok(())
@@ -214,7 +260,7 @@ impl TensorFiles {
     /// # Panics
     /// If they are in another form there.
     pub fn bytes(&self, tensor: &Tensor) -> &[u8] {
-        assert!(tensor.is_plain(), "the bytes of this tensor have to be decoded");
+        assert!(tensor.is_stored(), "the bytes of this tensor have to be decoded");
         self.span(tensor.span)
     }
 
@@ -222,7 +268,12 @@ impl TensorFiles {
     pub fn row_major(&self, tensor: &Tensor) -> Cow<'_, [u8]> {
         let scales = match tensor.form {
             Form::Mxfp4 { scales, .. } | Form::Fp8 { scales, .. } => self.span(scales),
-            Form::Plain | Form::Strided { .. } => &[],
+            Form::Plain | Form::Strided { .. } | Form::Groups(_) => &[],
+            Form::Made(_) => {
+                let mut bytes = Vec::with_capacity(tensor.bytes_len());
+                self.pieces(tensor, &mut |piece| bytes.extend_from_slice(piece));
+                return Cow::Owned(bytes);
+            }
         };
         encoded::decode(&tensor.form, tensor.dtype, &tensor.shape, self.span(tensor.span), scales)
     }
@@ -233,6 +284,9 @@ impl TensorFiles {
     /// If the slice is not as long as the shape and [`Tensor::storage`] say.
     pub(crate) fn pack(&self, tensor: &Tensor, dst: &mut [u8]) {
         let &[outputs, inputs] = &tensor.shape[..] else { unreachable!("matrices are asked for by shape") };
+        if let Form::Made(_) = tensor.form {
+            return pack(tensor.dtype, outputs, inputs, &self.row_major(tensor), dst);
+        }
         let stored = self.span(tensor.span);
         match (tensor.storage(), &tensor.form) {
             (Storage::Mxfp4, &Form::Mxfp4 { first, row, scales }) => {
@@ -253,6 +307,7 @@ impl TensorFiles {
                 };
                 pack_e4m3(outputs, inputs, |r, c| stored[r * inputs + c], factor, dst);
             }
+            (Storage::Grouped(kind), _) => pack_groups(kind, outputs, inputs, stored, dst),
             _ => pack(tensor.dtype, outputs, inputs, &self.row_major(tensor), dst),
         }
     }
@@ -260,32 +315,54 @@ impl TensorFiles {
     /// The BLAKE3 of a tensor's row-major bytes, which take no more memory than a few megabytes while they are read if
     /// they are so in the file.
     pub fn hash(&self, tensor: &Tensor) -> [u8; 32] {
-        if !tensor.is_plain() {
-            let hash = *blake3::hash(&self.row_major(tensor)).as_bytes();
-            self.forget(tensor);
-            return hash;
-        }
-        let Span { file, start, end } = tensor.span;
-        let map = &self.files[file].1;
         let mut hasher = blake3::Hasher::new();
-        for start in (start..end).step_by(HASH_BYTES) {
-            let end = end.min(start + HASH_BYTES);
-            hasher.update(&map[start..end]);
-            forget(map, start, end);
-        }
+        self.pieces(tensor, &mut |piece| {
+            hasher.update(piece);
+        });
         *hasher.finalize().as_bytes()
+    }
+
+    /// Gives out a tensor's row-major bytes, piece by piece; those that are not so in the file in one.
+    pub(super) fn pieces(&self, tensor: &Tensor, put: &mut dyn FnMut(&[u8])) {
+        match &tensor.form {
+            Form::Made(index) => {
+                self.maker.as_ref().expect("a tensor that is made has a maker").make(*index, put);
+            }
+            Form::Plain | Form::Groups(_) => {
+                let Span { file, start, end } = tensor.span;
+                let map = &self.files[file].1;
+                for start in (start..end).step_by(HASH_BYTES) {
+                    let end = end.min(start + HASH_BYTES);
+                    put(&map[start..end]);
+                    forget(map, start, end);
+                }
+            }
+            Form::Strided { .. } | Form::Mxfp4 { .. } | Form::Fp8 { .. } => {
+                put(&self.row_major(tensor));
+                self.forget(tensor);
+            }
+        }
     }
 
     /// Gives back the memory that reading a tensor took: it would count against the process until others want it.
     pub fn forget(&self, tensor: &Tensor) {
         let Span { file, start, end } = tensor.span;
-        forget(&self.files[file].1, start, end);
+        if let Some((_, map)) = self.files.get(file) {
+            forget(map, start, end);
+        }
     }
 
     /// The first file, to name in an error about a tensor that is in none.
     pub fn path(&self) -> &Path {
-        &self.files[0].0
+        self.files.first().map_or(Path::new("what is made"), |(path, _)| path)
     }
+}
+
+/// Bytes of a matrix of integers, if it is one that can be packed.
+fn bytes_of_groups(kind: crate::kernels::Quantised, shape: &[usize]) -> Option<usize> {
+    let &[rows, columns] = shape else { return None };
+    packed_len(kind, rows, columns)?;
+    rows.checked_mul(kind.row_bytes(columns))
 }
 
 /// Drops the pages of a range, and of what lies around it: the system maps the neighbours of a page that is read, which

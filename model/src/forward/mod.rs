@@ -23,6 +23,7 @@ pub use cache::KvCache;
 pub use workspace::Workspace;
 
 use crate::arch::Activation;
+use crate::kernels::quantise::dequantise_row;
 use crate::kernels::{convert, layer_norm, rms_norm};
 use crate::model::Model;
 use crate::weights::{Base, LayerWeights, NormWeights};
@@ -236,9 +237,14 @@ impl Model {
         }
         let table = self.checkpoint.bytes(&base.embedding);
         let (dtype, multiplier) = (base.embedding.dtype, self.arch().multipliers.embedding);
-        let size = hidden * dtype.bytes();
+        let grouped = base.embedding.storage().grouped();
+        let size = grouped.map_or(hidden * dtype.bytes(), |kind| kind.row_bytes(hidden));
         self.pool.each_row(x, hidden, 1, &|i, out| {
-            convert::widen(self.isa, dtype, &table[at[i].token as usize * size..][..size], out);
+            let row = &table[at[i].token as usize * size..][..size];
+            match grouped {
+                None => convert::widen(self.isa, dtype, row, out),
+                Some(kind) => dequantise_row(kind, row, out),
+            }
             for value in out {
                 *value *= multiplier;
             }

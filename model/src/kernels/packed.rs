@@ -81,7 +81,7 @@ impl Storage {
     }
 
     /// The integers that it has with scales of groups, if it has.
-    pub(super) const fn grouped(self) -> Option<Quantised> {
+    pub(crate) const fn grouped(self) -> Option<Quantised> {
         match self {
             Self::Grouped(kind) => Some(kind),
             Self::Plain(_) | Self::Mxfp4 | Self::E4m3 => None,

@@ -57,14 +57,7 @@ impl Aside {
 
     pub(super) fn write(mut self, spec: &SynthSpec) -> Result<SynthReport, SynthError> {
         let shards = shards(spec);
-        let mut report = SynthReport {
-            dir: self.dir.clone(),
-            tensors: 0,
-            parameters: 0,
-            bytes: 0,
-            shards: shards.len() as u64,
-            tokenizer: spec.vocab >= SynthSpec::TEXT_VOCAB_MIN,
-        };
+        let mut report = SynthReport { shards: shards.len() as u64, ..SynthReport::of(&self.dir, spec) };
         let mut weight_map = Map::new();
         for (index, shard) in shards.iter().enumerate() {
             let name = shard_name(index, shards.len());
@@ -82,14 +75,26 @@ impl Aside {
             let index = json!({ "metadata": { "total_size": report.bytes }, "weight_map": weight_map });
             self.write_json("model.safetensors.index.json", &index)?;
         }
+        self.write_configuration(spec)?;
+        self.finish()?;
+        Ok(report)
+    }
+
+    /// Everything but the weights.
+    pub(super) fn write_companions(mut self, spec: &SynthSpec) -> Result<SynthReport, SynthError> {
+        self.write_configuration(spec)?;
+        self.finish()?;
+        Ok(SynthReport::of(&self.dir, spec))
+    }
+
+    fn write_configuration(&self, spec: &SynthSpec) -> Result<(), SynthError> {
         self.write_json("config.json", &config::model(spec))?;
         self.write_json("generation_config.json", &config::generation(spec))?;
-        if report.tokenizer {
+        if spec.has_text() {
             self.write_json("tokenizer.json", &tokenizer::tokenizer(spec))?;
             self.write_json("tokenizer_config.json", &tokenizer::tokenizer_config(spec))?;
         }
-        self.finish()?;
-        Ok(report)
+        Ok(())
     }
 
     fn write_tensors(&self, name: &str, shard: &[Tensor], spec: &SynthSpec) -> Result<(), SynthError> {

@@ -7,6 +7,7 @@
 
 mod config;
 mod files;
+mod native;
 mod tensors;
 mod tokenizer;
 mod weights;
@@ -16,6 +17,8 @@ use crate::kernels::DType;
 use lite_llm_core::config::Placement;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
+
+pub use native::synth_native;
 
 /// A family that can be synthesised, by the `model_type` of its configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -142,6 +145,11 @@ impl SynthSpec {
         }
     }
 
+    /// Whether the vocabulary has room for a tokenizer.
+    fn has_text(&self) -> bool {
+        self.vocab >= Self::TEXT_VOCAB_MIN
+    }
+
     /// Checks that the checkpoint can exist.
     ///
     /// # Errors
@@ -237,6 +245,13 @@ pub struct SynthReport {
     pub tokenizer: bool,
 }
 
+impl SynthReport {
+    /// Of no tensors yet.
+    fn of(dir: &Path, spec: &SynthSpec) -> Self {
+        Self { dir: dir.into(), tensors: 0, parameters: 0, bytes: 0, shards: 0, tokenizer: spec.has_text() }
+    }
+}
+
 /// Why a checkpoint was not written. What had been written is removed.
 #[derive(Debug, Error)]
 pub enum SynthError {
@@ -278,6 +293,9 @@ pub enum SynthError {
         /// What all tensors take.
         bytes: u64,
     },
+    /// The native form cannot be made.
+    #[error(transparent)]
+    Import(Box<crate::model::ModelError>),
     /// A file or directory cannot be written.
     #[error("cannot write {}: {source}; is the parent a directory that you may write to?", path.display())]
     Io {
