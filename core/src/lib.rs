@@ -11,6 +11,7 @@ extern crate alloc;
 
 mod body;
 mod boot;
+pub mod carving;
 pub mod chain;
 pub mod cluster;
 pub mod config;

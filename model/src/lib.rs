@@ -14,6 +14,7 @@ pub mod kernels;
 pub mod likelihood;
 pub mod model;
 pub mod share;
+pub mod speed;
 pub mod synth;
 pub mod tokenizer;
 pub mod trace;

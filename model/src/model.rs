@@ -170,17 +170,25 @@ impl Model {
         rows_max: u32,
         tokenizer: Digest,
     ) -> Result<ModelPlan, ModelError> {
-        let arch = self.arch();
         let identity = Identity {
             contract: CONTRACT_VERSION,
             weights: self.checkpoint.weights_digest(self.threads)?,
             architecture: self.checkpoint.architecture_digest(self.kv.dtype),
             tokenizer,
         };
+        Ok(ModelPlan { identity, ..self.shape(step_positions_max, rows_max)? })
+    }
+
+    /// The same without its identity: no weights are read.
+    ///
+    /// # Errors
+    /// If the checkpoint lacks a tensor.
+    pub fn shape(&self, step_positions_max: u32, rows_max: u32) -> Result<ModelPlan, ModelError> {
+        let arch = self.arch();
         let moe = arch.moe.as_ref();
         Ok(ModelPlan {
             format: ModelPlan::FORMAT,
-            identity,
+            identity: Identity::default(),
             tiers: self.checkpoint.tiers().iter().map(tier_plan).collect(),
             layers: arch.layers.len() as u32,
             moe_layers: arch.moe_layers(),

@@ -7,6 +7,7 @@ mod completions;
 mod ctl;
 mod debug;
 mod demo;
+mod doctor;
 mod import;
 mod inspect;
 mod node;
@@ -57,6 +58,8 @@ pub(crate) enum Command {
     Trace(Box<trace::TraceArgs>),
     /// Say how well a model predicts a text, under one or all of its TierSets
     Perplexity(Box<perplexity::PerplexityArgs>),
+    /// Say what this machine can do, and how fast a model will run on it with how much memory
+    Doctor(doctor::DoctorArgs),
     /// Say how fast a model runs here, where the time goes, and what would have been possible
     Bench(Box<bench::BenchArgs>),
     /// Write a random checkpoint of any size
@@ -84,6 +87,7 @@ impl Command {
             Self::Import(args) => args.run(),
             Self::Trace(args) => args.run(),
             Self::Perplexity(args) => args.run(),
+            Self::Doctor(args) => args.run(),
             Self::Bench(args) => args.run(),
             Self::Synth(args) => args.run(),
             Self::Sim(args) => args.run(),

@@ -1,0 +1,296 @@
+//! `lite-llm doctor`: what this machine can do, measured in seconds, and what to expect of a model on it.
+
+use crate::exit::Exit;
+use crate::quantity::Size;
+use crate::settings::RuntimeArgs;
+use crate::terminal::stdout;
+use anyhow::Context;
+use clap::Args;
+use lite_llm_core::carving::carve;
+use lite_llm_core::config::Config;
+use lite_llm_core::plan::ModelPlan;
+use lite_llm_hw::bandwidth::{DiskRead, disk_read, memory_read};
+use lite_llm_hw::cold::{Cold, Io};
+use lite_llm_hw::memory::{self, Memory};
+use lite_llm_model::kernels::{CONTRACT_VERSION, Isa, Pool};
+use lite_llm_model::speed::Speeds;
+use lite_llm_model::{Checkpoint, Model, ModelOptions};
+use rustix::process::{Resource, getrlimit};
+use serde::Serialize;
+use std::fmt;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Bytes that memory is measured with, where there are four times as many.
+const ROOM_BYTES: u64 = 256 << 20;
+const ROOM_BYTES_MIN: u64 = 16 << 20;
+/// Threads that read a disk: as many as loaders have.
+const DISK_THREADS: usize = 4;
+/// How long a disk is read.
+const DISK_TIME: Duration = Duration::from_secs(2);
+/// Shares of a model's experts that a budget may hold.
+const SHARES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.125];
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// A checkpoint to look at, too
+    model: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+    #[command(flatten)]
+    runtime: RuntimeArgs,
+}
+
+/// What was found.
+#[derive(Debug, Serialize)]
+struct Findings {
+    cores: usize,
+    threads: usize,
+    isa: String,
+    contract: u32,
+    memory_bytes: u64,
+    available_bytes: u64,
+    /// By one thread, and by all.
+    dram_bytes_per_s: [f64; 2],
+    /// Bytes that a process may lock; no limit if there is none.
+    memlock_bytes: Option<u64>,
+    /// How experts are read, or would be.
+    reading: String,
+    model: Option<Prospects>,
+}
+
+/// What to expect of a model.
+#[derive(Debug, Serialize)]
+struct Prospects {
+    path: PathBuf,
+    experts: u64,
+    expert_bytes: u64,
+    /// Bytes of base parameters that a token reads, and of experts.
+    base_bytes_per_token: u64,
+    expert_bytes_per_token: u64,
+    disk_bytes_per_s: f64,
+    /// Past the cache.
+    disk_direct: bool,
+    /// How fast products with one row go through weights.
+    base_bytes_per_s: f64,
+    expert_bytes_per_s: f64,
+    budgets: Vec<Budget>,
+}
+
+/// What to expect of it within a budget.
+#[derive(Debug, Serialize)]
+struct Budget {
+    memory_bytes: u64,
+    expert_slots: u32,
+    /// If every expert is as likely as any other; real texts use some more.
+    hit_rate: f64,
+    decode_tokens_per_s: f64,
+}
+
+impl DoctorArgs {
+    pub(crate) fn run(self) -> anyhow::Result<Exit> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let Memory { total, available } =
+            memory::measure().context("cannot tell how much memory there is")?;
+        let room = (available / 4).clamp(ROOM_BYTES_MIN, ROOM_BYTES) as usize;
+        let (threads, isa, model) = match &self.model {
+            None => (cores, Isa::detect(), None),
+            Some(path) => {
+                let checkpoint = Checkpoint::open(path)?;
+                let settings = self.runtime.settle(&checkpoint)?;
+                (settings.threads, settings.isa, Some((path, checkpoint, settings)))
+            }
+        };
+        // A machine with other bits serves nothing: that is to be known first.
+        Pool::new(threads).self_test(isa)?;
+        let read = |threads| memory_read(threads, room).context("cannot have memory to read");
+        let dram_bytes_per_s = [read(1)?, read(threads)?];
+        let (reading, model) = match model {
+            None => (trial()?, None),
+            Some((path, checkpoint, settings)) => {
+                let options = ModelOptions {
+                    threads,
+                    isa,
+                    kv_dtype: Some(settings.kv_dtype),
+                    ..ModelOptions::default()
+                };
+                let model = Model::open(Arc::new(checkpoint), options)?;
+                let loader = model.expert_loader();
+                let cold = Cold::open(settings.io, &loader, settings.config.memory_bytes)?;
+                let prospects = prospects(path, &model, &loader.shards(), &settings.config, room)?;
+                (cold.report().to_owned(), Some(prospects))
+            }
+        };
+        let findings = Findings {
+            cores,
+            threads,
+            isa: format!("{isa:?}").to_lowercase(),
+            contract: CONTRACT_VERSION,
+            memory_bytes: total,
+            available_bytes: available,
+            dram_bytes_per_s,
+            memlock_bytes: getrlimit(Resource::Memlock).current,
+            reading,
+            model,
+        };
+        let mut out = stdout();
+        if self.json {
+            writeln!(out, "{}", serde_json::to_string(&findings)?)?;
+        } else {
+            write!(out, "{findings}")?;
+        }
+        Ok(Exit::Ok)
+    }
+}
+
+/// How experts would be read, tried with a file of the system's temporary directory.
+fn trial() -> anyhow::Result<String> {
+    let cannot = || format!("cannot write a file to read in {}", std::env::temp_dir().display());
+    let mut file = tempfile::NamedTempFile::new().with_context(cannot)?;
+    file.write_all(&[0; 4096]).with_context(cannot)?;
+    let cold = Cold::of_shards(None, &[file.path().to_path_buf()], ROOM_BYTES)?;
+    Ok(match cold.io() {
+        Some(Io::Uring) => format!("{}: in {}", cold.report(), std::env::temp_dir().display()),
+        _ => cold.report().to_owned(),
+    })
+}
+
+fn prospects(
+    path: &Path,
+    model: &Model,
+    shards: &[PathBuf],
+    config: &Config,
+    room: usize,
+) -> anyhow::Result<Prospects> {
+    let plan = model.shape(config.limits.step_positions_max, config.limits.rows_max)?;
+    let tiers = plan.tier_set(&config.tier_set).map_err(anyhow::Error::msg)?;
+    let experts = plan.experts(&tiers).count() as u64;
+    let base_bytes = model.checkpoint().step_bytes()?;
+    let expert_bytes = plan.slot_bytes * u64::from(plan.top_k) * plan.moe_layers.len() as u64;
+    let DiskRead { bytes_per_s, direct } = match shards {
+        [] => DiskRead { bytes_per_s: 0.0, direct: false },
+        shards => disk_read(shards, DISK_THREADS, DISK_TIME).context("the files of experts")?,
+    };
+    let speeds = model.speeds(room)?;
+    let rate = |hit_rate: f64| tokens_per_s(base_bytes, expert_bytes, hit_rate, &speeds, bytes_per_s);
+    let mut budgets: Vec<Budget> = Vec::new();
+    for share in SHARES {
+        let Some((memory_bytes, expert_slots)) = budget_for(&plan, config, experts, share) else { continue };
+        if budgets.last().is_some_and(|budget| budget.expert_slots == expert_slots) {
+            continue;
+        }
+        let hit_rate = if experts == 0 { 1.0 } else { (f64::from(expert_slots) / experts as f64).min(1.0) };
+        budgets.push(Budget { memory_bytes, expert_slots, hit_rate, decode_tokens_per_s: rate(hit_rate) });
+    }
+    Ok(Prospects {
+        path: path.to_path_buf(),
+        experts,
+        expert_bytes: plan.slot_bytes,
+        base_bytes_per_token: base_bytes,
+        expert_bytes_per_token: expert_bytes,
+        disk_bytes_per_s: bytes_per_s,
+        disk_direct: direct,
+        base_bytes_per_s: speeds.base,
+        expert_bytes_per_s: speeds.experts,
+        budgets,
+    })
+}
+
+/// The least memory with slots for this share of the experts; nothing if no memory has so few.
+fn budget_for(plan: &ModelPlan, config: &Config, experts: u64, share: f64) -> Option<(u64, u32)> {
+    let wanted = (experts as f64 * share).floor() as u32;
+    let slots = |memory_bytes: u64| {
+        let config = Config { memory_bytes, ..config.clone() };
+        carve(&config, plan, 1).ok().map(|carving| carving.slots)
+    };
+    // More memory never has fewer slots.
+    let (mut few, mut many) = (0u64, 1u64 << 46);
+    slots(many).filter(|slots| *slots >= wanted)?;
+    while many - few > 1 << 20 {
+        let middle = few + (many - few) / 2;
+        match slots(middle) {
+            Some(slots) if slots >= wanted => many = middle,
+            _ => few = middle,
+        }
+    }
+    let slots = slots(many)?;
+    (experts == 0 || f64::from(slots) <= experts as f64 * share + 64.0).then_some((many, slots))
+}
+
+/// A token reads its base parameters and experts from memory, after those experts that are not there came from the disk.
+fn tokens_per_s(base_bytes: u64, expert_bytes: u64, hit_rate: f64, speeds: &Speeds, disk: f64) -> f64 {
+    let (base, experts) = (base_bytes as f64, expert_bytes as f64);
+    let mut seconds = base / speeds.base;
+    if expert_bytes > 0 {
+        seconds += experts / speeds.experts;
+    }
+    if hit_rate < 1.0 {
+        // Without a disk that was measured nothing can be said.
+        seconds += (1.0 - hit_rate) * experts / disk;
+    }
+    1.0 / seconds
+}
+
+impl fmt::Display for Findings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gb = |bytes: f64| format!("{:.1} GB/s", bytes / 1e9);
+        let [one, all] = self.dram_bytes_per_s;
+        writeln!(f, "cores      {}", self.cores)?;
+        writeln!(f, "kernels    {}; they give the bits of numeric contract {}", self.isa, self.contract)?;
+        writeln!(f, "memory     {}, {} available", Size(self.memory_bytes), Size(self.available_bytes))?;
+        writeln!(f, "reads it   {} with 1 thread, {} with {}", gb(one), gb(all), self.threads)?;
+        match self.memlock_bytes {
+            None => writeln!(f, "locked     no limit")?,
+            Some(bytes) => writeln!(f, "locked     at most {} (ulimit -l)", Size(bytes))?,
+        }
+        if !self.reading.is_empty() {
+            writeln!(f, "disk       {}", self.reading)?;
+        }
+        self.model.as_ref().map_or(Ok(()), |model| write!(f, "{model}"))
+    }
+}
+
+impl fmt::Display for Prospects {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gb = |bytes: f64| format!("{:.1} GB/s", bytes / 1e9);
+        writeln!(f, "\n{}", self.path.display())?;
+        writeln!(
+            f,
+            "a token    reads {} of base parameters at {}, {} of experts at {}",
+            Size(self.base_bytes_per_token),
+            gb(self.base_bytes_per_s),
+            Size(self.expert_bytes_per_token),
+            gb(self.expert_bytes_per_s)
+        )?;
+        writeln!(f, "experts    {} of {}", self.experts, Size(self.expert_bytes))?;
+        match (self.disk_bytes_per_s > 0.0, self.disk_direct) {
+            (true, true) => writeln!(f, "its disk   delivers {} past the cache", gb(self.disk_bytes_per_s))?,
+            (true, false) => {
+                writeln!(f, "its disk   delivers {}, through the cache", gb(self.disk_bytes_per_s))?
+            }
+            (false, _) if self.experts > 0 => {
+                writeln!(f, "its disk   not measured: experts are read by themselves once it is imported")?;
+            }
+            (false, _) => {}
+        }
+        writeln!(f, "\n--memory     experts in it   hits, if all are as likely   tokens/s")?;
+        for budget in &self.budgets {
+            writeln!(
+                f,
+                "{:<12} {:>14}   {:>26.1} %   {:>6}",
+                Size(budget.memory_bytes).to_string().replace(' ', ""),
+                budget.expert_slots,
+                budget.hit_rate * 100.0,
+                if budget.decode_tokens_per_s > 0.0 {
+                    format!("{:.2}", budget.decode_tokens_per_s)
+                } else {
+                    "?".into()
+                }
+            )?;
+        }
+        Ok(())
+    }
+}
