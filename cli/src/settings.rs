@@ -46,6 +46,10 @@ pub(crate) struct RuntimeArgs {
     /// Memory, of that, for experts that are verified and near at hand, but not where steps read them [default: 0]
     #[arg(long, value_name = "SIZE")]
     pub(crate) warm: Option<Size>,
+    /// Positions of all requests together that are to have their keys and values in memory: what they do not need goes to
+    /// experts. As many as the request has if there is one; else a quarter of memory, or more where experts leave it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) cache_positions: Option<u32>,
     /// Compute threads; one per core if left out
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(THREADS_MAX)))]
     pub(crate) threads: Option<u16>,
@@ -134,6 +138,7 @@ impl From<IoName> for Io {
 struct File {
     memory: Option<toml::Value>,
     warm: Option<toml::Value>,
+    cache_positions: Option<u32>,
     threads: Option<u16>,
     isa: Option<IsaName>,
     kv_type: Option<KvType>,
@@ -185,6 +190,12 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
+    /// Has the cache hold no more than the positions of these requests, unless somebody has said how many.
+    pub(crate) fn expect_positions(&mut self, positions: u64) {
+        let wanted = u32::try_from(positions).unwrap_or(u32::MAX).max(1);
+        self.config.cache_positions.get_or_insert(wanted);
+    }
+
     /// Makes room for the logits of every position of a step, as if it were a row: the memory plan has to know.
     pub(crate) fn expect_all_logits(&mut self) {
         let config = &mut self.config;
@@ -269,6 +280,7 @@ impl RuntimeArgs {
         } else if let Some(value) = &file.warm {
             config.warm_bytes = self.size("warm", value)?.0;
         }
+        config.cache_positions = self.cache_positions.or(file.cache_positions);
         config.routing_seed = self.routing_seed.or(file.routing_seed).or(config.routing_seed);
         config.prefill_chunk = self.prefill_chunk.or(file.prefill_chunk).unwrap_or(config.prefill_chunk);
         config.snapshot_every = self.snapshot_every.or(file.snapshot_every).unwrap_or(config.snapshot_every);

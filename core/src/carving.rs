@@ -52,9 +52,10 @@ pub fn carve(config: &Config, plan: &ModelPlan, pages_min: u32) -> Result<Carvin
     let free = config.memory_bytes - fixed;
     let chunk = config.prefill_chunk.min(config.limits.step_positions_max).max(1);
     let context_pages = plan.pages_for(plan.context, chunk);
-    let pages_max = context_pages.saturating_mul(config.limits.rows_max).max(pages_min);
+    let wanted = config.cache_positions.map_or(u32::MAX, |positions| plan.pages_for(positions, chunk));
+    let pages_max = context_pages.saturating_mul(config.limits.rows_max).min(wanted).max(pages_min);
 
-    // A quarter for the cache while experts do not all fit; what the experts leave goes to the cache.
+    // A quarter for the cache while experts do not all fit, unless it needs less; what the experts leave goes to the cache.
     let left = free - slots_bytes(warm_slots);
     let share = fit(left / 4, plan.page_bytes).min(fit(left - slots_bytes(slots_min), plan.page_bytes));
     let pages = share.clamp(pages_min, pages_max);

@@ -62,6 +62,9 @@ pub struct Config {
     pub memory_bytes: u64,
     /// Bytes, of those, for experts that are near at hand but not where steps read them; 0 for no warm arena.
     pub warm_bytes: u64,
+    /// Positions of all requests together that the KV cache is to hold; `None` takes a quarter of what base parameters leave,
+    /// or more where experts leave it. Requests that need more take turns.
+    pub cache_positions: Option<u32>,
     /// The routing seed; `None` draws one from the entropy of the boot input.
     pub routing_seed: Option<u64>,
     /// The tiers to activate at start, by name; empty means every tier of the checkpoint.
@@ -87,6 +90,7 @@ impl Default for Config {
         Self {
             memory_bytes: u64::MAX,
             warm_bytes: 0,
+            cache_positions: None,
             routing_seed: Some(0),
             tier_set: Vec::new(),
             modes: BTreeMap::new(),
@@ -126,6 +130,9 @@ impl Config {
         }
         if self.memory_bytes == 0 {
             return Err("memory_bytes is 0; give the process the bytes it may use".into());
+        }
+        if self.cache_positions == Some(0) {
+            return Err("cache_positions is 0; leave it out, or give as many as a request has".into());
         }
         self.topology.check_counts()?;
         if self.training {

@@ -256,3 +256,17 @@ fn a_warm_arena_that_does_not_fit_is_refused_with_the_number() {
     let carving = engine.view().carving();
     assert_eq!(carving.slots + carving.warm_slots, 8, "{carving:?}");
 }
+
+#[test]
+fn what_the_cache_does_not_need_goes_to_experts() {
+    let carved = |cache_positions| {
+        let memory_bytes = 1000 + 40 + 4 * 100;
+        let (engine, _) = boot(Config { memory_bytes, cache_positions, ..config(0) });
+        let carving = engine.view().carving();
+        (carving.pages, carving.slots)
+    };
+    assert_eq!(carved(None), (3, 3), "a quarter, and what no expert fits into");
+    assert_eq!(carved(Some(4)), (1, 4));
+    assert_eq!(carved(Some(1000)), (3, 3), "no more than that");
+    assert!(Config { cache_positions: Some(0), ..config(0) }.check().unwrap_err().contains("cache_positions"));
+}

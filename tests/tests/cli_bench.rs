@@ -104,3 +104,32 @@ fn what_cannot_be_measured_is_refused() {
     place.run(["bench", "none"]).refuses(1, &["none"]);
     place.run(["bench", "m", "--report", "no/page.html"]).refuses(1, &["no/page.html"]);
 }
+
+#[test]
+fn the_doctor_says_what_to_expect() {
+    let place = place();
+    let machine = place.run(["doctor"]);
+    assert_eq!(machine.code, Some(0), "{}", machine.stderr);
+    for line in ["cores", "kernels", "memory", "reads it", "disk"] {
+        assert!(machine.stdout.contains(line), "{line} in {}", machine.stdout);
+    }
+    let found = place.run(["doctor", "m", "--json"]).json();
+    let model = &found["model"];
+    assert_eq!((&model["experts"], &model["expert_bytes"]), (&64.into(), &196_608.into()));
+    assert_eq!(model["expert_bytes_per_token"], 16 * 196_608);
+    let budgets = model["budgets"].as_array().unwrap();
+    assert_eq!(budgets.len(), 5);
+    for pair in budgets.windows(2) {
+        for name in ["memory_bytes", "expert_slots", "hit_rate", "decode_tokens_per_s"] {
+            assert!(number(&pair[0], name) > number(&pair[1], name), "{name} in {pair:?}");
+        }
+    }
+    // A run within a budget has as many slots as was said.
+    for budget in budgets {
+        let memory = budget["memory_bytes"].to_string();
+        let figures = bench(&place, &["--memory", &memory, "--cache-positions", "1024"]);
+        assert_eq!(figures["expert_slots"], budget["expert_slots"], "{budget}");
+    }
+    place.run(["doctor", "none"]).refuses(1, &["none"]);
+    place.run(["doctor", "m", "--io", "mmap", "--isa", "scalar"]);
+}

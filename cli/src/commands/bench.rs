@@ -21,6 +21,7 @@ use lite_llm_core::plan::Identity;
 use lite_llm_hw::node::StreamEvent;
 use lite_llm_hw::{bandwidth, memory};
 use lite_llm_model::Checkpoint;
+use lite_llm_model::kernels::PAGE_POSITIONS;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::PathBuf;
@@ -100,7 +101,7 @@ impl BenchArgs {
             dram_bytes_per_s,
             peak_rss_bytes: ran.peak_rss_bytes,
             step_bytes,
-            position_bytes: carving.page_bytes as f64 / 64.0,
+            position_bytes: carving.page_bytes as f64 / PAGE_POSITIONS as f64,
         };
         let figures = Figures::of(&course, &around);
         if let Some(path) = &self.report {
@@ -132,6 +133,9 @@ impl BenchArgs {
         // A snapshot lets go of records that are read afterwards.
         settings.config.snapshot_every = 0;
         settings.journal_bytes = None;
+        // Each has pages of its own, the last of which need not be full.
+        let positions = (self.prompt + self.decode).next_multiple_of(PAGE_POSITIONS as u32);
+        settings.expect_positions(u64::from(self.batch) * u64::from(positions));
         let limits = &mut settings.config.limits;
         limits.rows_max = limits.rows_max.max(self.batch);
         limits.requests_max = limits.requests_max.max(self.batch);

@@ -30,6 +30,8 @@ const ROOM_BYTES_MIN: u64 = 16 << 20;
 const DISK_THREADS: usize = 4;
 /// How long a disk is read.
 const DISK_TIME: Duration = Duration::from_secs(2);
+/// Positions of the request that budgets are said for, unless the flags say how many.
+const POSITIONS: u64 = 1024;
 /// Shares of a model's experts that a budget may hold.
 const SHARES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.125];
 
@@ -100,7 +102,8 @@ impl DoctorArgs {
             None => (cores, Isa::detect(), None),
             Some(path) => {
                 let checkpoint = Checkpoint::open(path)?;
-                let settings = self.runtime.settle(&checkpoint)?;
+                let mut settings = self.runtime.settle(&checkpoint)?;
+                settings.expect_positions(POSITIONS.min(u64::from(checkpoint.arch().context)));
                 (settings.threads, settings.isa, Some((path, checkpoint, settings)))
             }
         };

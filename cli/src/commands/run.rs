@@ -125,10 +125,12 @@ impl RunArgs {
         Ok(Opened { tokenizer, settings, vocab, context: arch.context, layers })
     }
 
-    fn run_one(&self, opened: Opened) -> anyhow::Result<Exit> {
+    fn run_one(&self, mut opened: Opened) -> anyhow::Result<Exit> {
         let prompt = self.prompt.read()?.tokens(opened.tokenizer.as_ref(), &self.model)?;
         let body = self.request.body(prompt);
         body.check_prompt(opened.vocab, opened.context).map_err(anyhow::Error::msg)?;
+        let positions = body.prompt.len() as u64 + u64::from(body.max_tokens);
+        opened.settings.expect_positions(positions.min(u64::from(opened.context)));
         let id = match &self.request_id {
             Some(id) => id.clone(),
             None => request_id(&unique("request")).map_err(anyhow::Error::msg)?,
