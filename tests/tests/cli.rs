@@ -233,7 +233,8 @@ fn integers_are_imported_synthesised_and_run() {
     }
     let full = place.run(["replay", "state", "--full", "q"]);
     assert_eq!(full.code, Some(0), "{}", full.stderr);
-    place.run(["replay", "state", "--full", "m"]).refuses(1, &["weights"]);
+    assert_eq!(place.run(["import", "m", "f", "--tiers", "core:6,rest:rest:cold"]).code, Some(0));
+    place.run(["replay", "state", "--full", "f"]).refuses(1, &["weights"]);
     place.run(["import", "n", "o", "--quantise", "q8"]).refuses(1, &["native checkpoint already"]);
     place.run(["import", "m", "o", "--quantise", "q5"]).refuses(2, &["q8", "q4"]);
     place.run(["synth", "q", "--family", "olmoe", "--quantise", "q8"]).refuses(1, &["it exists already"]);

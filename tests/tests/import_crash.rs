@@ -39,7 +39,7 @@ const FORMS: [Option<Quantised>; 2] = [None, Some(Quantised::Q8)];
 
 fn import(source: &Path, disk: &mut SimDisk, quantise: Option<Quantised>) -> Result<Imported, ModelError> {
     let tiers = parse_tiers("small:1,large:2:cold").unwrap();
-    import_onto(source, disk, Path::new("partial"), Wanted { division: Some(&tiers), quantise })
+    import_onto(source, disk, Path::new("partial"), Wanted { division: Some(&tiers), quantise, with: None })
 }
 
 /// Every file; the notes of the way there apart.

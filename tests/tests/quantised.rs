@@ -193,8 +193,7 @@ fn integers_have_an_identity_and_a_size_of_their_own() {
         digests.push(digest(&native));
         let tiers = parse_tiers("core:4,rest:rest:cold").unwrap();
         let divided = dir.path().join(format!("{}-tiers", kind.name()));
-        import(&source, &divided, Wanted { division: Some(&tiers), quantise: Some(kind) }, 1, |_, _| {})
-            .unwrap();
+        import(&source, &divided, Wanted { division: Some(&tiers), ..wanted(kind) }, 1, |_, _| {}).unwrap();
         assert_eq!(digest(&divided), digest(&native), "tiers are no part of the weights");
     }
     digests.sort();
@@ -222,7 +221,7 @@ fn synthesised_integers_are_those_of_an_import() {
             let spec = SynthSpec { kv_heads: if family == SynthFamily::Olmoe { 6 } else { 3 }, ..spec };
             let divides = tiers && family.is_mixture() && family != SynthFamily::TieredMoe;
             let division = divides.then(|| parse_tiers("small:@1+5+7,large:rest:cold").unwrap());
-            let wanted = Wanted { division: division.as_ref(), quantise: Some(kind) };
+            let wanted = Wanted { division: division.as_ref(), ..wanted(kind) };
             let dir = tempfile::tempdir().unwrap();
             let (source, one, other) =
                 (dir.path().join("source"), dir.path().join("one"), dir.path().join("other"));

@@ -1,4 +1,4 @@
-//! `lite-llm import`: from a Hugging Face directory to a native checkpoint, whole or in tiers.
+//! `lite-llm import`: from a Hugging Face directory or a GGUF file to a native checkpoint, whole or in tiers.
 
 use crate::exit::{Exit, usage};
 use crate::quantity::Size;
@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 #[derive(Debug, Args)]
 pub(crate) struct ImportArgs {
-    /// The Hugging Face directory
+    /// The Hugging Face directory, or a GGUF file whose tensors are F32, F16, BF16, Q8_0 or Q4_0
     source: PathBuf,
     /// The checkpoint to make; begun again after a crash, it goes on
     target: PathBuf,
@@ -38,6 +38,9 @@ pub(crate) struct ImportArgs {
     /// Make integers of all matrices but routers: 8.5 or 4.5 bits a weight, of which the output changes
     #[arg(long, value_name = "FORM")]
     quantise: Option<Integers>,
+    /// The directory of a GGUF file's config.json and tokenizer, as published; its own if left out
+    #[arg(long, value_name = "DIR")]
+    with: Option<PathBuf>,
     /// Threads that hash and pack; one per core if left out
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -73,7 +76,11 @@ impl ImportArgs {
         if let Ok(style) = ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes}, {eta} left") {
             bar.set_style(style);
         }
-        let wanted = Wanted { division: division.as_ref(), quantise: self.quantise.map(Quantised::from) };
+        let wanted = Wanted {
+            division: division.as_ref(),
+            quantise: self.quantise.map(Quantised::from),
+            with: self.with.as_deref(),
+        };
         let imported = import(&self.source, &self.target, wanted, threads, |done, total| {
             bar.set_length(total);
             bar.set_position(done);

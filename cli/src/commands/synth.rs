@@ -101,7 +101,8 @@ impl SynthArgs {
         let division = division.map_err(|error| usage(format!("--tiers: {error}")))?;
         let report = match (self.quantise, division) {
             (Some(integers), division) => {
-                let wanted = Wanted { division: division.as_ref(), quantise: Some(integers.into()) };
+                let wanted =
+                    Wanted { division: division.as_ref(), quantise: Some(integers.into()), with: None };
                 let written = synth_native(&self.dir, &self.spec()?, wanted, cores(), |_, _| {});
                 written.map_err(misused)?
             }

@@ -23,6 +23,9 @@ pub(super) enum Form {
     Fp8 { scales: Span, side: usize },
     /// Rows of integers with a scale for each group of them.
     Groups(Quantised),
+    /// Numbers, or rows of groups, whose rows are in the order of rotations of neighbours: in each of so many heads, row 2i + j
+    /// is row i of half j.
+    Reordered { kind: Option<Quantised>, heads: usize },
     /// In no file: the tensor of that number, row-major, is made whenever it is read.
     Made(usize),
 }
@@ -82,8 +85,25 @@ pub(super) fn decode<'a>(
             }
             Cow::Owned(floats(dtype, values.into_iter(), rows * columns))
         }
+        Form::Reordered { kind, heads } => {
+            let stored = ordered(heads, rows, stored);
+            let form = kind.map_or(Form::Plain, Form::Groups);
+            Cow::Owned(decode(&form, dtype, shape, &stored, scales).into_owned())
+        }
         Form::Made(_) => unreachable!("what is made is no file's"),
     }
+}
+
+/// Rows of heads in the order of halves.
+pub(super) fn ordered(heads: usize, rows: usize, stored: &[u8]) -> Vec<u8> {
+    let (of_head, size) = (rows / heads, stored.len() / rows);
+    let mut ordered = Vec::with_capacity(stored.len());
+    for row in 0..rows {
+        let (head, within) = (row / of_head, row % of_head);
+        let (half, pair) = (within / (of_head / 2), within % (of_head / 2));
+        ordered.extend_from_slice(&stored[(head * of_head + 2 * pair + half) * size..][..size]);
+    }
+    ordered
 }
 
 fn floats(dtype: DType, values: impl Iterator<Item = f32>, count: usize) -> Vec<u8> {

@@ -74,11 +74,13 @@ pub struct Wanted<'a> {
     pub division: Option<&'a Division>,
     /// The integers that matrices are quantised to; as published if `None`.
     pub quantise: Option<Quantised>,
+    /// The directory of configuration and tokenizer of a source that is a GGUF file; its own if `None`.
+    pub with: Option<&'a Path>,
 }
 
 impl<'a> From<Option<&'a Division>> for Wanted<'a> {
     fn from(division: Option<&'a Division>) -> Self {
-        Self { division, quantise: None }
+        Self { division, ..Self::default() }
     }
 }
 
@@ -94,7 +96,8 @@ pub fn import<'a>(
     progress: impl FnMut(u64, u64),
 ) -> Result<Imported, ModelError> {
     refuse_existing(target)?;
-    import_opened(Checkpoint::open(source)?, target, wanted.into(), threads, progress)
+    let wanted = wanted.into();
+    import_opened(Checkpoint::open_source(source, wanted.with)?, target, wanted, threads, progress)
 }
 
 fn refuse_existing(target: &Path) -> Result<(), CheckpointError> {
@@ -143,7 +146,8 @@ pub fn import_onto<'a, D: Disk>(
     at: &Path,
     wanted: impl Into<Wanted<'a>>,
 ) -> Result<Imported, ModelError> {
-    Job::prepare(Checkpoint::open(source)?, wanted.into(), 1)?.write(disk, at, |_, _| {})
+    let wanted = wanted.into();
+    Job::prepare(Checkpoint::open_source(source, wanted.with)?, wanted, 1)?.write(disk, at, |_, _| {})
 }
 
 /// A source that can be imported, and how.
@@ -160,7 +164,7 @@ struct Job {
 
 impl Job {
     fn prepare(checkpoint: Checkpoint, wanted: Wanted<'_>, threads: usize) -> Result<Self, ModelError> {
-        let Wanted { division, quantise } = wanted;
+        let Wanted { division, quantise, .. } = wanted;
         if checkpoint.native().is_some() {
             let what = "it is a native checkpoint already; give the Hugging Face directory";
             return Err(CheckpointError::invalid(checkpoint.dir(), what).into());
@@ -168,13 +172,14 @@ impl Job {
         if let Some(kind) = quantise {
             quantised::check(&checkpoint, kind)?;
         }
-        let items = match quantise {
+        let items: Vec<Item> = match quantise {
             Some(_) => checkpoint.inventory()?,
             None => {
                 let hashed = checkpoint.hashed(threads)?.into_iter();
                 hashed.map(|(item, hash)| Item { hash: Some(hash), ..item }).collect()
             }
         };
+        items.iter().try_for_each(|item| quantised::check_scales(&checkpoint, item))?;
         let weights = match checkpoint.files.identity_of_made() {
             Some(identity) => identity,
             None => checkpoint.weights_digest(threads)?.to_string(),

@@ -8,6 +8,7 @@
 mod bytes;
 pub mod config;
 mod encoded;
+mod gguf;
 pub mod import;
 mod inventory;
 pub mod native;
@@ -185,15 +186,41 @@ impl Checkpoint {
     /// # Errors
     /// Names the file, what is wrong with it, and the remedy.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        Self::open_with(dir, None)
+        Self::open_with(dir, |_| TensorFiles::open(dir))
     }
 
     /// A directory that has the configuration only, of tensors that are made.
     pub(crate) fn open_made(dir: &Path, made: TensorFiles) -> Result<Self, CheckpointError> {
-        Self::open_with(dir, Some(made))
+        Self::open_with(dir, |_| Ok(made))
     }
 
-    fn open_with(dir: &Path, made: Option<TensorFiles>) -> Result<Self, CheckpointError> {
+    /// What an import makes a native checkpoint of: a Hugging Face directory, or a GGUF file whose configuration and tokenizer
+    /// are in a directory, its own if none is given.
+    pub(crate) fn open_source(source: &Path, with: Option<&Path>) -> Result<Self, CheckpointError> {
+        if gguf::is_gguf(source) {
+            let own = source.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let dir = with.or(own).unwrap_or(Path::new("."));
+            if native::is_native(dir) || !dir.join("config.json").exists() {
+                let what = format!(
+                    "a GGUF file does not say all of a model, and {} has no config.json as published: name the Hugging \
+                     Face directory that it was made from (its weights are not needed)",
+                    dir.display()
+                );
+                return Err(CheckpointError::invalid(source, &what));
+            }
+            return Self::open_with(dir, |arch| gguf::open(source, arch));
+        }
+        if with.is_some() {
+            let what = "it is no GGUF file, and has a configuration of its own";
+            return Err(CheckpointError::invalid(source, what));
+        }
+        Self::open(source)
+    }
+
+    fn open_with(
+        dir: &Path,
+        files: impl FnOnce(&Arch) -> Result<TensorFiles, CheckpointError>,
+    ) -> Result<Self, CheckpointError> {
         // What an import noted of the files beside its shards is verified before they are believed.
         let manifest = if native::is_native(dir) { Some(native::read_manifest(dir)?) } else { None };
         let path = dir.join("config.json");
@@ -206,10 +233,7 @@ impl Checkpoint {
                 let tiers = native.tiers().to_vec();
                 (files, Some(native), tiers)
             }
-            None => {
-                let files = made.map_or_else(|| TensorFiles::open(dir), Ok)?;
-                (files, None, arch.moe.as_ref().map_or_else(Vec::new, tiers_of))
-            }
+            None => (files(&arch)?, None, arch.moe.as_ref().map_or_else(Vec::new, tiers_of)),
         };
         let this = Self { dir: dir.into(), arch, files, native, tiers, eos };
         // Every tensor is found, with its shape, before anything is loaded; and none is there that would be ignored.

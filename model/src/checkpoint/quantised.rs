@@ -14,8 +14,8 @@ pub(super) fn can_be(item: &Item) -> bool {
 
 /// What an item is stored as.
 pub(super) fn storage(item: &Item, wanted: Option<Quantised>) -> Storage {
-    match wanted {
-        Some(kind) if can_be(item) => Storage::Grouped(kind),
+    match item.grouped.or(wanted) {
+        Some(kind) if item.grouped.is_some() || can_be(item) => Storage::Grouped(kind),
         _ => Storage::Plain(item.dtype),
     }
 }
@@ -44,6 +44,15 @@ pub(super) fn check(checkpoint: &Checkpoint, kind: Quantised) -> Result<(), Chec
     Ok(())
 }
 
+/// Refuses integers whose scales are none.
+pub(super) fn check_scales(checkpoint: &Checkpoint, item: &Item) -> Result<(), CheckpointError> {
+    let row = item.tensor.as_ref().and_then(|tensor| checkpoint.files.row_without_scale(tensor));
+    row.map_or(Ok(()), |row| {
+        let what = format!("row {row} of {}: a scale is NaN or infinite", item.name);
+        Err(CheckpointError::invalid(checkpoint.files.path(), &what))
+    })
+}
+
 /// Gives out the bytes of an item as it is stored, row-major, in pieces, so that a matrix may be larger than memory.
 pub(super) fn put_stored(
     checkpoint: &Checkpoint,
@@ -53,7 +62,7 @@ pub(super) fn put_stored(
 ) -> Result<(), CheckpointError> {
     let tensor = item.tensor.as_ref().expect("a source has tensors");
     let mut rows = match storage(item, wanted) {
-        Storage::Grouped(kind) => Some(Rows::new(kind, tensor)),
+        Storage::Grouped(kind) if item.grouped.is_none() => Some(Rows::new(kind, tensor)),
         _ => None,
     };
     let mut result = Ok(());

@@ -63,7 +63,8 @@ impl Tensor {
         match self.form {
             Form::Mxfp4 { .. } => Storage::Mxfp4,
             Form::Fp8 { side: E4M3_BLOCK, .. } => Storage::E4m3,
-            Form::Groups(kind) => Storage::Grouped(kind),
+            Form::Groups(kind) | Form::Reordered { kind: Some(kind), .. } => Storage::Grouped(kind),
+            Form::Reordered { kind: None, .. } => Storage::Plain(self.dtype),
             Form::Plain | Form::Strided { .. } | Form::Fp8 { .. } | Form::Made(_) => {
                 Storage::Plain(self.dtype)
             }
@@ -72,8 +73,8 @@ impl Tensor {
 
     /// Bytes of its values, row-major: those of integers with their scales, others decoded.
     pub fn bytes_len(&self) -> usize {
-        match self.form {
-            Form::Groups(kind) => self.shape[0] * kind.row_bytes(self.shape[1]),
+        match self.storage() {
+            Storage::Grouped(kind) => self.shape[0] * kind.row_bytes(self.shape[1]),
             _ => self.shape.iter().product::<usize>() * self.dtype.bytes(),
         }
     }
@@ -93,6 +94,16 @@ struct Quantised {
     span: Span,
     kind: Dtype,
     shape: Vec<usize>,
+}
+
+/// A tensor that was found in a file.
+pub(super) struct Listed {
+    pub(super) name: String,
+    pub(super) form: Form,
+    pub(super) dtype: DType,
+    pub(super) shape: Vec<usize>,
+    pub(super) start: usize,
+    pub(super) bytes: usize,
 }
 
 /// Makes tensors that are in no file, each time they are read.
@@ -129,6 +140,45 @@ impl TensorFiles {
     /// No files yet.
     pub(super) fn empty() -> Self {
         Self { files: Vec::new(), tensors: BTreeMap::new(), quantised: BTreeMap::new(), maker: None }
+    }
+
+    /// A mapped file whose tensors were found in it. Each is checked against its length.
+    pub(super) fn of_map(
+        path: &Path,
+        map: Mmap,
+        listed: impl IntoIterator<Item = Listed>,
+    ) -> Result<Self, CheckpointError> {
+        let mut this = Self::empty();
+        for Listed { name, form, dtype, shape, start, bytes } in listed {
+            let end = start.checked_add(bytes).filter(|&end| end <= map.len());
+            let tensor = end.map(|end| Tensor {
+                span: Span { file: 0, start, end },
+                form,
+                dtype,
+                shape: shape.clone(),
+            });
+            let Some(tensor) =
+                tensor.filter(|tensor| tensor.shape.len() == 2 || tensor.storage().grouped().is_none())
+            else {
+                let what = format!(
+                    "tensor {name} is beyond the end of the file, or no matrix: the file is cut or damaged"
+                );
+                return Err(CheckpointError::invalid(path, &what));
+            };
+            if this.tensors.insert(name.clone(), tensor).is_some() {
+                return Err(CheckpointError::invalid(path, &format!("tensor {name} is there twice")));
+            }
+        }
+        this.files.push((path.to_owned(), map));
+        Ok(this)
+    }
+
+    /// Finds a scale that is none among those of a matrix of integers: its first row.
+    pub(super) fn row_without_scale(&self, tensor: &Tensor) -> Option<usize> {
+        let kind = tensor.storage().grouped()?;
+        let rows = self.span(tensor.span).chunks_exact(kind.row_bytes(tensor.shape[1]).max(1));
+        let none = |block: &[u8]| block[1] & 0x7c == 0x7c;
+        rows.into_iter().position(|row| row.chunks_exact(kind.group_bytes()).any(none))
     }
 
     /// Tensors that are made, in the order of their numbers.
@@ -268,7 +318,7 @@ impl TensorFiles {
     pub fn row_major(&self, tensor: &Tensor) -> Cow<'_, [u8]> {
         let scales = match tensor.form {
             Form::Mxfp4 { scales, .. } | Form::Fp8 { scales, .. } => self.span(scales),
-            Form::Plain | Form::Strided { .. } | Form::Groups(_) => &[],
+            Form::Plain | Form::Strided { .. } | Form::Groups(_) | Form::Reordered { .. } => &[],
             Form::Made(_) => {
                 let mut bytes = Vec::with_capacity(tensor.bytes_len());
                 self.pieces(tensor, &mut |piece| bytes.extend_from_slice(piece));
@@ -337,6 +387,10 @@ impl TensorFiles {
                     forget(map, start, end);
                 }
             }
+            Form::Reordered { heads, .. } => {
+                put(&encoded::ordered(*heads, tensor.shape[0], self.span(tensor.span)));
+                self.forget(tensor);
+            }
             Form::Strided { .. } | Form::Mxfp4 { .. } | Form::Fp8 { .. } => {
                 put(&self.row_major(tensor));
                 self.forget(tensor);
@@ -379,7 +433,7 @@ fn forget(map: &Mmap, start: usize, end: usize) {
     }
 }
 
-fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
+pub(super) fn map_file(path: &Path) -> Result<Mmap, CheckpointError> {
     let file = crate::files::open(path).map_err(|e| CheckpointError::io(path, e))?;
     // SAFETY: the map is only read. Whoever changes a checkpoint's file under a running engine breaks the documented
     // rule that checkpoints are immutable; the digest at start then no longer covers what is read.
