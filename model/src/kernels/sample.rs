@@ -1,6 +1,7 @@
 //! Choice of a token from logits. Weights are integers, so that sums and thresholds are exact in any order.
 
 use super::math::exp;
+use std::cmp::Ordering;
 use thiserror::Error;
 
 /// A logit is NaN or infinite: the request has to end with a fault.
@@ -59,27 +60,58 @@ pub fn sample(logits: &[f32], params: &Params, draw: u64) -> Result<u32, NonFini
         return Ok(best);
     }
     let max = logits[best as usize];
-    let mut candidates: Vec<(f32, u32, u64)> = Vec::new();
-    for (token, logit) in logits.iter().enumerate() {
+    let mut candidates: Vec<Candidate> = Vec::new();
+    for (token, logit) in (0..).zip(logits) {
         let weight = weight((logit - max) / params.temperature);
         if weight > 0 {
-            candidates.push((*logit, token as u32, weight));
+            // The two zeros are equal logits.
+            candidates.push(Candidate { logit: logit + 0.0, token, weight });
         }
-    }
-    let order = |a: &(f32, u32, u64), b: &(f32, u32, u64)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-    for candidate in &mut candidates {
-        // The two zeros are equal logits.
-        candidate.0 += 0.0;
     }
     let top_k = params.top_k as usize;
     if top_k > 0 && top_k < candidates.len() {
-        candidates.select_nth_unstable_by(top_k - 1, order);
+        candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
         candidates.truncate(top_k);
     }
-    candidates.sort_unstable_by(order);
     keep_top_p(&mut candidates, params.top_p);
     keep_min_p(&mut candidates, params.min_p);
-    Ok(choose(&candidates, draw))
+    Ok(choose(&mut candidates, draw))
+}
+
+/// A token that may be chosen.
+#[derive(Clone, Copy)]
+struct Candidate {
+    logit: f32,
+    token: u32,
+    weight: u64,
+}
+
+impl Candidate {
+    /// By descending logit, then ascending id: no two are equal.
+    fn order(&self, other: &Self) -> Ordering {
+        other.logit.total_cmp(&self.logit).then(self.token.cmp(&other.token))
+    }
+}
+
+fn sum(candidates: &[Candidate]) -> u128 {
+    candidates.iter().map(|candidate| u128::from(candidate.weight)).sum()
+}
+
+/// The length of the shortest run, in order, whose weight reaches something; all if none does. It is brought to the front,
+/// its last candidate to its end, and the rest stays in any order: a vocabulary is not sorted for one token.
+fn shortest_run(candidates: &mut [Candidate], reaches: impl Fn(u128) -> bool) -> usize {
+    let (mut start, mut end, mut before) = (0, candidates.len(), 0u128);
+    while end - start > 1 {
+        let half = (end - start) / 2;
+        candidates[start..end].select_nth_unstable_by(half, Candidate::order);
+        let with_half = before + sum(&candidates[start..start + half]);
+        if reaches(with_half) {
+            end = start + half;
+        } else {
+            (start, before) = (start + half, with_half);
+        }
+    }
+    end
 }
 
 /// Divides the positive and multiplies the negative logits of the tokens in `history` by `penalty`, each token once.
@@ -118,40 +150,34 @@ fn share(value: f32) -> u64 {
 }
 
 /// Keeps the shortest run whose weight reaches the share of the whole.
-fn keep_top_p(candidates: &mut Vec<(f32, u32, u64)>, top_p: f32) {
+fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f32) {
     if top_p >= 1.0 || top_p.is_nan() {
         return;
     }
-    let total: u128 = candidates.iter().map(|candidate| u128::from(candidate.2)).sum();
-    let threshold = total * u128::from(share(top_p));
-    let mut sum = 0u128;
-    let mut kept = 0;
-    for candidate in candidates.iter() {
-        sum += u128::from(candidate.2);
-        kept += 1;
-        if sum << 32 >= threshold {
-            break;
-        }
-    }
+    let threshold = sum(candidates) * u128::from(share(top_p));
+    let kept = shortest_run(candidates, |sum| sum << 32 >= threshold);
     candidates.truncate(kept);
 }
 
-/// Keeps the weights that reach the share of the first; a run, since weights descend with logits.
-fn keep_min_p(candidates: &mut Vec<(f32, u32, u64)>, min_p: f32) {
-    let threshold = u128::from(candidates[0].2) * u128::from(share(min_p.min(1.0)));
-    let below = candidates.iter().position(|candidate| u128::from(candidate.2) << 32 < threshold);
-    candidates.truncate(below.unwrap_or(candidates.len()).max(1));
+/// Keeps the run before the first weight that does not reach the share of the largest.
+fn keep_min_p(candidates: &mut Vec<Candidate>, min_p: f32) {
+    if min_p <= 0.0 {
+        return;
+    }
+    let first = candidates.iter().copied().min_by(Candidate::order).expect("the largest logit is one");
+    let threshold = u128::from(first.weight) * u128::from(share(min_p.min(1.0)));
+    let reaches = |candidate: &&Candidate| u128::from(candidate.weight) << 32 >= threshold;
+    let below = candidates.iter().filter(|candidate| !reaches(candidate)).copied().min_by(Candidate::order);
+    if let Some(below) = below {
+        let first = (first.logit.to_bits(), first.token);
+        candidates.retain(|candidate| {
+            (candidate.logit.to_bits(), candidate.token) == first || candidate.order(&below).is_lt()
+        });
+    }
 }
 
-fn choose(candidates: &[(f32, u32, u64)], draw: u64) -> u32 {
-    let total: u128 = candidates.iter().map(|candidate| u128::from(candidate.2)).sum();
-    let target = (u128::from(draw) * total) >> 64;
-    let mut sum = 0u128;
-    for candidate in candidates {
-        sum += u128::from(candidate.2);
-        if sum > target {
-            return candidate.1;
-        }
-    }
-    unreachable!("the target is below the total")
+fn choose(candidates: &mut [Candidate], draw: u64) -> u32 {
+    let target = (u128::from(draw) * sum(candidates)) >> 64;
+    let run = shortest_run(candidates, |sum| sum > target);
+    candidates[run - 1].token
 }
