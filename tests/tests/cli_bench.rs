@@ -58,7 +58,7 @@ fn least(place: &Place) -> u64 {
 fn figures_fit_each_other_and_the_budget() {
     let place = place();
     let all = bench(&place, &[]);
-    for name in ["hit_rate", "belady_hit_rate", "uniform_hit_rate"] {
+    for name in ["hit_rate", "belady_hit_rate", "lru_hit_rate", "uniform_hit_rate"] {
         assert_eq!(all[name], 1.0, "{name} where every expert is in memory");
     }
     assert_eq!(all["disk_bytes_per_token"], 0.0);
@@ -82,7 +82,7 @@ fn figures_fit_each_other_and_the_budget() {
     assert_eq!(few["tokens_digest"], all["tokens_digest"], "memory changes no token");
     let page = std::fs::read_to_string(place.path("page.html")).unwrap();
     // A column of three parts for each step that decodes, but the first token is of the prefill.
-    assert_eq!(page.matches("<rect").count(), 3 * 47 + 2 * 4, "{page}");
+    assert_eq!(page.matches("<rect").count(), 3 * 47 + 2 * 5, "{page}");
     assert!(place.private_states().is_empty(), "nothing is left behind");
 }
 
@@ -94,6 +94,24 @@ fn a_batch_shares_what_it_reads() {
     assert!(number(&four, "bytes_per_token") < 0.8 * number(&one, "bytes_per_token"), "{one} {four}");
     assert_ne!(one["tokens_digest"], four["tokens_digest"]);
     assert_eq!(bench(&place, &["--batch", "4"])["tokens_digest"], four["tokens_digest"]);
+}
+
+#[test]
+fn a_journal_says_how_often_experts_were_there() {
+    let place = place();
+    let memory = (least(&place) + 16 * 196_608).to_string();
+    for memory in [&memory, "1GiB", &memory] {
+        let tokens = ["run", "m", "--prompt-tokens", "5,6,7", "--max-tokens", "40", "--temperature", "1"];
+        let more = ["--ignore-eos", "--state", "state", "--memory", memory];
+        assert_eq!(place.run([&tokens[..], &more].concat()).code, Some(0));
+    }
+    let state = place.run(["inspect", "state", "--json"]).json();
+    let experts = &state["experts"];
+    // Two lives needed each expert of each of 42 positions at most once a step; in the other all were there.
+    assert!((16.0..=2.0 * 42.0 * 16.0).contains(&number(experts, "needed")), "{experts}");
+    let (hits, best) = (number(experts, "hit_rate"), number(experts, "belady_hit_rate"));
+    assert!(hits > 0.0 && hits <= best && best < 1.0, "{experts}");
+    assert!((0.2..0.5).contains(&number(experts, "uniform_hit_rate")), "{experts}");
 }
 
 #[test]

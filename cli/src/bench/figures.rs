@@ -45,6 +45,8 @@ pub(crate) struct Figures {
     pub(crate) hit_rate: f64,
     /// The same of the best possible eviction on the same trace.
     pub(crate) belady_hit_rate: f64,
+    /// The same of plain recency.
+    pub(crate) lru_hit_rate: f64,
     /// The same of any eviction, if every expert were as likely as any other.
     pub(crate) uniform_hit_rate: f64,
     pub(crate) disk_bytes_per_token: f64,
@@ -71,13 +73,14 @@ impl Figures {
         let (hits, misses) = (sum(&|step| u64::from(step.hits)), sum(&|step| u64::from(step.misses)));
         let loaded = misses * slot_bytes as f64;
         let trace: Vec<ExpertKey> = decode.iter().flat_map(|step| step.needed.iter().copied()).collect();
-        let optimum = optimum::hits(&trace, &course.inside, course.carving.slots as usize) as f64;
+        let slots = course.carving.slots as usize;
+        let optimum = optimum::hits(&trace, &course.inside, slots) as f64;
+        let recency = optimum::hits_of_recency(&trace, &course.inside, slots) as f64;
         // Where nothing is ever asked for, everything is there.
         let rate = |hits: f64| if trace.is_empty() { 1.0 } else { hits / trace.len() as f64 };
         let (prefilled, prefill_ns) = course
             .prefill()
             .fold((0.0, 0.0), |(n, ns), step| (n + f64::from(step.positions), ns + step.wall_ns as f64));
-        let slots = f64::from(course.carving.slots);
         let ms = |ns: f64| per(ns / 1e6, tokens);
         let (took, waited) = (sum(&|step| step.took_ns), sum(&|step| step.waited_ns));
         Self {
@@ -88,7 +91,8 @@ impl Figures {
             roofline_share: per(per(read, seconds), around.dram_bytes_per_s),
             hit_rate: if hits + misses > 0.0 { hits / (hits + misses) } else { 1.0 },
             belady_hit_rate: rate(optimum),
-            uniform_hit_rate: per(slots, course.experts as f64).min(1.0),
+            lru_hit_rate: rate(recency),
+            uniform_hit_rate: per(slots as f64, course.experts as f64).min(1.0),
             disk_bytes_per_token: per(loaded, tokens),
             disk_bytes_per_s: per(loaded, seconds),
             boot_bytes_per_s: per(course.boot_bytes as f64, course.boot_ns as f64 / 1e9),
@@ -131,12 +135,17 @@ impl fmt::Display for Figures {
         )?;
         writeln!(
             f,
-            "experts   {} of {} in memory, {} each; hits {:.1} %, the best eviction {:.1} %, any if all were alike {:.1} %",
+            "experts   {} of {} in memory, {} each",
             self.expert_slots.min(u32::try_from(self.experts).unwrap_or(u32::MAX)),
             self.experts,
-            Size(self.expert_bytes),
+            Size(self.expert_bytes)
+        )?;
+        writeln!(
+            f,
+            "hits      {:.1} %; the best eviction {:.1} %, recency {:.1} %, any if all were alike {:.1} %",
             self.hit_rate * 100.0,
             self.belady_hit_rate * 100.0,
+            self.lru_hit_rate * 100.0,
             self.uniform_hit_rate * 100.0
         )?;
         writeln!(

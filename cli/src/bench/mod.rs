@@ -2,5 +2,6 @@
 
 pub(crate) mod course;
 pub(crate) mod figures;
+pub(crate) mod hits;
 pub(crate) mod optimum;
 pub(crate) mod picture;

@@ -1,4 +1,4 @@
-//! The most hits that any eviction could have had: Belady's optimum on a trace of accesses.
+//! The most hits that any eviction could have had, Belady's optimum on a trace of accesses; and those of plain recency.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -38,6 +38,26 @@ pub(crate) fn hits<K: Ord + Copy>(trace: &[K], inside: &[K], capacity: usize) ->
     hits
 }
 
+/// Hits of the policy that evicts what was used the longest time ago (LRU), under the same conditions.
+pub(crate) fn hits_of_recency<K: Ord + Copy>(trace: &[K], inside: &[K], capacity: usize) -> u64 {
+    let mut used_at: BTreeMap<K, usize> = BTreeMap::new();
+    let mut by_use: BTreeMap<usize, K> = BTreeMap::new();
+    let mut hits = 0;
+    let accesses = inside.iter().take(capacity).map(|key| (key, false));
+    for (now, (key, counts)) in accesses.chain(trace.iter().map(|key| (key, true))).enumerate() {
+        if let Some(was) = used_at.insert(*key, now) {
+            by_use.remove(&was);
+            hits += u64::from(counts);
+        } else if used_at.len() > capacity
+            && let Some((_, evicted)) = by_use.pop_first()
+        {
+            used_at.remove(&evicted);
+        }
+        by_use.insert(now, *key);
+    }
+    hits
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,6 +88,9 @@ mod tests {
         assert_eq!(hits(&trace, &[], 3), 24);
         assert_eq!(hits(&trace, &[], 4), 36);
         assert_eq!(hits(&trace, &[0, 1, 2, 3], 4), 40);
+        assert_eq!(hits_of_recency(&trace, &[0, 1, 2], 3), 3, "those that are there at first");
+        assert_eq!(hits_of_recency(&trace, &[], 4), 36);
+        assert_eq!(hits_of_recency(&[1, 2, 1, 3, 1, 2], &[], 2), 2);
     }
 
     proptest! {

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Bytes that memory is measured with, where there are four times as many.
-const ROOM_BYTES: u64 = 256 << 20;
+const ROOM_BYTES: u64 = 512 << 20;
 const ROOM_BYTES_MIN: u64 = 16 << 20;
 /// Threads that read a disk: as many as loaders have.
 const DISK_THREADS: usize = 4;

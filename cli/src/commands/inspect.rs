@@ -1,5 +1,6 @@
 //! `lite-llm inspect`: whatever it is, say what it holds.
 
+use crate::bench::hits::Hits;
 use crate::exit::{Exit, corrupt};
 use crate::history::{History, describe};
 use crate::quantity::Size;
@@ -118,7 +119,9 @@ fn state(dir: &Path, records: bool) -> anyhow::Result<Value> {
     let mut history = History::open(dir)?;
     let first = history.engine.next_seq().0;
     let mut listed = Vec::new();
+    let mut hits = Hits::default();
     history.walk(None, |moment| {
+        hits.note(moment);
         if records {
             listed.push(json!({
                 "seq": moment.record.seq,
@@ -168,6 +171,7 @@ fn state(dir: &Path, records: bool) -> anyhow::Result<Value> {
         "segments": segments,
         "torn_bytes": scanned.cut.as_ref().map_or(0, |cut| cut.bytes),
         "unfinished": unfinished,
+        "experts": hits.report(),
         "digest": engine.digest().to_string(),
         "state_digest": engine.state_digest().to_string(),
     });

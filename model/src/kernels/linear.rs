@@ -17,6 +17,8 @@ use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod grouped;
 #[cfg(target_arch = "x86_64")]
 mod scaled;
@@ -343,11 +345,10 @@ fn linear_part(isa: Isa, x: &[f32], product: &Product<'_>, task: usize, room: &m
     if let Some(kind) = product.grouped() {
         return grouped::part(isa, kind, x, product, product.tiles_of(task));
     }
-    let isa = isa.of_floats();
     let Range { start: mut tile, end } = product.tiles_of(task);
     let sums = room.values(product.rows * TILE_OUTPUTS).as_chunks_mut().0;
     while tile < end {
-        if isa == Isa::Avx2 && product.rows == 1 && end - tile >= TILES_OF_ONE_ROW {
+        if isa != Isa::Scalar && product.rows == 1 && end - tile >= TILES_OF_ONE_ROW {
             tiles_of_one_row(x, product, tile);
             tile += TILES_OF_ONE_ROW;
         } else {
@@ -434,7 +435,9 @@ fn chunk_sums(isa: Isa, storage: Storage, x: &[f32], w: &[u8], sums: &mut [[f32;
     match isa {
         Isa::Scalar => chunk_sums_scalar(storage, x, w, sums),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => avx2::chunk_sums(storage, x, w, sums),
+        Isa::Avx2 => avx2::chunk_sums(storage, x, w, sums),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::chunk_sums(storage, x, w, sums),
         #[cfg(not(target_arch = "x86_64"))]
         Isa::Avx2 | Isa::Avx512 => panic!("AVX2 exists on x86-64 only"),
     }

@@ -45,7 +45,7 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
-    /// The same with AVX-512 (F, BW and VNNI), which products of integers use; all else is as with AVX2.
+    /// The same with AVX-512 (F, BW and VNNI), which products use; all else is as with AVX2.
     Avx512,
 }
 

@@ -77,7 +77,7 @@ pub(super) fn tiles_of_one_row<const TILES: usize>(
     }
 }
 
-fn reorder_f16(sums: &mut [f32; TILE_OUTPUTS]) {
+pub(super) fn reorder_f16(sums: &mut [f32; TILE_OUTPUTS]) {
     let stored = *sums;
     for (value, output) in stored.iter().zip(F16_ORDER) {
         sums[output] = *value;
@@ -193,16 +193,28 @@ unsafe fn widened(storage: Storage, x: &[f32], w: &[u8], steps: usize, sums: &mu
     let widened = &mut widened[..steps * TILE_OUTPUTS];
     for lane in 0..LANES {
         let x = &x[lane * (x.len() / LANES)..][..x.len() / LANES];
-        match storage {
-            Storage::Plain(dtype) => {
-                widen_lane(dtype, &w[lane * (w.len() / LANES)..][..w.len() / LANES], widened)
-            }
-            // SAFETY: the caller's promise, with room for the entries of one lane.
-            Storage::Mxfp4 | Storage::E4m3 => unsafe { scaled::widen_lane(storage, lane, w, widened) },
-            Storage::Grouped(_) => unreachable!("integers have products of their own"),
+        // SAFETY: the caller's promise, with room for the entries of one lane; then a sixteenth of it, as f32.
+        unsafe {
+            widen(storage, lane, w, widened);
+            lane_of_rows::<0>(x, bytemuck::cast_slice(widened), steps, lane == 0, sums);
         }
-        // SAFETY: a sixteenth of what the caller promises, as f32.
-        unsafe { lane_of_rows::<0>(x, bytemuck::cast_slice(widened), steps, lane == 0, sums) };
+    }
+}
+
+/// Widens a lane of a chunk to 16 floats for each of its entries, in the order of the outputs.
+///
+/// # Safety
+/// `w` is a chunk of the storage, and `widened` has room for the entries of one of its lanes.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn widen(storage: Storage, lane: usize, w: &[u8], widened: &mut [f32]) {
+    match storage {
+        Storage::Plain(DType::F32) => unreachable!("that is as wide as it gets"),
+        Storage::Plain(dtype) => {
+            widen_lane(dtype, &w[lane * (w.len() / LANES)..][..w.len() / LANES], widened)
+        }
+        // SAFETY: the caller's promise.
+        Storage::Mxfp4 | Storage::E4m3 => unsafe { scaled::widen_lane(storage, lane, w, widened) },
+        Storage::Grouped(_) => unreachable!("integers have products of their own"),
     }
 }
 

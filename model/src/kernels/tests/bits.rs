@@ -45,7 +45,8 @@ proptest! {
     fn linear_is_the_definition_for_every_shape_thread_and_isa(
         inputs in prop::sample::select(vec![0usize, 1, 15, 16, 17, 64, 1023, 1024, 1025, 2048, 2077]),
         outputs in prop::sample::select(vec![1usize, 8, 15, 16, 17, 33, 100]),
-        rows in 1usize..15,
+        // From 64 rows on weights are widened once.
+        rows in prop_oneof![4 => 1usize..15, 1 => 15usize..90],
         dtype in prop::sample::select(vec![DType::F32, DType::Bf16, DType::F16]),
         with_bias in any::<bool>(),
         seed in any::<u64>(),
