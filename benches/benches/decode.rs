@@ -1,15 +1,22 @@
-//! Decode and prefill of the synthetic OLMoE shape, every expert in memory. Throughput is in tokens.
+//! Decode and prefill of the synthetic OLMoE shape, as bf16 and as integers, every expert in memory. Throughput is in tokens.
 
 use criterion::{Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
-use lite_llm_benches::{Resident, olmoe_shape};
+use lite_llm_benches::{Resident, olmoe_of_integers, olmoe_shape};
+use lite_llm_model::kernels::Quantised;
 use std::hint::black_box;
+use std::path::Path;
 
 fn decode(c: &mut Criterion) {
-    let dir = olmoe_shape();
+    of_model(c, "olmoe", &olmoe_shape());
+    of_model(c, "olmoe q8", &olmoe_of_integers(Quantised::Q8));
+    of_model(c, "olmoe q4", &olmoe_of_integers(Quantised::Q4));
+}
+
+fn of_model(c: &mut Criterion, name: &str, dir: &Path) {
     for threads in [1, 2] {
-        let mut model = Resident::load(&dir, threads);
+        let mut model = Resident::load(dir, threads);
         let prompt: Vec<u32> = (0..256).map(|i| 3 + i * 97 % 50000).collect();
-        let mut group = c.benchmark_group(format!("olmoe/{threads} threads"));
+        let mut group = c.benchmark_group(format!("{name}/{threads} threads"));
         group.sample_size(10).sampling_mode(SamplingMode::Flat);
         group.throughput(Throughput::Elements(256));
         group.bench_function("prefill 256", |b| b.iter(|| black_box(model.step(0, &prompt))));

@@ -11,9 +11,9 @@ use lite_llm_core::ids::{ExpertKey, Generation, Slot, StepId};
 use lite_llm_core::input::Sampling;
 use lite_llm_core::output::{Forward, Row, SampleSpec};
 use lite_llm_core::pages::PageRun;
-use lite_llm_model::checkpoint::import::import;
-use lite_llm_model::kernels::{DType, Isa};
-use lite_llm_model::synth::{SynthFamily, SynthSpec, synth};
+use lite_llm_model::checkpoint::import::{Wanted, import};
+use lite_llm_model::kernels::{DType, Isa, Quantised};
+use lite_llm_model::synth::{SynthFamily, SynthSpec, synth, synth_native};
 use lite_llm_model::{Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped, Workspace};
 use memmap2::{Advice, MmapMut};
 use std::path::PathBuf;
@@ -23,26 +23,47 @@ use std::sync::Arc;
 /// is made once and kept in the target directory.
 #[must_use]
 pub fn olmoe_shape() -> PathBuf {
-    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/bench-models/olmoe");
+    let dir = of_models("olmoe");
     if !dir.exists() {
-        std::fs::create_dir_all(dir.parent().expect("a joined path")).expect("the target directory");
-        let spec = SynthSpec {
-            layers: 4,
-            hidden: 2048,
-            heads: 16,
-            kv_heads: 16,
-            head_dim: 128,
-            experts: 64,
-            top_k: 8,
-            intermediate: 1024,
-            vocab: 50304,
-            context: 4096,
-            dtype: DType::Bf16,
-            ..SynthSpec::of(SynthFamily::Olmoe)
-        };
-        synth(&dir, &spec).expect("room for 4 GB in the target directory");
+        synth(&dir, &spec()).expect("room for 4 GB in the target directory");
     }
     dir
+}
+
+/// The same weights as integers, a native checkpoint.
+#[must_use]
+pub fn olmoe_of_integers(kind: Quantised) -> PathBuf {
+    let dir = of_models(&format!("olmoe-{}", kind.name()));
+    if !dir.exists() {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let wanted = Wanted { quantise: Some(kind), ..Wanted::default() };
+        synth_native(&dir, &spec(), wanted, threads, |_, _| {})
+            .expect("room for 2 GB in the target directory");
+    }
+    dir
+}
+
+fn of_models(name: &str) -> PathBuf {
+    let models = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/bench-models");
+    std::fs::create_dir_all(&models).expect("the target directory");
+    models.join(name)
+}
+
+fn spec() -> SynthSpec {
+    SynthSpec {
+        layers: 4,
+        hidden: 2048,
+        heads: 16,
+        kv_heads: 16,
+        head_dim: 128,
+        experts: 64,
+        top_k: 8,
+        intermediate: 1024,
+        vocab: 50304,
+        context: 4096,
+        dtype: DType::Bf16,
+        ..SynthSpec::of(SynthFamily::Olmoe)
+    }
 }
 
 /// The same, imported: one aligned blob for each expert.

@@ -28,6 +28,7 @@ pub const TARGETS: &[Target] = &[
     ("config", config),
     ("manifest", manifest),
     ("safetensors", safetensors),
+    ("gguf", gguf),
     ("journal", journal),
     ("snapshot", snapshot),
     ("input", input),
@@ -53,6 +54,14 @@ pub fn manifest(bytes: &[u8]) {
 /// `model.safetensors` beside the right configuration.
 pub fn safetensors(bytes: &[u8]) {
     open_beside("model.safetensors", bytes);
+}
+
+/// A GGUF file beside the right configuration.
+pub fn gguf(bytes: &[u8]) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.gguf");
+    std::fs::write(&file, bytes).unwrap();
+    let _ = Checkpoint::open_source(&file, Some(&crate::harness::folder("olmoe")));
 }
 
 fn open_beside(name: &str, bytes: &[u8]) {

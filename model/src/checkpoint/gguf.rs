@@ -184,7 +184,10 @@ impl Info {
         let columns = self.shape.last().copied().unwrap_or(1);
         let rows = self.shape.iter().rev().skip(1).try_fold(1usize, |rows, &size| rows.checked_mul(size));
         let row = match form {
-            Form::Groups(kind) if columns.is_multiple_of(32) => Some(kind.row_bytes(columns)),
+            // A row of more could not be counted.
+            Form::Groups(kind) if columns.is_multiple_of(32) && columns <= u32::MAX as usize => {
+                Some(kind.row_bytes(columns))
+            }
             Form::Groups(_) => None,
             _ => columns.checked_mul(dtype.bytes()),
         };

@@ -196,7 +196,10 @@ impl Checkpoint {
 
     /// What an import makes a native checkpoint of: a Hugging Face directory, or a GGUF file whose configuration and tokenizer
     /// are in a directory, its own if none is given.
-    pub(crate) fn open_source(source: &Path, with: Option<&Path>) -> Result<Self, CheckpointError> {
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and if a tensor does not map exactly, or file and configuration contradict each other.
+    pub fn open_source(source: &Path, with: Option<&Path>) -> Result<Self, CheckpointError> {
         if gguf::is_gguf(source) {
             let own = source.parent().filter(|parent| !parent.as_os_str().is_empty());
             let dir = with.or(own).unwrap_or(Path::new("."));
