@@ -46,8 +46,7 @@ pub(crate) struct RuntimeArgs {
     /// Memory, of that, for experts that are verified and near at hand, but not where steps read them [default: 0]
     #[arg(long, value_name = "SIZE")]
     pub(crate) warm: Option<Size>,
-    /// Positions of all requests together that are to have their keys and values in memory: what they do not need goes to
-    /// experts. As many as the request has if there is one; else a quarter of memory, or more where experts leave it
+    /// Positions, over all requests, that memory is kept for; the rest goes to experts [default: those of a single request]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) cache_positions: Option<u32>,
     /// Compute threads; one per core if left out
@@ -62,7 +61,7 @@ pub(crate) struct RuntimeArgs {
     /// How experts are read from an imported checkpoint; the best that works here if left out
     #[arg(long, value_name = "WAY")]
     pub(crate) io: Option<IoName>,
-    /// Positions of a prompt that one step computes [default: 64]
+    /// Positions of a prompt that one step computes [default: 256]
     #[arg(long, value_name = "N")]
     pub(crate) prefill_chunk: Option<u32>,
     /// Seed of ties between experts; a journal keeps the one that it was begun with [default: 0]

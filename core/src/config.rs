@@ -95,7 +95,7 @@ impl Default for Config {
             tier_set: Vec::new(),
             modes: BTreeMap::new(),
             placement: BTreeMap::new(),
-            prefill_chunk: 64,
+            prefill_chunk: 256,
             snapshot_every: 4096,
             topology: Topology::SINGLE,
             training: false,

@@ -1,6 +1,6 @@
 //! `lite-llm doctor`: what this machine can do, measured in seconds, and what to expect of a model on it.
 
-use crate::exit::Exit;
+use crate::exit::{Exit, usage};
 use crate::quantity::Size;
 use crate::settings::RuntimeArgs;
 use crate::terminal::stdout;
@@ -8,12 +8,14 @@ use anyhow::Context;
 use clap::Args;
 use lite_llm_core::carving::carve;
 use lite_llm_core::config::Config;
+use lite_llm_core::ids::ExpertKey;
 use lite_llm_core::plan::ModelPlan;
-use lite_llm_hw::bandwidth::{DiskRead, disk_read, memory_read};
-use lite_llm_hw::cold::{Cold, Io};
+use lite_llm_hw::bandwidth::memory_read;
+use lite_llm_hw::cold::{Cold, Io, trial};
 use lite_llm_hw::memory::{self, Memory};
 use lite_llm_model::kernels::{CONTRACT_VERSION, Isa, Pool};
 use lite_llm_model::speed::Speeds;
+use lite_llm_model::trace::Trace;
 use lite_llm_model::{Checkpoint, Model, ModelOptions};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
@@ -26,12 +28,12 @@ use std::time::Duration;
 /// Bytes that memory is measured with, where there are four times as many.
 const ROOM_BYTES: u64 = 512 << 20;
 const ROOM_BYTES_MIN: u64 = 16 << 20;
-/// Threads that read a disk: as many as loaders have.
-const DISK_THREADS: usize = 4;
-/// How long a disk is read.
+/// How long experts are loaded to see how fast they come.
 const DISK_TIME: Duration = Duration::from_secs(2);
 /// Positions of the request that budgets are said for, unless the flags say how many.
 const POSITIONS: u64 = 1024;
+/// Experts from one that is loaded to the next: prime, so that all have their turn.
+const STRIDE: usize = 7919;
 /// Shares of a model's experts that a budget may hold.
 const SHARES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.125];
 
@@ -39,6 +41,9 @@ const SHARES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.125];
 pub(crate) struct DoctorArgs {
     /// A checkpoint to look at, too
     model: Option<PathBuf>,
+    /// Which experts a text uses, as trace wrote it: hits are those of the most used ones
+    #[arg(long, value_name = "TRACE", requires = "model")]
+    trace: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long, help_heading = "Output")]
     json: bool,
@@ -73,9 +78,8 @@ struct Prospects {
     /// Bytes of base parameters that a token reads, and of experts.
     base_bytes_per_token: u64,
     expert_bytes_per_token: u64,
-    disk_bytes_per_s: f64,
-    /// Past the cache.
-    disk_direct: bool,
+    /// Experts as they are loaded; nothing of a checkpoint that is not imported.
+    disk_bytes_per_s: Option<f64>,
     /// How fast products with one row go through weights.
     base_bytes_per_s: f64,
     expert_bytes_per_s: f64,
@@ -87,9 +91,9 @@ struct Prospects {
 struct Budget {
     memory_bytes: u64,
     expert_slots: u32,
-    /// If every expert is as likely as any other; real texts use some more.
+    /// By the uses of the trace; without one, as if every expert were as likely as any other.
     hit_rate: f64,
-    decode_tokens_per_s: f64,
+    decode_tokens_per_s: Option<f64>,
 }
 
 impl DoctorArgs {
@@ -112,7 +116,7 @@ impl DoctorArgs {
         let read = |threads| memory_read(threads, room).context("cannot have memory to read");
         let dram_bytes_per_s = [read(1)?, read(threads)?];
         let (reading, model) = match model {
-            None => (trial()?, None),
+            None => (reading()?, None),
             Some((path, checkpoint, settings)) => {
                 let options = ModelOptions {
                     threads,
@@ -123,8 +127,9 @@ impl DoctorArgs {
                 let model = Model::open(Arc::new(checkpoint), options)?;
                 let loader = model.expert_loader();
                 let cold = Cold::open(settings.io, &loader, settings.config.memory_bytes)?;
-                let prospects = prospects(path, &model, &loader.shards(), &settings.config, room)?;
-                (cold.report().to_owned(), Some(prospects))
+                let report = cold.report().to_owned();
+                let prospects = Prospects::of(path, &model, cold, &settings.config, &self.trace, room)?;
+                (report, Some(prospects))
             }
         };
         let findings = Findings {
@@ -150,7 +155,7 @@ impl DoctorArgs {
 }
 
 /// How experts would be read, tried with a file of the system's temporary directory.
-fn trial() -> anyhow::Result<String> {
+fn reading() -> anyhow::Result<String> {
     let cannot = || format!("cannot write a file to read in {}", std::env::temp_dir().display());
     let mut file = tempfile::NamedTempFile::new().with_context(cannot)?;
     file.write_all(&[0; 4096]).with_context(cannot)?;
@@ -161,53 +166,87 @@ fn trial() -> anyhow::Result<String> {
     })
 }
 
-fn prospects(
-    path: &Path,
-    model: &Model,
-    shards: &[PathBuf],
-    config: &Config,
-    room: usize,
-) -> anyhow::Result<Prospects> {
-    let plan = model.shape(config.limits.step_positions_max, config.limits.rows_max)?;
-    let tiers = plan.tier_set(&config.tier_set).map_err(anyhow::Error::msg)?;
-    let experts = plan.experts(&tiers).count() as u64;
-    let base_bytes = model.checkpoint().step_bytes()?;
-    let expert_bytes = plan.slot_bytes * u64::from(plan.top_k) * plan.moe_layers.len() as u64;
-    let DiskRead { bytes_per_s, direct } = match shards {
-        [] => DiskRead { bytes_per_s: 0.0, direct: false },
-        shards => disk_read(shards, DISK_THREADS, DISK_TIME).context("the files of experts")?,
-    };
-    let speeds = model.speeds(room)?;
-    let rate = |hit_rate: f64| tokens_per_s(base_bytes, expert_bytes, hit_rate, &speeds, bytes_per_s);
-    let mut budgets: Vec<Budget> = Vec::new();
-    for share in SHARES {
-        let Some((memory_bytes, expert_slots)) = budget_for(&plan, config, experts, share) else { continue };
-        if budgets.last().is_some_and(|budget| budget.expert_slots == expert_slots) {
-            continue;
+impl Prospects {
+    fn of(
+        path: &Path,
+        model: &Model,
+        cold: Cold,
+        config: &Config,
+        trace: &Option<PathBuf>,
+        room: usize,
+    ) -> anyhow::Result<Self> {
+        let plan = model.shape(config.limits.step_positions_max, config.limits.rows_max)?;
+        let tiers = plan.tier_set(&config.tier_set).map_err(anyhow::Error::msg)?;
+        let keys: Vec<ExpertKey> = plan.experts(&tiers).collect();
+        let uses = match trace {
+            Some(path) => uses(path, model, &keys)?,
+            None => vec![1; keys.len()],
+        };
+        let experts = keys.len() as u64;
+        let base_bytes = model.checkpoint().step_bytes()?;
+        let expert_bytes = plan.slot_bytes * u64::from(plan.top_k) * plan.moe_layers.len() as u64;
+        // Any order will do that is not that of the files: a step needs some experts of each layer.
+        let mixed: Vec<ExpertKey> = (0..keys.len()).map(|i| keys[i * STRIDE % keys.len()]).collect();
+        let disk = trial::delivered(cold, &model.expert_loader(), &mixed, plan.slot_bytes, DISK_TIME)
+            .map_err(anyhow::Error::msg)?;
+        let speeds = model.speeds(room)?;
+        let mut budgets: Vec<Budget> = Vec::new();
+        for share in SHARES {
+            let Some((memory_bytes, expert_slots)) = budget_for(&plan, config, experts, share) else {
+                continue;
+            };
+            if budgets.last().is_some_and(|budget| budget.expert_slots == expert_slots) {
+                continue;
+            }
+            let hit_rate = share_of_most_used(&uses, expert_slots as usize);
+            let decode_tokens_per_s = tokens_per_s(base_bytes, expert_bytes, hit_rate, &speeds, disk);
+            budgets.push(Budget { memory_bytes, expert_slots, hit_rate, decode_tokens_per_s });
         }
-        let hit_rate = if experts == 0 { 1.0 } else { (f64::from(expert_slots) / experts as f64).min(1.0) };
-        budgets.push(Budget { memory_bytes, expert_slots, hit_rate, decode_tokens_per_s: rate(hit_rate) });
+        Ok(Self {
+            path: path.to_path_buf(),
+            experts,
+            expert_bytes: plan.slot_bytes,
+            base_bytes_per_token: base_bytes,
+            expert_bytes_per_token: expert_bytes,
+            disk_bytes_per_s: disk,
+            base_bytes_per_s: speeds.base,
+            expert_bytes_per_s: speeds.experts,
+            budgets,
+        })
     }
-    Ok(Prospects {
-        path: path.to_path_buf(),
-        experts,
-        expert_bytes: plan.slot_bytes,
-        base_bytes_per_token: base_bytes,
-        expert_bytes_per_token: expert_bytes,
-        disk_bytes_per_s: bytes_per_s,
-        disk_direct: direct,
-        base_bytes_per_s: speeds.base,
-        expert_bytes_per_s: speeds.experts,
-        budgets,
-    })
+}
+
+/// How often a text used each expert.
+fn uses(path: &Path, model: &Model, keys: &[ExpertKey]) -> anyhow::Result<Vec<u64>> {
+    let trace = Trace::read(path).map_err(usage)?;
+    let counts = |key: &ExpertKey| {
+        let layer = trace.layers.iter().find(|layer| layer.layer == key.layer)?;
+        let number = model.checkpoint().ordinal(*key)?;
+        layer.counts.get(number as usize).copied()
+    };
+    let counts: Option<Vec<u64>> = keys.iter().map(counts).collect();
+    counts.ok_or_else(|| usage(format!("{} is the trace of another model", path.display())))
+}
+
+/// How much of all use the experts have that are used most, so many of them: what is evicted is what is used least.
+fn share_of_most_used(uses: &[u64], slots: usize) -> f64 {
+    let all: u64 = uses.iter().sum();
+    if all == 0 {
+        return 1.0;
+    }
+    let mut uses = uses.to_vec();
+    uses.sort_unstable_by(|a, b| b.cmp(a));
+    uses.iter().take(slots).sum::<u64>() as f64 / all as f64
 }
 
 /// The least memory with slots for this share of the experts; nothing if no memory has so few.
 fn budget_for(plan: &ModelPlan, config: &Config, experts: u64, share: f64) -> Option<(u64, u32)> {
     let wanted = (experts as f64 * share).floor() as u32;
+    let positions = config.cache_positions.unwrap_or(1);
+    let pages = plan.pages_for(positions, config.prefill_chunk.min(config.limits.step_positions_max));
     let slots = |memory_bytes: u64| {
         let config = Config { memory_bytes, ..config.clone() };
-        carve(&config, plan, 1).ok().map(|carving| carving.slots)
+        carve(&config, plan, pages).ok().map(|carving| carving.slots)
     };
     // More memory never has fewer slots.
     let (mut few, mut many) = (0u64, 1u64 << 46);
@@ -224,7 +263,13 @@ fn budget_for(plan: &ModelPlan, config: &Config, experts: u64, share: f64) -> Op
 }
 
 /// A token reads its base parameters and experts from memory, after those experts that are not there came from the disk.
-fn tokens_per_s(base_bytes: u64, expert_bytes: u64, hit_rate: f64, speeds: &Speeds, disk: f64) -> f64 {
+fn tokens_per_s(
+    base_bytes: u64,
+    expert_bytes: u64,
+    hit_rate: f64,
+    speeds: &Speeds,
+    disk: Option<f64>,
+) -> Option<f64> {
     let (base, experts) = (base_bytes as f64, expert_bytes as f64);
     let mut seconds = base / speeds.base;
     if expert_bytes > 0 {
@@ -232,9 +277,9 @@ fn tokens_per_s(base_bytes: u64, expert_bytes: u64, hit_rate: f64, speeds: &Spee
     }
     if hit_rate < 1.0 {
         // Without a disk that was measured nothing can be said.
-        seconds += (1.0 - hit_rate) * experts / disk;
+        seconds += (1.0 - hit_rate) * experts / disk?;
     }
-    1.0 / seconds
+    Some(1.0 / seconds)
 }
 
 impl fmt::Display for Findings {
@@ -269,29 +314,25 @@ impl fmt::Display for Prospects {
             gb(self.expert_bytes_per_s)
         )?;
         writeln!(f, "experts    {} of {}", self.experts, Size(self.expert_bytes))?;
-        match (self.disk_bytes_per_s > 0.0, self.disk_direct) {
-            (true, true) => writeln!(f, "its disk   delivers {} past the cache", gb(self.disk_bytes_per_s))?,
-            (true, false) => {
-                writeln!(f, "its disk   delivers {}, through the cache", gb(self.disk_bytes_per_s))?
+        match self.disk_bytes_per_s {
+            Some(rate) => writeln!(f, "its disk   delivers experts at {}", gb(rate))?,
+            None if self.experts > 0 => {
+                writeln!(
+                    f,
+                    "its disk   not measured: import the checkpoint, then experts are read by themselves"
+                )?;
             }
-            (false, _) if self.experts > 0 => {
-                writeln!(f, "its disk   not measured: experts are read by themselves once it is imported")?;
-            }
-            (false, _) => {}
+            None => {}
         }
-        writeln!(f, "\n--memory     experts in it   hits, if all are as likely   tokens/s")?;
+        writeln!(f, "\n--memory     experts in it    hits   tokens/s")?;
         for budget in &self.budgets {
             writeln!(
                 f,
-                "{:<12} {:>14}   {:>26.1} %   {:>6}",
+                "{:<12} {:>13} {:>5.1} %   {:>8}",
                 Size(budget.memory_bytes).to_string().replace(' ', ""),
                 budget.expert_slots,
                 budget.hit_rate * 100.0,
-                if budget.decode_tokens_per_s > 0.0 {
-                    format!("{:.2}", budget.decode_tokens_per_s)
-                } else {
-                    "?".into()
-                }
+                budget.decode_tokens_per_s.map_or_else(|| "?".into(), |rate| format!("{rate:.2}"))
             )?;
         }
         Ok(())

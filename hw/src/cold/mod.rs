@@ -24,6 +24,7 @@ mod ring;
 mod shards;
 #[cfg(test)]
 mod tests;
+pub mod trial;
 mod verify;
 
 pub use choice::{Cold, ColdError, Io};
