@@ -25,9 +25,9 @@ const FAMILIES: [(&str, &str, bool); 5] = [
     ("qwen3_moe", "qwen3moe", false),
 ];
 
-/// Whether a path is a file of this form, by its name.
+/// Whether a path is one of such a file, by its name.
 pub(super) fn is_gguf(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == "gguf") && path.is_file()
+    path.extension().is_some_and(|extension| extension == "gguf") && !path.is_dir()
 }
 
 /// The tensors of a file, for a model of this architecture.

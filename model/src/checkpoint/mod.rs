@@ -186,6 +186,15 @@ impl Checkpoint {
     /// # Errors
     /// Names the file, what is wrong with it, and the remedy.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        if gguf::is_gguf(dir) {
+            let (what, remedy) =
+                ("a GGUF file as it is", "import it first, with the directory of its configuration");
+            return Err(CheckpointError::Unsupported {
+                path: dir.into(),
+                what: what.into(),
+                remedy: remedy.into(),
+            });
+        }
         Self::open_with(dir, |_| TensorFiles::open(dir))
     }
 
