@@ -124,7 +124,7 @@ pub fn quantise_row(kind: Quantised, values: &[f32], row: &mut [u8]) -> Result<(
                 codes.iter_mut().zip(integers).for_each(|(code, integer)| *code = integer as u8);
             }
             Quantised::Q4 => {
-                let integers = integers(&group, scale, -8, 7).map(|integer| (integer + 8) as u8);
+                let integers = integers(&group, scale, -8, 7).map(|integer| integer.wrapping_add(8) as u8);
                 let (low, high) = integers.split_at(GROUP / 2);
                 for (code, (low, high)) in codes.iter_mut().zip(low.iter().zip(high)) {
                     *code = low | high << 4;
@@ -166,17 +166,31 @@ versioned! {
 
 #[inline(always)]
 fn activations_body(bias: i32, values: &[f32], at: usize, rows: usize, block: &mut [u32]) {
-    for (values, block) in values.chunks(GROUP).zip(block.chunks_exact_mut(rows * GROUP_WORDS)) {
+    let (whole, rest) = values.as_chunks::<GROUP>();
+    let mut blocks = block.chunks_exact_mut(rows * GROUP_WORDS);
+    for (group, block) in whole.iter().zip(&mut blocks) {
+        put_group(bias, group, at, rows, block);
+    }
+    if let (Some(block), false) = (blocks.next(), rest.is_empty()) {
         let mut group = [0.0; GROUP];
-        group[..values.len()].copy_from_slice(values);
-        let (scale, integers) = activations_of_group(&group);
-        let sum: i32 = integers.iter().sum();
-        block[at] = (-bias * sum) as u32;
-        block[rows + at] = scale.to_bits();
-        let fours = integers.as_chunks::<4>().0;
-        for (four, word) in fours.iter().zip(block[2 * rows..].chunks_exact_mut(rows)) {
-            word[at] = u32::from_le_bytes(four.map(|integer| integer as u8));
-        }
+        group[..rest.len()].copy_from_slice(rest);
+        put_group(bias, &group, at, rows, block);
+    }
+}
+
+#[inline(always)]
+fn put_group(bias: i32, group: &[f32; GROUP], at: usize, rows: usize, block: &mut [u32]) {
+    let (scale, integers) = activations_of_group(group);
+    let mut sum = 0i32;
+    let mut bytes = [0u8; GROUP];
+    for (byte, integer) in bytes.iter_mut().zip(&integers) {
+        sum = sum.wrapping_add(*integer);
+        *byte = *integer as u8;
+    }
+    block[at] = (-bias * sum) as u32;
+    block[rows + at] = scale.to_bits();
+    for (four, word) in bytes.as_chunks::<4>().0.iter().zip(block[2 * rows..].chunks_exact_mut(rows)) {
+        word[at] = u32::from_le_bytes(*four);
     }
 }
 
@@ -209,7 +223,9 @@ fn integers(values: &[f32; GROUP], scale: f32, low: i32, high: i32) -> [i32; GRO
     if scale != 0.0 {
         for (integer, value) in integers.iter_mut().zip(values) {
             // A scale that is subnormal may be rounded down by a third: no quotient is beyond 191, far below what the sum takes.
-            let rounded = (value / scale + TO_INTEGER).to_bits() as i32 - TO_INTEGER.to_bits() as i32;
+            // Wrapping, as no check of an overflow that cannot be lets it be done by vectors.
+            let rounded =
+                ((value / scale + TO_INTEGER).to_bits() as i32).wrapping_sub(TO_INTEGER.to_bits() as i32);
             *integer = rounded.clamp(low, high);
         }
     }
