@@ -25,10 +25,10 @@ pub(crate) fn page(title: &str, course: &Course, figures: &Figures) -> String {
         escaped(&figures.to_string())
     );
     page.push_str("<h2>Where the time of each step went</h2>\n");
-    let _ = write!(
+    let _ = writeln!(
         page,
         "<p class=\"key\"><b style=\"background:{COMPUTE}\"></b>computing<b style=\"background:{WAIT}\"></b>waiting for \
-         experts<b style=\"background:{OTHER}\"></b>else</p>\n"
+         experts<b style=\"background:{OTHER}\"></b>else</p>"
     );
     steps(&mut page, course);
     page.push_str("<h2>Held against what was possible</h2>\n");
