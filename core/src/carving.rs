@@ -33,6 +33,15 @@ pub fn carve(config: &Config, plan: &ModelPlan, pages_min: u32) -> Result<Carvin
         ));
     }
     let warm_slots = fit(config.warm_bytes, plan.slot_bytes).min(experts - slots_min);
+    let chunk = config.prefill_chunk.min(config.limits.step_positions_max).max(1);
+    let pages_most = plan.pages_for(plan.context, chunk).saturating_mul(config.limits.rows_max);
+    let (pages_min, pages_max) = match config.cache_positions {
+        Some(positions) => {
+            let pages = plan.pages_for(positions, chunk).min(pages_most).max(pages_min);
+            (pages, pages)
+        }
+        None => (pages_min, pages_most.max(pages_min)),
+    };
     let needed = [fixed, pages_bytes(pages_min), slots_bytes(slots_min), slots_bytes(warm_slots)]
         .into_iter()
         .fold(0u64, u64::saturating_add);
@@ -50,12 +59,7 @@ pub fn carve(config: &Config, plan: &ModelPlan, pages_min: u32) -> Result<Carvin
         ));
     }
     let free = config.memory_bytes - fixed;
-    let chunk = config.prefill_chunk.min(config.limits.step_positions_max).max(1);
-    let context_pages = plan.pages_for(plan.context, chunk);
-    let wanted = config.cache_positions.map_or(u32::MAX, |positions| plan.pages_for(positions, chunk));
-    let pages_max = context_pages.saturating_mul(config.limits.rows_max).min(wanted).max(pages_min);
-
-    // A quarter for the cache while experts do not all fit, unless it needs less; what the experts leave goes to the cache.
+    // A quarter for the cache while experts do not all fit, unless somebody knows what it needs; what they leave, too.
     let left = free - slots_bytes(warm_slots);
     let share = fit(left / 4, plan.page_bytes).min(fit(left - slots_bytes(slots_min), plan.page_bytes));
     let pages = share.clamp(pages_min, pages_max);

@@ -62,8 +62,8 @@ pub struct Config {
     pub memory_bytes: u64,
     /// Bytes, of those, for experts that are near at hand but not where steps read them; 0 for no warm arena.
     pub warm_bytes: u64,
-    /// Positions of all requests together that the KV cache is to hold; `None` takes a quarter of what base parameters leave,
-    /// or more where experts leave it. Requests that need more take turns.
+    /// Positions of all requests together that the KV cache holds, no fewer and no more; `None` takes a quarter of what base
+    /// parameters leave, or more where experts leave it. Requests that need more take turns.
     pub cache_positions: Option<u32>,
     /// The routing seed; `None` draws one from the entropy of the boot input.
     pub routing_seed: Option<u64>,

@@ -267,7 +267,7 @@ fn what_the_cache_does_not_need_goes_to_experts() {
     };
     assert_eq!(carved(None), (3, 3), "a quarter, and what no expert fits into");
     assert_eq!(carved(Some(4)), (1, 4));
-    assert_eq!(carved(Some(1000)), (3, 3), "no more than that");
+    assert_eq!(carved(Some(16)), (4, 2), "more than a quarter, if that is what it needs");
     assert!(
         Config { cache_positions: Some(0), ..config(0) }.check().unwrap_err().contains("cache_positions")
     );

@@ -242,11 +242,9 @@ fn share_of_most_used(uses: &[u64], slots: usize) -> f64 {
 /// The least memory with slots for this share of the experts; nothing if no memory has so few.
 fn budget_for(plan: &ModelPlan, config: &Config, experts: u64, share: f64) -> Option<(u64, u32)> {
     let wanted = (experts as f64 * share).floor() as u32;
-    let positions = config.cache_positions.unwrap_or(1);
-    let pages = plan.pages_for(positions, config.prefill_chunk.min(config.limits.step_positions_max));
     let slots = |memory_bytes: u64| {
         let config = Config { memory_bytes, ..config.clone() };
-        carve(&config, plan, pages).ok().map(|carving| carving.slots)
+        carve(&config, plan, 1).ok().map(|carving| carving.slots)
     };
     // More memory never has fewer slots.
     let (mut few, mut many) = (0u64, 1u64 << 46);
