@@ -1,6 +1,7 @@
 //! The kernels of the numeric contract on one and two threads: what `docs/performance.md` reports.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use lite_llm_hw::bandwidth::sum_of_streams;
 use lite_llm_model::kernels::{
     AttentionParams, DType, Isa, KvPage, KvShape, PAGE_POSITIONS, PackedView, PagedKv, Pool, Quantised,
     Storage, attention, linear, math, packed_len, rms_norm,
@@ -30,22 +31,6 @@ const STORAGES: [(&str, Storage); 7] = [
     ("q8", Storage::Grouped(Quantised::Q8)),
     ("q4", Storage::Grouped(Quantised::Q4)),
 ];
-
-/// Four streams at once, as a product has them: one alone waits for memory.
-fn sum_of_streams(all: &[u64]) -> [u64; 8] {
-    let mut sums = [0u64; 8];
-    for block in all.chunks_exact(4 << 13) {
-        let mut streams = block.chunks_exact(1 << 13).map(|stream| stream.chunks_exact(8));
-        let mut streams: [_; 4] = std::array::from_fn(|_| streams.next().expect("four quarters"));
-        for _ in 0..1 << 10 {
-            for stream in &mut streams {
-                let line = stream.next().expect("as long as the others");
-                sums.iter_mut().zip(line).for_each(|(sum, x)| *sum = sum.wrapping_add(*x));
-            }
-        }
-    }
-    sums
-}
 
 /// What decode is held against: memory, read once.
 fn memory(criterion: &mut Criterion) {

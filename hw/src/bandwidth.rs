@@ -36,8 +36,8 @@ pub fn memory_read(threads: usize, bytes: usize) -> io::Result<f64> {
     Ok(map.len() as f64 / best.as_secs_f64())
 }
 
-/// Four streams at once, as a product has them: one alone waits for memory.
-fn sum_of_streams(all: &[u64]) -> [u64; 8] {
+/// Reads all of it, in four streams as a product has them: one alone waits for memory. The sums are there so that it is read.
+pub fn sum_of_streams(all: &[u64]) -> [u64; 8] {
     let mut sums = [0u64; 8];
     for block in all.chunks_exact(BLOCK_WORDS) {
         let mut streams = block.chunks_exact(BLOCK_WORDS / 4).map(|stream| stream.chunks_exact(8));

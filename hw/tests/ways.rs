@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use lite_llm_core::config::Config;
 use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::Body;
+use lite_llm_core::output::FinishReason;
 use lite_llm_hw::cold::{ColdError, Io};
 use lite_llm_hw::node::{Node, NodeError, NodeOptions, StreamEvent};
 use lite_llm_hw::telemetry;
@@ -103,4 +104,38 @@ fn a_way_that_cannot_be_had_is_refused_before_anything_is_loaded() {
     let state = tempfile::tempdir().unwrap();
     let node = Node::start(options(&fixture(), state.path(), Some(Io::Mmap))).unwrap();
     assert_eq!(node.reading(), "experts are packed from mapped tensors");
+}
+
+#[test]
+fn a_checkpoint_cut_short_while_it_is_served_ends_requests_and_not_the_node() {
+    for io in [None, Some(Io::Pread), Some(Io::Mmap)] {
+        let dir = tempfile::tempdir().unwrap();
+        let (native, state) = (dir.path().join("native"), dir.path().join("state"));
+        import(&fixture(), &native, None, 2, |_, _| {}).unwrap();
+        let start = |memory_bytes| {
+            let mut options = options(&native, &state, io);
+            options.config.memory_bytes = memory_bytes;
+            Node::start(options)
+        };
+        let Err(NodeError::Boot(words)) = start(1) else { panic!("one byte is not enough") };
+        let (_, needed) = words.split_once("needs at least ").unwrap();
+        let node = start(needed.split(':').next().unwrap().parse().unwrap()).unwrap();
+        assert_eq!(generate(&node, 2), oracle(2).1, "{io:?}");
+
+        for entry in std::fs::read_dir(&native).unwrap() {
+            let path = entry.unwrap().path();
+            if path.file_name().unwrap().to_string_lossy().starts_with("experts-") {
+                std::fs::File::options().write(true).open(&path).unwrap().set_len(4096).unwrap();
+            }
+        }
+        let body = Body { prompt: oracle(1).0, max_tokens: 4, ..Body::default() };
+        let last = node.submit(RequestId::new("cut").unwrap(), body, 0).into_iter().last();
+        let Some(StreamEvent::Finish { reason: FinishReason::Fault(words), .. }) = last else {
+            panic!("{io:?}: {last:?}")
+        };
+        assert!(words.contains("experts-") && words.contains("cannot be loaded"), "{io:?}: {words}");
+        assert_eq!(node.status().unwrap().requests.len(), 0, "{io:?}: it serves on");
+        node.drain(None).unwrap();
+        node.wait().unwrap();
+    }
 }

@@ -36,7 +36,7 @@ pub(crate) fn page(title: &str, course: &Course, figures: &Figures) -> String {
     bars(
         &mut page,
         &[
-            rate("memory: read by decoding, of what plain reading has", figures.roofline_share),
+            rate("memory: read, of what plain reading has", figures.roofline_share),
             rate("experts: there when needed", figures.hit_rate),
             rate("experts: there with the best eviction", figures.belady_hit_rate),
             rate("experts: there with plain recency", figures.lru_hit_rate),
