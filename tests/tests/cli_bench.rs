@@ -111,6 +111,17 @@ fn a_journal_says_how_often_experts_were_there() {
     assert!((16.0..=2.0 * 42.0 * 16.0).contains(&number(experts, "needed")), "{experts}");
     let (hits, best) = (number(experts, "hit_rate"), number(experts, "belady_hit_rate"));
     assert!(hits > 0.0 && hits <= best && best < 1.0, "{experts}");
+    let all = number(experts, "needed");
+    assert!((0.2..0.5).contains(&number(experts, "uniform_hit_rate")), "{experts}");
+
+    // A snapshot has let the boot of this life go, and what was needed before it.
+    let more = ["--ignore-eos", "--state", "state", "--memory", &memory, "--snapshot-every", "60"];
+    let tokens = ["run", "m", "--prompt-tokens", "5,6,7", "--max-tokens", "40", "--temperature", "1"];
+    assert_eq!(place.run([&tokens[..], &more].concat()).code, Some(0));
+    let state = place.run(["inspect", "state", "--json"]).json();
+    let experts = &state["experts"];
+    assert!((1.0..all).contains(&number(experts, "needed")), "{experts}");
+    assert!(number(experts, "belady_hit_rate") >= number(experts, "hit_rate"), "{experts}");
     assert!((0.2..0.5).contains(&number(experts, "uniform_hit_rate")), "{experts}");
 }
 

@@ -34,6 +34,10 @@ pub(crate) struct Hits {
 impl Hits {
     /// Takes a record of the journal, in order.
     pub(crate) fn note(&mut self, moment: &Moment<'_>) {
+        if self.life.slots == 0 {
+            // The records of the boot went with a snapshot.
+            self.life.slots = moment.engine.view().carving().slots as usize;
+        }
         for output in moment.outputs {
             match output {
                 Output::Carve(carving) => {

@@ -3,7 +3,7 @@
 use super::ranks::{Among, RowDigest, of_output};
 use super::{At, Batch, Capture, ExpertSource, Rooms, StepError};
 use crate::kernels::sample::{Params, penalise, sample};
-use crate::kernels::{Buffer, Product};
+use crate::kernels::{Buffer, Isa, Product};
 use crate::model::Model;
 use crate::weights::Base;
 use lite_llm_core::input::RowResult;
@@ -84,7 +84,7 @@ impl Model {
             let digest = &mut batch.digests[at.row as usize];
             digest_values(digest, logits);
             let layer = arch.layers.len() as u32;
-            let token = token(row, spec, logits).ok_or(StepError::NonFinite {
+            let token = token(self.isa, row, spec, logits).ok_or(StepError::NonFinite {
                 row: at.row,
                 layer,
                 position: at.position,
@@ -107,7 +107,7 @@ fn is_wanted(at: &At, step: &Forward, capture: Option<&dyn Capture>) -> bool {
     (last && row.sample.is_some()) || capture.is_some_and(|capture| capture.wants_logits(at.request))
 }
 
-fn token(row: &Row, spec: &SampleSpec, logits: &mut [f32]) -> Option<u32> {
+fn token(isa: Isa, row: &Row, spec: &SampleSpec, logits: &mut [f32]) -> Option<u32> {
     let sampling = &spec.sampling;
     if sampling.repetition_penalty.to_bits() != 1.0f32.to_bits() {
         penalise(logits, &spec.history, sampling.repetition_penalty);
@@ -121,7 +121,7 @@ fn token(row: &Row, spec: &SampleSpec, logits: &mut [f32]) -> Option<u32> {
         top_p: sampling.top_p,
         min_p: sampling.min_p,
     };
-    sample(logits, &params, spec.draw).ok()
+    sample(isa, logits, &params, spec.draw).ok()
 }
 
 fn digest_values(digest: &mut RowDigest, values: &[f32]) {

@@ -1,8 +1,13 @@
 //! Choice of a token from logits. Weights are integers, so that sums and thresholds are exact in any order.
 
 use super::math::exp;
+use super::{Isa, versioned};
 use std::cmp::Ordering;
 use thiserror::Error;
+
+/// Weights that are found together.
+const WEIGHTS_TOGETHER: usize = 512;
+const TWO_52: f64 = 4_503_599_627_370_496.0;
 
 /// A logit is NaN or infinite: the request has to end with a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -54,18 +59,23 @@ pub fn argmax(logits: &[f32]) -> Result<u32, NonFinite> {
 ///
 /// # Panics
 /// If there is no logit.
-pub fn sample(logits: &[f32], params: &Params, draw: u64) -> Result<u32, NonFinite> {
+pub fn sample(isa: Isa, logits: &[f32], params: &Params, draw: u64) -> Result<u32, NonFinite> {
     let best = argmax(logits)?;
     if params.temperature <= 0.0 || params.temperature.is_nan() {
         return Ok(best);
     }
     let max = logits[best as usize];
     let mut candidates: Vec<Candidate> = Vec::new();
-    for (token, logit) in (0..).zip(logits) {
-        let weight = weight((logit - max) / params.temperature);
-        if weight > 0 {
-            // The two zeros are equal logits.
-            candidates.push(Candidate { logit: logit + 0.0, token, weight });
+    let mut block = [0; WEIGHTS_TOGETHER];
+    for (at, logits) in logits.chunks(WEIGHTS_TOGETHER).enumerate() {
+        let weights = &mut block[..logits.len()];
+        weigh(isa, logits, max, params.temperature, weights);
+        let first = (at * WEIGHTS_TOGETHER) as u32;
+        for ((token, logit), &mut weight) in (first..).zip(logits).zip(weights) {
+            if weight > 0 {
+                // The two zeros are equal logits.
+                candidates.push(Candidate { logit: logit + 0.0, token, weight });
+            }
         }
     }
     let top_k = params.top_k as usize;
@@ -135,13 +145,21 @@ fn check(logits: &[f32]) -> Result<(), NonFinite> {
     }
 }
 
-/// `round(exp(x) * 2^32)`, ties to even, for x of at most 0; the product is exact in `f64`.
-fn weight(x: f32) -> u64 {
-    // e^-23 * 2^32 is 0.44: most of a vocabulary needs no exponential.
-    if x < -23.0 {
-        return 0;
+versioned! {
+    /// `round(exp((l - max) / temperature) * 2^32)`, ties to even, for logits of at most `max`.
+    fn weigh(logits: &[f32], max: f32, temperature: f32, out: &mut [u64]) = weigh_body
+}
+
+#[inline(always)]
+fn weigh_body(logits: &[f32], max: f32, temperature: f32, out: &mut [u64]) {
+    for (logit, out) in logits.iter().zip(out) {
+        let x = (logit - max) / temperature;
+        // The product is exact. Beside 2^52 there is room for whole numbers only, and these are the low bits.
+        let rounded = f64::from(exp(x)) * 4_294_967_296.0 + TWO_52;
+        let weight = rounded.to_bits() - TWO_52.to_bits();
+        // e^-23 * 2^32 is 0.44.
+        *out = if x < -23.0 { 0 } else { weight };
     }
-    (f64::from(exp(x)) * 4_294_967_296.0).round_ties_even() as u64
 }
 
 /// A share as a multiple of 2^-32, rounded to nearest even.

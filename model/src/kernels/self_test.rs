@@ -374,7 +374,7 @@ fn conversions(isa: Isa, bits: &mut Bits) {
     }
 }
 
-fn samples(_: Isa, bits: &mut Bits) {
+fn samples(isa: Isa, bits: &mut Bits) {
     let logits: Vec<f32> = operands(2_000, 1).iter().map(|x| x * 6.0).collect();
     bits.word(argmax(&logits).expect("the logits are finite"));
     let narrowed = [(0, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.05), (100, 0.8, 0.01)];
@@ -382,7 +382,7 @@ fn samples(_: Isa, bits: &mut Bits) {
         let params = Params { temperature: 0.8, top_k, top_p, min_p };
         for draw in 0..32 {
             let draw = (draw * 2 + 1) << 58;
-            bits.word(sample::sample(&logits, &params, draw).expect("the logits are finite"));
+            bits.word(sample::sample(isa, &logits, &params, draw).expect("the logits are finite"));
         }
     }
 }

@@ -104,19 +104,19 @@ fn penalties_touch_each_token_once() {
 fn draws_split_by_weight() {
     // Equal weights: the upper half of the draws takes the second token.
     let params = sample::Params { temperature: 1.0, ..Default::default() };
-    assert_eq!(sample::sample(&[1.0, 1.0], &params, u64::MAX / 2), Ok(0));
-    assert_eq!(sample::sample(&[1.0, 1.0], &params, u64::MAX / 2 + 1), Ok(1));
+    assert_eq!(sample::sample(Isa::detect(), &[1.0, 1.0], &params, u64::MAX / 2), Ok(0));
+    assert_eq!(sample::sample(Isa::detect(), &[1.0, 1.0], &params, u64::MAX / 2 + 1), Ok(1));
 }
 
 #[test]
 fn the_least_weight_and_the_exact_threshold_count() {
     // The largest draw takes the last candidate: e^-22 still weighs 1, e^-23 nothing.
     let params = sample::Params { temperature: 1.0, ..Default::default() };
-    assert_eq!(sample::sample(&[0.0, -22.0], &params, u64::MAX), Ok(1));
-    assert_eq!(sample::sample(&[0.0, -23.0], &params, u64::MAX), Ok(0));
+    assert_eq!(sample::sample(Isa::detect(), &[0.0, -22.0], &params, u64::MAX), Ok(1));
+    assert_eq!(sample::sample(Isa::detect(), &[0.0, -23.0], &params, u64::MAX), Ok(0));
     // The first of two equal weights reaches a half.
     let params = sample::Params { top_p: 0.5, ..params };
-    assert_eq!(sample::sample(&[1.0, 1.0], &params, u64::MAX), Ok(0));
+    assert_eq!(sample::sample(Isa::detect(), &[1.0, 1.0], &params, u64::MAX), Ok(0));
 }
 
 #[test]

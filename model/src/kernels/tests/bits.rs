@@ -268,10 +268,12 @@ proptest! {
     ) {
         let logits: Vec<f32> = logits.iter().map(|l| f32::from(*l) / 2.0).collect();
         let params = sample::Params { temperature, top_k, top_p, min_p };
-        let token = sample::sample(&logits, &params, draw).unwrap();
-        prop_assert_eq!(token, sampled(&logits, &params, draw));
-        // The least draw takes the first candidate, which is the argmax.
-        prop_assert_eq!(sample::sample(&logits, &params, 0).unwrap(), argmax(&logits).unwrap());
+        for isa in isas() {
+            let token = sample::sample(isa, &logits, &params, draw).unwrap();
+            prop_assert_eq!(token, sampled(&logits, &params, draw));
+            // The least draw takes the first candidate, which is the argmax.
+            prop_assert_eq!(sample::sample(isa, &logits, &params, 0).unwrap(), argmax(&logits).unwrap());
+        }
     }
 }
 
