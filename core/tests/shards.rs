@@ -4,7 +4,9 @@
 mod beats;
 
 use lite_llm_core::cluster::membership::{Member, NodeId};
-use lite_llm_core::cluster::shards::{Keeper, KeeperInput, KeeperOutput, ShardMessage, ShardWord, Stamp};
+use lite_llm_core::cluster::shards::{
+    Keeper, KeeperInput, KeeperOutput, ShardMessage, ShardOrders, ShardWord, Stamp, Want,
+};
 use lite_llm_core::cluster::supervisor::{
     Cause, ClusterConfig, Ending, Restarts, Supervisor, SupervisorEvent, SupervisorInput, SupervisorOutput,
     Training,
@@ -410,6 +412,38 @@ fn a_supervisor_that_knows_nothing_overwrites_nothing() {
     new.until_trained(10);
     assert_eq!(new.restored(), [(8, 0, 0)]);
     new.check();
+}
+
+#[test]
+fn what_is_on_disk_does_not_wait_for_what_others_have() {
+    let (me, other) = (Node::default().member(0), Node::default().member(1));
+    let mut keeper = Keeper::new(me, SECOND);
+    let want = |shard, from| {
+        let Stamp { version, digest, .. } = stamp_of(shard, 4);
+        Want { shard, version, digest: Some(digest), from }
+    };
+    let mut give = |input| {
+        keeper.handle(Time(SECOND), input);
+        let outputs = std::iter::from_fn(|| match keeper.poll() {
+            KeeperOutput::Wait { .. } => None,
+            output => Some(output),
+        });
+        outputs.collect::<Vec<_>>()
+    };
+    assert_eq!(give(KeeperInput::Found(vec![stamp_of(1, 4)])), []);
+    let orders = |round, hold| ShardOrders { round, hold, keep: vec![4], ..ShardOrders::default() };
+    let asks = |outputs: &[KeeperOutput]| {
+        let [KeeperOutput::Send(ShardMessage { to, what, .. })] = outputs else { return false };
+        *to == other && matches!(what, ShardWord::Ask { .. })
+    };
+    assert!(asks(&give(KeeperInput::Orders(orders(1, vec![want(0, Some(other))])))));
+    // The other may be waiting for just this, and gives nothing before.
+    let both = vec![want(0, Some(other)), want(1, None)];
+    assert_eq!(give(KeeperInput::Orders(orders(2, both))), [KeeperOutput::Load(stamp_of(1, 4))]);
+    assert!(asks(&give(KeeperInput::Made(stamp_of(1, 4)))));
+    // What nobody wants any more is not asked for again.
+    assert_eq!(give(KeeperInput::Orders(orders(3, vec![]))), [KeeperOutput::Drop(stamp_of(1, 4))]);
+    assert_eq!(keeper.poll(), KeeperOutput::Wait { until: None });
 }
 
 proptest! {

@@ -189,8 +189,9 @@ impl Keeper {
         self.orders = orders;
         self.accused = None;
         let wanted = |stamp: &Stamp| self.orders.hold.iter().any(|want| is(want, stamp));
+        // What is here, or can be made, does not wait for others: they may wait for it.
         let fetches = matches!(&self.job, Some(Job::Fetch { from, stamp, .. })
-            if !self.orders.hold.iter().any(|want| is(want, stamp) && want.from == Some(*from)));
+            if self.lacks().is_none_or(|want| !is(&want, stamp) || want.from != Some(*from)));
         if fetches {
             self.job = None;
         }
@@ -279,11 +280,19 @@ impl Keeper {
         self.out.push_back(KeeperOutput::Send(ShardMessage { from: self.member, to: *from, what }));
     }
 
+    /// What is to be had next, if anything: first what is on disk or can be made, then what has to come from others.
+    fn lacks(&self) -> Option<Want> {
+        let has = |want: &Want| self.held.iter().any(|stamp| is(want, stamp));
+        let here =
+            |want: &Want| want.digest.is_none() || self.stored.iter().flatten().any(|stamp| is(want, stamp));
+        let lacking = || self.orders.hold.iter().filter(|want| !has(want)).copied();
+        lacking().find(here).or_else(|| lacking().next())
+    }
+
     /// Begins the next thing that is to be done.
     fn go_on(&mut self, now: Time) {
         let Some(stored) = self.stored.as_ref().filter(|_| self.job.is_none()) else { return };
-        let has = |want: &Want| self.held.iter().any(|stamp| is(want, stamp));
-        let lacks = self.orders.hold.iter().find(|want| !has(want)).copied();
+        let lacks = self.lacks();
         let own = |version: u64| {
             let mine = |stamp: &&Stamp| (Some(stamp.shard), stamp.version) == (self.orders.own, version);
             self.held.iter().find(mine).copied()
