@@ -30,9 +30,9 @@ pub(crate) struct Step {
     pub(crate) took_ns: u64,
     /// Of these, for want of experts.
     pub(crate) waited_ns: u64,
-    /// Experts that were there when a layer needed them, and that were not.
+    /// Experts that were there when a layer needed them.
     pub(crate) hits: u32,
-    /// The others.
+    /// Those that were not.
     pub(crate) misses: u32,
     /// What its layers needed, in order; nothing if all was resident.
     pub(crate) needed: Vec<ExpertKey>,
