@@ -94,7 +94,7 @@ hazards! {
     SlowStart = 20 "slow-start" Process 100_000 "A process takes long to start.",
     CrashLoop = 21 "crash-loop" Process 20_000 "A process dies at its next starts too.",
     UnseenExit = 22 "unseen-exit" Process 300_000 "Nobody tells the supervisor that a process has ended.",
-    SlowFence = 23 "slow-fence" Process 700_000 "A process that is to be ended cannot be reached for a while.",
+    SlowFence = 23 "slow-fence" Process 900_000 "A process that is to be ended cannot be reached for a while.",
 
     ClockOffset = 32 "clock-offset" Clock 500_000 "A clock begins anywhere.",
     ClockDrift = 33 "clock-drift" Clock 500_000 "A clock runs fast or slow, within the stated bound.",
@@ -109,8 +109,8 @@ hazards! {
     FullRename = 53 "full-rename" Disk 15_000 "The disk is full when a file is renamed.",
     Rot = 54 "rot" Disk 10_000 "A synced bit changes for good.",
     MisdirectRead = 55 "misdirect-read" Disk 15_000 "A read returns another place.",
-    MisdirectWrite = 56 "misdirect-write" Disk 500 "A write lands in another place.",
-    PhantomWrite = 57 "phantom-write" Disk 500 "A write is acknowledged and never reaches the medium.",
+    MisdirectWrite = 56 "misdirect-write" Disk 2_000 "A write lands in another place.",
+    PhantomWrite = 57 "phantom-write" Disk 2_000 "A write is acknowledged and never reaches the medium.",
     StaleRead = 58 "stale-read" Disk 15_000 "A read returns what was there before the last write.",
     StallDisk = 59 "stall-disk" Disk 2_000 "An operation takes very long.",
     SlowDisk = 60 "slow-disk" Disk 50_000 "An operation takes longer than others.",
@@ -120,7 +120,7 @@ hazards! {
 
     AllocationFails = 80 "allocation-fails" Device 20_000 "Memory for the arenas cannot be had.",
     DeviceLost = 81 "device-lost" Device 1_000 "The device is gone in the middle of a step.",
-    DeviceHang = 82 "device-hang" Device 2_000 "A step never ends.",
+    DeviceHang = 82 "device-hang" Device 4_000 "A step never ends.",
     DeviceError = 83 "device-error" Device 3_000 "The device reports an uncorrectable error.",
     LateCopy = 84 "late-copy" Device 50_000 "A copy ends late, after later ones.",
     FailedCopy = 85 "failed-copy" Device 10_000 "A copy fails.",

@@ -43,7 +43,7 @@ pub(crate) struct SimArgs {
     /// Nodes; those beyond the ranks of the topology stand by
     #[arg(long, value_name = "N")]
     nodes: Option<u32>,
-    /// Ranks, as dp=2,tp=1,pp=2,ep=2; seeds take turns with five layouts if left out
+    /// Ranks, as dp=2,tp=1,pp=2,ep=2; seeds take turns with six layouts if left out
     #[arg(long, value_name = "RANKS")]
     topology: Option<Topology>,
     /// What is computed: digests of all that a result may depend on, or a tiny model's real arithmetic

@@ -187,19 +187,21 @@ impl ClientsActor {
             Happening::Message { from, message: Said::Refused { input, reason: _ } } => {
                 let (Input::Submit { id, .. } | Input::Cancel { id }) = &*input else { return };
                 let at = self.by_id[id];
-                // Whoever asked two things of one node hears twice that it is not the one: of an even number every second
-                // would never be asked.
-                if from == self.clients[at].target {
-                    self.move_on(cx, at);
-                }
+                self.move_on_from(cx, from, at);
             }
             Happening::Message { .. } | Happening::Tampered { .. } | Happening::Ended { .. } => {}
         }
     }
 
-    /// Asks the next node, after a pause.
-    fn move_on(&mut self, cx: &mut Context<'_, Said>, at: usize) {
+    /// Asks the next node after one that said no, after a pause.
+    ///
+    /// Whoever asked two things of one node hears twice that it is not the one, and moves on once: of an even number of nodes
+    /// every second would never be asked.
+    fn move_on_from(&mut self, cx: &mut Context<'_, Said>, from: u32, at: usize) {
         let client = &mut self.clients[at];
+        if from != client.target {
+            return;
+        }
         client.target = (client.target + 1) % self.nodes;
         client.news_ns = 0;
         client.wake_in(cx, PAUSE_NS, at);
@@ -287,7 +289,7 @@ impl ClientsActor {
                 }
             }
             Output::Refuse { refusal, reason, .. } => match refusal {
-                Refusal::Busy | Refusal::NotServing => self.move_on(cx, at),
+                Refusal::Busy | Refusal::NotServing => self.move_on_from(cx, from, at),
                 Refusal::Expired | Refusal::Invalid if client.accepted => {
                     wrong(format!("it was accepted, and is refused: {reason}"));
                 }

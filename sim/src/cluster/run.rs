@@ -76,12 +76,14 @@ impl std::fmt::Debug for ClusterSetup {
 
 impl ClusterSetup {
     /// The layouts that seeds take turns with, and the nodes that each is tried on.
-    pub const LAYOUTS: [(Topology, u32); 5] = [
+    pub const LAYOUTS: [(Topology, u32); 6] = [
         (Topology { data: 1, tensor: 1, pipeline: 2, expert: 1 }, 3),
         (Topology::SINGLE, 1),
         (Topology { data: 1, tensor: 2, pipeline: 1, expert: 2 }, 5),
         (Topology { data: 2, tensor: 1, pipeline: 1, expert: 2 }, 5),
         (Topology { data: 1, tensor: 1, pipeline: 2, expert: 2 }, 5),
+        // Every node is needed, and their number is even.
+        (Topology { data: 2, tensor: 1, pipeline: 2, expert: 2 }, 8),
     ];
 
     /// A cluster of the layout whose turn it is, all faults, ten seconds of them.
@@ -94,7 +96,8 @@ impl ClusterSetup {
             topology,
             nodes,
             real: false,
-            trains: seed % 4 == 1,
+            // Prime to the layouts: each of them trains at times.
+            trains: seed % 5 < 2,
             hazards: Hazard::ALL.to_vec(),
             decisions: None,
             unrestricted: false,

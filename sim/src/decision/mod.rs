@@ -101,9 +101,9 @@ impl Decisions {
             if pick.is_multiple_of(3) {
                 continue;
             }
-            // From a sixteenth of the most to all of it, each halving as likely as the next.
+            // From a quarter of the most to all of it, each halving as likely as the next.
             let most = u64::from(hazard.about().per_million) * (1 << 32) / 1_000_000;
-            let rate = most >> ((pick >> 8) % 5);
+            let rate = most >> ((pick >> 8) % 3);
             odds[hazard as usize] = Odds::new(seed, hazard, u32::try_from(rate).unwrap_or(u32::MAX));
         }
         Self::new(seed, Source::Seed(Box::new(odds)))

@@ -17,14 +17,17 @@ use lite_llm_core::cluster::shards::{
 };
 use lite_llm_core::digest::Digest;
 use lite_llm_core::disk::{Disk, DiskError};
+use lite_llm_core::time::Time;
 use std::collections::BTreeMap;
 
 /// Bytes of a shard that go into one message.
 const PART_BYTES: usize = 128;
+/// The number of the alarm, which no answer reaches.
+const ALARM: u64 = 1 << (KIND_SHIFT - 1);
 /// Nanoseconds that computing a version takes, at least and by how much more, and that anything else takes.
 const COMPUTE_NS: (u64, u64) = (10_000_000, 60_000_000);
 const ELSE_NS: u64 = 300_000;
-/// Times that a read is tried: one that fails may not fail again.
+/// Times that a read is tried: one that fails, or gives other bytes, may not do so again.
 const READS_MAX: u32 = 8;
 
 /// The disk of a node for checkpoints of shards.
@@ -41,6 +44,8 @@ pub(super) struct Shards {
     /// Answers that are under way, by number.
     answers: BTreeMap<u64, KeeperInput>,
     answered: u64,
+    /// When the keeper wants to be asked again: an alarm before it, or after it, means nothing.
+    alarm: Option<Time>,
 }
 
 impl Shards {
@@ -51,6 +56,7 @@ impl Shards {
             staging: Vec::new(),
             answers: BTreeMap::new(),
             answered: 0,
+            alarm: None,
         }
     }
 
@@ -110,8 +116,11 @@ impl Vault {
             let len = self.0.len(name).ok()?;
             let mut all = vec![0; usize::try_from(len).ok()?];
             let Ok(read) = self.0.read_at(name, 0, &mut all) else { continue };
-            let (digest, bytes) = all[..read].split_first_chunk::<32>()?;
-            return (Digest::of(bytes).0 == *digest).then(|| (Digest(*digest), bytes.to_vec()));
+            if let Some((digest, bytes)) = all[..read].split_first_chunk::<32>()
+                && Digest::of(bytes).0 == *digest
+            {
+                return Some((Digest(*digest), bytes.to_vec()));
+            }
         }
         None
     }
@@ -150,9 +159,14 @@ impl NodeActor {
     /// Something that took its time is done.
     pub(super) fn shards_answered(&mut self, cx: &mut Context<'_, Said>, number: u64) {
         let Some(Life::Running(process)) = &mut self.life else { return };
-        let answer = process.shards.as_mut().and_then(|shards| shards.answers.remove(&number));
-        // Any other number is an alarm.
-        self.keep_shards(cx, answer.unwrap_or(KeeperInput::Tick));
+        let Some(shards) = &mut process.shards else { return };
+        if number != ALARM {
+            if let Some(answer) = shards.answers.remove(&number) {
+                self.keep_shards(cx, answer);
+            }
+        } else if shards.alarm.take_if(|alarm| *alarm <= cx.clock()).is_some() {
+            self.keep_shards(cx, KeeperInput::Tick);
+        }
     }
 
     /// Gives the keeper an input and obeys what comes out.
@@ -177,9 +191,11 @@ impl NodeActor {
             let Some(shards) = &mut process.shards else { return };
             let output = shards.keeper.poll();
             if let KeeperOutput::Wait { until } = output {
-                if let Some(until) = until {
-                    cx.wake_at(until.max(cx.clock()), SHARDS << KIND_SHIFT | (1 << (KIND_SHIFT - 1)));
+                let until = until.map(|until| until.max(cx.clock()));
+                if until.is_some() && until != shards.alarm {
+                    cx.wake_at(until.unwrap_or_default(), SHARDS << KIND_SHIFT | ALARM);
                 }
+                shards.alarm = until;
                 return;
             }
             if self.luck.befalls(cx, Hazard::Crash).is_some() {

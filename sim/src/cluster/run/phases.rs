@@ -211,16 +211,12 @@ impl Cluster {
         }
         // Whatever was on its way when the last stream ended.
         self.run_until(self.world.now_ns().max(begin + 2 * SECOND_NS));
-        while !self.is_whole() {
-            if self.is_violated() || self.is_late(end, "not every replica serves") {
-                return;
-            }
-            self.restart_given_up();
-            self.run_until(self.world.now_ns() + SECOND_NS / 4);
-        }
         let (trained, _) = self.shards();
-        while self.setup.trains && self.shards().0 < trained + 2 {
-            if self.is_violated() || self.is_late(end, "shards get no further") {
+        let trains = |run: &Self| run.setup.trains && run.shards().0 < trained + 2;
+        // Who trains may go back meanwhile, and has to serve again.
+        while !self.is_whole() || trains(self) {
+            let late = if trains(self) { "shards get no further" } else { "not every replica serves" };
+            if self.is_violated() || self.is_late(end, late) {
                 return;
             }
             self.restart_given_up();
@@ -316,16 +312,15 @@ impl Cluster {
 
     /// The operator does what the supervisor asks of him.
     fn restart_given_up(&mut self) {
-        let Some(supervisor) = self.supervisor().supervisor() else { return };
-        let given_up: Vec<NodeId> = supervisor
-            .view()
-            .nodes()
-            .filter(|(_, standing)| *standing == Standing::GivenUp)
-            .map(|(member, _)| member.node)
-            .collect();
-        for node in given_up {
+        for node in self.given_up() {
             self.wish(SupervisorInput::Restart { node });
         }
+    }
+
+    fn given_up(&self) -> Vec<NodeId> {
+        let nodes =
+            self.supervisor().supervisor().into_iter().flat_map(|supervisor| supervisor.view().nodes());
+        nodes.filter(|(_, standing)| *standing == Standing::GivenUp).map(|(member, _)| member.node).collect()
     }
 
     /// The version of the optimizer's shards that all have, and the newest on all disks.
@@ -339,14 +334,18 @@ impl Cluster {
             Cast::Node(node) if node.replica() == Some(replica) => node.peer(),
             _ => None,
         });
-        let mut leaders = peers.filter(|peer| peer.leads() && peer.is_in_active_epoch());
-        leaders.next().map(lite_llm_core::cluster::peer::Peer::engine)
+        let leaders = peers.filter(|peer| peer.leads() && peer.is_in_active_epoch());
+        // Who led before and is not fenced yet does not know it.
+        let leader = leaders.max_by_key(|peer| peer.membership().map(|membership| membership.epoch));
+        leader.map(lite_llm_core::cluster::peer::Peer::engine)
     }
 
+    /// Whether every replica serves, with nodes for all of its ranks: one that has nothing to do does not miss them.
     fn is_whole(&self) -> bool {
-        (0..self.setup.topology.data).all(|replica| {
+        let serves = |replica| {
             self.leader(replica).is_some_and(|engine| engine.view().lifecycle() == Lifecycle::Active)
-        })
+        };
+        self.given_up().is_empty() && (0..self.setup.topology.data).all(serves)
     }
 
     /// Every stream is that of its request alone, under the committed generations of its positions.

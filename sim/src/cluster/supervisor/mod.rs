@@ -16,8 +16,8 @@ use crate::world::{ActorId, Context, Happening};
 use lite_llm_core::LOGIC_VERSION;
 use lite_llm_core::cluster::membership::{Member, Membership, NodeId};
 use lite_llm_core::cluster::supervisor::{
-    Cause, ClusterConfig, Ending, Failure, Supervisor, SupervisorEvent, SupervisorInput, SupervisorOutput,
-    Suspicion,
+    Cause, ClusterConfig, Ending, Failure, Standing, Supervisor, SupervisorEvent, SupervisorInput,
+    SupervisorOutput, Suspicion,
 };
 use lite_llm_core::ids::{Incarnation, Seq};
 use lite_llm_core::journal::{Header, JournalError, Store};
@@ -220,6 +220,12 @@ impl SupervisorActor {
         let durable = Seq(supervisor.next_seq().0 - 1);
         if durable > Seq(0) {
             self.watch.mark(Mark::SupervisorRecovered);
+        }
+        // The life before may have died after it had decided this, and before it said so.
+        let given_up = supervisor.view().nodes().filter(|(_, standing)| *standing == Standing::GivenUp);
+        for (Member { node, .. }, _) in given_up {
+            let reason = String::new();
+            self.watch.see(cx.world_ns(), &Fact::Event(&SupervisorEvent::GaveUp { node, reason }));
         }
         let config = self.config.clone();
         let started = SupervisorInput::Started { incarnation: Incarnation(incarnation), config };
