@@ -309,6 +309,36 @@ fn a_log_whose_tail_was_torn_leads_only_once_all_logs_are_known() {
 }
 
 #[test]
+fn a_log_that_ends_earlier_than_it_did_leads_only_once_all_logs_are_known() {
+    let leader = |rig: &Rig| rig.supervisor.view().memberships().next().unwrap().0.leading();
+    let beat = |rig: &Rig, node, last| {
+        let log = LogEnd { last: Seq(last), digest: Digest::default() };
+        SupervisorInput::Beat(Box::new(Beat { log, committed: Seq(0), ..rig.beat_of(node) }))
+    };
+    let mut rig = Rig::new(config(3));
+    rig.serve();
+    let told = rig.beat_of(0).log.last.0;
+    // What both say to have now may have been told meanwhile: nobody has said yet that it was.
+    for node in [0, 1] {
+        rig.now = rig.now.after_ns(1);
+        let more = beat(&rig, node, told + 3);
+        rig.give(more);
+    }
+    rig.lose(0, Ending::Signal(9));
+    rig.lose(1, Ending::Signal(9));
+    rig.beat(2);
+    let epoch = rig.supervisor.view().epoch();
+    // One has less than it had; the other is away.
+    let less = beat(&rig, 0, told);
+    rig.give(less);
+    assert_eq!(rig.supervisor.view().epoch(), epoch, "it may lack what was told");
+    rig.now = rig.now.after_ns(1);
+    let all = beat(&rig, 1, told + 3);
+    rig.give(all);
+    assert_eq!(leader(&rig), rig.member(1));
+}
+
+#[test]
 fn a_holder_that_comes_back_gets_a_seat_when_nobody_seated_has_the_log() {
     let mut rig = Rig::new(config(3));
     rig.serve();

@@ -44,6 +44,8 @@ pub(super) struct Node {
     pub(super) detector: Detector,
     /// The newest beat of this life.
     pub(super) beat: Option<Beat>,
+    /// How far its log was said to reach, in any life, since it was in an epoch that became active.
+    pub(super) reached: Seq,
     /// It was suspected in this life, and heard again.
     wronged: bool,
     /// Until when it may believe to hold a lease, by the supervisor's clock.
@@ -74,6 +76,7 @@ impl Node {
             life: Life::Down { until: now },
             detector: Detector::NEW,
             beat: None,
+            reached: Seq(0),
             wronged: false,
             lease_until: Time(0),
             home: None,
@@ -162,6 +165,7 @@ impl State {
         let membership = node.home.and_then(|replica| self.replicas[index(replica)].membership.as_ref());
         let epoch = membership.filter(|membership| membership.rank_of(member).is_some()).map(|m| m.epoch);
         node.detector.heard(cx.now, &beat, epoch.is_none_or(|epoch| beat.epoch == epoch));
+        node.reached = node.reached.max(beat.log.last);
         node.beat = Some(beat);
         self.take_stock(cx, member);
         self.tell(cx, member.node, true);

@@ -157,10 +157,14 @@ impl State {
         let diverged = if leads { beat.diverged } else { 0 };
         if leads && beat.synced && !replica.active {
             replica.active = true;
-            replica.floor = replica.floor.max(beat.log.last);
-            replica.holders = Some(membership.clone());
+            let (membership, last) = (membership.clone(), beat.log.last);
+            replica.floor = replica.floor.max(last);
+            for member in &membership.members {
+                self.nodes[index(member.node.0)].reached = last;
+            }
             self.decided = cx.seq;
             cx.event(SupervisorEvent::Activated(membership.epoch));
+            self.replicas[index(home)].holders = Some(membership);
             self.tell_all(cx, home);
         }
         if drained {
@@ -273,8 +277,11 @@ impl State {
         Ok((members, leader))
     }
 
+    /// Whether a node's log may lack what it had: its tail was torn, or it ends earlier than it did. That may be the doing of a
+    /// leader, who cut off what was never committed, or of a disk that was replaced.
     fn is_torn(&self, node: NodeId) -> bool {
-        self.nodes[index(node.0)].beat.as_ref().is_none_or(|beat| beat.torn)
+        let node = &self.nodes[index(node.0)];
+        node.beat.as_ref().is_none_or(|beat| beat.torn || beat.log.last < node.reached)
     }
 
     /// Nodes without a replica that this one may take: the others have to find as many as they have ranks.
