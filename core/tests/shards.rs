@@ -347,6 +347,36 @@ fn nobody_goes_back_further_than_what_was_stored_while_a_disk_is_not_read() {
 }
 
 #[test]
+fn a_copy_of_the_checkpoint_that_nobody_with_a_seat_has_is_waited_for_too() {
+    let training = Some(Training { store_every: 4, until: 6 });
+    let mut cluster = Cluster::new(ClusterConfig { training, ..config() });
+    cluster.until_trained(6);
+    let seats = cluster.supervisor.view().memberships().map(|(m, _)| m.members[1].node.0);
+    let seats: Vec<u32> = seats.collect();
+    let taken = |node: &u32| {
+        cluster.supervisor.view().memberships().any(|(m, _)| m.members.iter().any(|m| m.node.0 == *node))
+    };
+    let spare = (0..5).find(|node| !taken(node)).expect("one stands by");
+    // It had a seat once, and has said that it has this still; then it goes away.
+    let stamp = stamp_of(1, 4);
+    cluster.nodes[spare as usize].disk.insert(stamp, bytes_of(1, 4));
+    cluster.kill(spare);
+    cluster.tenths(30);
+    cluster.nodes[spare as usize].gone = true;
+    cluster.kill(spare);
+    for &node in &seats {
+        cluster.nodes[node as usize].disk.remove(&stamp);
+    }
+    for node in seats {
+        cluster.kill(node);
+    }
+    cluster.tenths(300);
+    let missed = |event: &SupervisorEvent| matches!(event, SupervisorEvent::ShardsMissed { nodes } if *nodes == [NodeId(spare)]);
+    assert!(cluster.events.iter().any(missed), "{:?}", cluster.events);
+    assert_eq!(cluster.restored(), []);
+}
+
+#[test]
 fn a_rank_that_gives_other_bytes_is_ended_by_name() {
     let mut cluster = Cluster::new(config());
     cluster.until_trained(6);

@@ -36,7 +36,7 @@ pub(super) struct Shards {
     /// The newest that every rank had on disk, and the one before.
     sealed: u64,
     sealed_before: u64,
-    /// Whose disks had it.
+    /// Whose disks had it, or some of it.
     sealers: BTreeSet<NodeId>,
     /// The present version is being written.
     storing: bool,
@@ -243,6 +243,10 @@ fn decide(
     may_come: impl Fn(NodeId) -> bool,
 ) -> Vec<SupervisorEvent> {
     let mut events = Vec::new();
+    // Whoever has something of the checkpoint on disk is waited for too: it may be the last that can be read.
+    if shards.sealed > 0 {
+        shards.sealers.extend(census.storing(shards.sealed));
+    }
     let is_somewhere = |shard| shards.stamp(shard).is_some_and(|stamp| census.giver(&stamp).is_some());
     if !(0..census.ranks).all(is_somewhere) {
         let (version, digests) = census.newest_whole();
@@ -262,10 +266,6 @@ fn decide(
         }
         if version < sealed {
             shards.sealers.clear();
-        }
-        // Whoever has it on disk is waited for, should it be lost from memory again.
-        if version <= sealed {
-            shards.sealers.extend(census.storing(version));
         }
         (shards.version, shards.digests) = (version, digests);
         shards.sealed_before = shards.sealed_before.min(version);
