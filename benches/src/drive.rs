@@ -148,7 +148,7 @@ impl Step {
         let experts: Vec<ExpertKey> = (first..first + TOP_K).map(key).collect();
         self.left = experts.len();
         let Forward { step, attempt, .. } = self.forward;
-        Input::Need { step, attempt, layer: self.layer, experts }
+        Input::Need { step, attempt, layer: self.layer, experts, foreseen: Vec::new() }
     }
 
     /// What the backend says once the wave is over.

@@ -93,7 +93,7 @@ struct Slots {
 }
 
 impl ExpertSource for Slots {
-    fn need(&mut self, _: u32, _: &[ExpertKey]) -> Result<(), Stopped> {
+    fn need(&mut self, _: u32, _: &[ExpertKey], _: &[ExpertKey]) -> Result<(), Stopped> {
         Err(Stopped)
     }
     fn provided(&mut self) -> Result<Provided, Stopped> {
@@ -153,6 +153,7 @@ impl Resident {
             tiers: vec![0],
             rows: vec![row],
             resident: Some(self.table.clone()),
+            foresee: false,
         };
         let results = self
             .model

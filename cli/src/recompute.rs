@@ -371,7 +371,15 @@ const fn beside_pages(window: u32) -> u32 {
 }
 
 fn step(generation: Generation, tiers: Vec<u32>, row: Row) -> Forward {
-    Forward { step: StepId(0), attempt: 0, generation, tiers, rows: vec![row], resident: None }
+    Forward {
+        step: StepId(0),
+        attempt: 0,
+        generation,
+        tiers,
+        rows: vec![row],
+        resident: None,
+        foresee: false,
+    }
 }
 
 /// Experts on demand, one wave each; the least recently used make room.
@@ -447,7 +455,7 @@ impl Experts {
 }
 
 impl ExpertSource for Experts {
-    fn need(&mut self, _layer: u32, experts: &[ExpertKey]) -> Result<(), Stopped> {
+    fn need(&mut self, _layer: u32, experts: &[ExpertKey], _foreseen: &[ExpertKey]) -> Result<(), Stopped> {
         self.asked = experts.iter().copied().collect();
         self.wave = 0;
         Ok(())

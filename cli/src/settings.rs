@@ -4,7 +4,7 @@ use crate::exit::usage;
 use crate::quantity::{Size, duration};
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use lite_llm_core::config::{Config, Placement};
+use lite_llm_core::config::{Config, Foresight, Placement};
 use lite_llm_hw::cold::Io;
 use lite_llm_hw::memory;
 use lite_llm_model::Checkpoint;
@@ -61,6 +61,9 @@ pub(crate) struct RuntimeArgs {
     /// How experts are read from an imported checkpoint; the best that works here if left out
     #[arg(long, value_name = "WAY")]
     pub(crate) io: Option<IoName>,
+    /// Whether experts are loaded, while the disk is idle, that the next layer will probably choose [default: paired]
+    #[arg(long, value_name = "WHEN")]
+    pub(crate) foresight: Option<ForesightName>,
     /// Positions of a prompt that one step computes [default: 256]
     #[arg(long, value_name = "N")]
     pub(crate) prefill_chunk: Option<u32>,
@@ -90,6 +93,27 @@ pub(crate) enum IsaName {
     Avx2,
     /// The same with AVX-512 and VNNI, for matrices of integers
     Avx512,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ForesightName {
+    /// Never
+    Off,
+    /// Where steps with it and without, compared now and then, say that it pays
+    Paired,
+    /// Always
+    On,
+}
+
+impl From<ForesightName> for Foresight {
+    fn from(name: ForesightName) -> Self {
+        match name {
+            ForesightName::Off => Self::Off,
+            ForesightName::Paired => Self::Paired,
+            ForesightName::On => Self::On,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
@@ -138,6 +162,7 @@ struct File {
     memory: Option<toml::Value>,
     warm: Option<toml::Value>,
     cache_positions: Option<u32>,
+    foresight: Option<ForesightName>,
     threads: Option<u16>,
     isa: Option<IsaName>,
     kv_type: Option<KvType>,
@@ -280,6 +305,7 @@ impl RuntimeArgs {
             config.warm_bytes = self.size("warm", value)?.0;
         }
         config.cache_positions = self.cache_positions.or(file.cache_positions);
+        config.foresight = self.foresight.or(file.foresight).map_or(config.foresight, Into::into);
         config.routing_seed = self.routing_seed.or(file.routing_seed).or(config.routing_seed);
         config.prefill_chunk = self.prefill_chunk.or(file.prefill_chunk).unwrap_or(config.prefill_chunk);
         config.snapshot_every = self.snapshot_every.or(file.snapshot_every).unwrap_or(config.snapshot_every);

@@ -55,6 +55,18 @@ pub enum Placement {
     Hot,
 }
 
+/// Whether decode steps load, while the disk would be idle, what the next layer will probably choose. It never changes a bit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Foresight {
+    /// Never.
+    Off,
+    /// Where blocks of steps with it and without, compared now and then, say that it pays.
+    #[default]
+    Paired,
+    /// Always.
+    On,
+}
+
 /// The runtime configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
@@ -73,6 +85,8 @@ pub struct Config {
     pub modes: BTreeMap<String, Vec<String>>,
     /// Placement of tiers, by name; a tier that is not named is placed as the checkpoint hints.
     pub placement: BTreeMap<String, Placement>,
+    /// Whether experts are loaded that will probably be needed.
+    pub foresight: Foresight,
     /// Positions of a prompt that one step computes for one request.
     pub prefill_chunk: u32,
     /// Records between two snapshots; 0 takes none but those asked for.
@@ -95,6 +109,7 @@ impl Default for Config {
             tier_set: Vec::new(),
             modes: BTreeMap::new(),
             placement: BTreeMap::new(),
+            foresight: Foresight::default(),
             prefill_chunk: 256,
             snapshot_every: 4096,
             topology: Topology::SINGLE,

@@ -81,7 +81,9 @@ impl State {
             Input::Drain { bound_ns } => self.drain(cx, bound_ns),
             Input::SnapshotWanted => self.snapshots.wanted = true,
             Input::SnapshotDurable { next } => self.snapshot_durable(cx, next),
-            Input::Need { step, attempt, layer, experts } => self.need(cx, step, attempt, layer, experts),
+            Input::Need { step, attempt, layer, experts, foreseen } => {
+                self.need(cx, step, attempt, layer, experts, foreseen);
+            }
             Input::Released { step, attempt, layer, wave } => self.released(cx, step, attempt, layer, wave),
             Input::Finished { step, attempt, rows, duration_ns } => {
                 self.finished(cx, step, attempt, &rows, duration_ns);

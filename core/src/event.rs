@@ -84,6 +84,19 @@ pub enum Event {
         hits: u32,
         /// Experts that had to be loaded.
         misses: u32,
+        /// Loads begun by foresight.
+        ahead: u32,
+        /// Experts, of those that had to be loaded, whose load foresight had begun.
+        foreseen: u32,
+    },
+    /// Steps with foresight and without were compared.
+    Compared {
+        /// Whether foresight is used until the next comparison.
+        pays: bool,
+        /// Nanoseconds of as many steps with it.
+        with_ns: u64,
+        /// And without it.
+        without_ns: u64,
     },
     /// A step is tried again.
     StepRetried {

@@ -20,6 +20,7 @@ pub mod disk;
 mod drain;
 pub mod engine;
 pub mod event;
+mod foresight;
 pub mod ids;
 pub mod input;
 pub mod journal;
@@ -45,4 +46,4 @@ pub mod view;
 mod wishes;
 
 /// Version of the fold: a core that would fold a journal differently has another.
-pub const LOGIC_VERSION: u32 = 6;
+pub const LOGIC_VERSION: u32 = 7;

@@ -51,6 +51,8 @@ pub struct Forward {
     pub rows: Vec<Row>,
     /// The slots of every expert of the generation, when all are in and stay so: then there is no `Need`.
     pub resident: Option<Vec<(ExpertKey, Slot)>>,
+    /// Whether a `Need` is to say what the next layer will probably choose.
+    pub foresee: bool,
 }
 
 /// What may be done about a refusal; its reason says the same to people.

@@ -148,12 +148,15 @@ impl State {
         let step = self.steps.current.as_ref().expect("a step is running");
         let all = plant::is(Bug::MaskIgnored).then(|| self.plan().tier_set(&[]).ok()).flatten();
         let tiers = all.unwrap_or_else(|| self.generations.tiers(step.generation).to_vec());
+        let resident = self.resident(&tiers, step.generation);
+        let foresees = step.decodes() && self.steps.comparison.foresees(self.config.foresight);
         cx.say(Output::Forward(Forward {
             step: step.id,
             attempt: step.attempt,
             generation: step.generation,
             rows: step.rows.iter().map(|row| self.output_row(row)).collect(),
-            resident: self.resident(&tiers, step.generation),
+            foresee: resident.is_none() && foresees,
+            resident,
             tiers,
         }));
     }

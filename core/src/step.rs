@@ -2,6 +2,7 @@
 
 use crate::engine::Context;
 use crate::event::Event;
+use crate::foresight::{Comparison, Verdict};
 use crate::ids::{ExpertKey, Generation, Slot, StepId, index, len32};
 use crate::input::{Fault, RowResult};
 use crate::output::{FinishReason, Output};
@@ -22,6 +23,8 @@ pub(crate) struct Steps {
     pub(crate) next: StepId,
     /// Measured nanoseconds of one decode step under a TierSet: a moving average with weight 1/8.
     pub(crate) cost_ns: BTreeMap<Vec<u32>, u64>,
+    /// Whether foresight pays.
+    pub(crate) comparison: Comparison,
 }
 
 /// A running step.
@@ -36,6 +39,9 @@ pub(crate) struct Step {
     aborted: Option<Abort>,
     hits: u32,
     misses: u32,
+    /// Loads that foresight began, and those of them that were needed.
+    ahead: u32,
+    foreseen: u32,
 }
 
 /// A row of a running step.
@@ -64,11 +70,19 @@ struct Need {
     remaining: BTreeSet<ExpertKey>,
     /// Those of this wave, pinned.
     members: BTreeMap<ExpertKey, Slot>,
+    /// How many are in the arena, or on their way, by foresight alone.
+    foreseen: u32,
 }
 
 impl Step {
     pub(crate) const fn new(id: StepId, generation: Generation, rows: Vec<StepRow>) -> Self {
-        Self { id, attempt: 0, generation, rows, need: None, aborted: None, hits: 0, misses: 0 }
+        let (need, aborted) = (None, None);
+        Self { id, attempt: 0, generation, rows, need, aborted, hits: 0, misses: 0, ahead: 0, foreseen: 0 }
+    }
+
+    /// Whether each row is one position: a step whose time can be compared with others'.
+    pub(crate) fn decodes(&self) -> bool {
+        self.rows.iter().all(|row| row.len == 1)
     }
 }
 
@@ -85,6 +99,7 @@ impl State {
         attempt: u32,
         layer: u32,
         experts: Vec<ExpertKey>,
+        foreseen: Vec<ExpertKey>,
     ) {
         let Some(current) = self.step_of(step, attempt) else { return };
         assert!(current.need.is_none(), "a layer is released before the next one needs");
@@ -94,10 +109,16 @@ impl State {
             assert!(self.plan().has(*key) && key.layer == layer, "no such expert: {key:?}");
             assert!(tiers.contains(&key.tier), "a masked tier is never selected: {key:?}");
         }
+        let plausible = |key: &ExpertKey| self.plan().has(*key) && tiers.contains(&key.tier);
+        assert!(foreseen.iter().all(plausible), "what is foreseen can be selected: {foreseen:?}");
+        let foreseen = foreseen.into_iter().map(|key| self.held(key, generation)).collect();
+        let (ahead, used) = self.residency.foresee(foreseen, |held| experts.contains(&held.0));
         let current = self.steps.current.as_mut().expect("it was there");
+        current.ahead += ahead;
+        current.foreseen += used;
         let remaining: BTreeSet<ExpertKey> = experts.into_iter().collect();
         if !remaining.is_empty() {
-            current.need = Some(Need { layer, wave: 0, remaining, members: BTreeMap::new() });
+            current.need = Some(Need { layer, wave: 0, remaining, members: BTreeMap::new(), foreseen: used });
             self.begin_wave(cx);
         }
     }
@@ -115,7 +136,8 @@ impl State {
                 members.insert(*key, slot);
             }
         }
-        let hits = len32(members.len());
+        // A load that foresight began may have failed meanwhile.
+        let hits = len32(members.len()).saturating_sub(need.foreseen);
         // A bit for each shelf whose slots are all in use.
         let mut full = 0u64;
         for key in &remaining {
@@ -149,6 +171,14 @@ impl State {
         let need = self.steps.current.as_ref()?.need.as_ref()?;
         let shelves = need.members.keys().fold(0, |bits, &key| bits | 1 << self.shelf(key));
         Some((need.layer, need.wave, shelves))
+    }
+
+    /// Whether the running step wants nothing more of the layer that it is in.
+    pub(crate) fn has_what_it_needs(&self) -> bool {
+        self.steps.current.as_ref().is_some_and(|step| {
+            let all = |need: &Need| need.members.len() == need.remaining.len();
+            step.aborted.is_none() && step.need.as_ref().is_none_or(all)
+        })
     }
 
     /// Hands an expert to the step if it is there and of the wave.
@@ -235,23 +265,31 @@ impl State {
         let step = self.steps.current.take().expect("it was there");
         assert!(step.need.is_none(), "a step has released what it needed before it finishes");
         assert_eq!(results.len(), step.rows.len(), "a result for each row");
-        self.measure(&step, duration_ns);
+        self.measure(cx, &step, duration_ns);
         if (step.id.0 + 1).is_multiple_of(AGE_EVERY) {
             self.residency.age();
         }
         let positions = step.rows.iter().map(|row| row.len).sum();
-        cx.event(Event::StepDone { step: step.id, positions, hits: step.hits, misses: step.misses });
+        let Step { id, hits, misses, ahead, foreseen, .. } = step;
+        cx.event(Event::StepDone { step: id, positions, hits, misses, ahead, foreseen });
         for (row, result) in step.rows.iter().zip(results) {
             self.row_done(cx, row, step.generation, result);
         }
     }
 
-    /// Takes the measured cost of a pure decode step into the average of its TierSet.
-    fn measure(&mut self, step: &Step, duration_ns: u64) {
-        if step.rows.iter().all(|row| row.len == 1) {
-            let tiers = self.generations.tiers(step.generation).to_vec();
-            let cost = self.steps.cost_ns.entry(tiers).or_insert(duration_ns);
-            *cost = *cost - *cost / 8 + duration_ns / 8;
+    /// Takes the measured cost of a pure decode step into the average of its TierSet, and into the comparison of such steps.
+    fn measure(&mut self, cx: &mut Context<'_>, step: &Step, duration_ns: u64) {
+        if !step.decodes() {
+            return;
+        }
+        let tiers = self.generations.tiers(step.generation).to_vec();
+        let cost = self.steps.cost_ns.entry(tiers).or_insert(duration_ns);
+        *cost = *cost - *cost / 8 + duration_ns / 8;
+        // Where all is there, there is nothing to foresee.
+        let needs = step.hits + step.misses > 0;
+        if needs && let Some(verdict) = self.steps.comparison.took(len32(step.rows.len()), duration_ns) {
+            let Verdict { pays, with_ns, without_ns } = verdict;
+            cx.event(Event::Compared { pays, with_ns, without_ns });
         }
     }
 

@@ -458,7 +458,7 @@ fn inputs_have_golden_bytes() {
         Input::Loaded { load: LoadId(3), fault: Some(Fault::Io("gone".into())) },
         submit("a", body(&[1, 2, 300], 16)),
         Input::Switch { target: SwitchTarget::Tiers(vec!["base".into()]), at: Some((id("a"), 5)) },
-        Input::Need { step, attempt, layer: 1, experts: vec![expert] },
+        Input::Need { step, attempt, layer: 1, experts: vec![expert], foreseen: vec![] },
         Input::Released { step, attempt, layer: 1, wave: 0 },
         Input::Finished { step, attempt, rows: vec![row], duration_ns: 1000 },
         Input::SnapshotDurable { next: Seq(9) },

@@ -374,7 +374,7 @@ impl Rig {
                 compute.asked = true;
                 let experts = selected(&compute.forward, layer);
                 compute.waiting = experts.iter().copied().filter(|key| node.peer.has_expert(*key)).collect();
-                return node.answers.push(Input::Need { step, attempt, layer, experts });
+                return node.answers.push(Input::Need { step, attempt, layer, experts, foreseen: vec![] });
             }
             let (wave, wave_len) = compute.wave;
             if wave_len > 0 && compute.provided.len() == wave_len as usize {

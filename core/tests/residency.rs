@@ -1,10 +1,12 @@
 //! The arenas by hand: what is loaded ahead, what is promoted and demoted, what becomes of it after a fault.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use lite_llm_core::config::{Config, Limits, Placement};
+use lite_llm_core::config::{Config, Foresight, Limits, Placement};
+use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
+use lite_llm_core::event::Event;
 use lite_llm_core::ids::{ExpertKey, Incarnation, LoadId, RequestId, Slot};
-use lite_llm_core::input::{Body, Fault, Input};
+use lite_llm_core::input::{Body, Fault, Input, RowResult};
 use lite_llm_core::output::{Origin, Output};
 use lite_llm_core::plan::{Identity, ModelPlan, TierPlan};
 
@@ -78,7 +80,11 @@ fn boot(config: Config) -> (Engine, Vec<Output>) {
 
 /// A booted engine with a running step.
 fn stepping(warm: u64) -> Rig {
-    let (mut engine, _) = boot(config(warm));
+    stepping_with(config(warm))
+}
+
+fn stepping_with(config: Config) -> Rig {
+    let (mut engine, _) = boot(config);
     let body = Body { prompt: vec![3], max_tokens: 1, ..Body::default() };
     let outputs =
         feed(&mut engine, Input::Submit { id: RequestId::new("a").unwrap(), body: body.into(), from: 0 });
@@ -97,7 +103,18 @@ struct Rig {
 impl Rig {
     /// The step needs experts: the loads that come of it.
     fn need(&mut self, layer: u32, experts: Vec<ExpertKey>) -> Vec<(LoadId, ExpertKey, Slot, Origin)> {
-        loads(feed(&mut self.engine, Input::Need { step: self.step, attempt: 0, layer, experts }))
+        self.foresee(layer, experts, vec![])
+    }
+
+    /// The same, with what the next layer will probably need.
+    fn foresee(
+        &mut self,
+        layer: u32,
+        experts: Vec<ExpertKey>,
+        foreseen: Vec<ExpertKey>,
+    ) -> Vec<(LoadId, ExpertKey, Slot, Origin)> {
+        let need = Input::Need { step: self.step, attempt: 0, layer, experts, foreseen };
+        loads(feed(&mut self.engine, need))
     }
 
     fn loaded(&mut self, load: LoadId, fault: Option<Fault>) -> Vec<Output> {
@@ -231,7 +248,8 @@ fn what_is_on_its_way_to_a_warm_slot_is_waited_for() {
         &mut rig.engine,
         Input::Failed { step: rig.step, attempt: 0, fault: Fault::Device("hiccup".into()) },
     );
-    let again = Input::Need { step: rig.step, attempt: 1, layer: 0, experts: vec![key(0, 0, 0)] };
+    let again =
+        Input::Need { step: rig.step, attempt: 1, layer: 0, experts: vec![key(0, 0, 0)], foreseen: vec![] };
     assert_eq!(loads(feed(&mut rig.engine, again)), [], "it is on its way");
     let then = loads(rig.loaded(first, None));
     assert!(matches!(then[..], [(_, expert, _, Origin::Warm { .. })] if expert == key(0, 0, 0)), "{then:?}");
@@ -271,4 +289,79 @@ fn what_the_cache_does_not_need_goes_to_experts() {
     assert!(
         Config { cache_positions: Some(0), ..config(0) }.check().unwrap_err().contains("cache_positions")
     );
+}
+
+/// Four slots; at first they hold the base tier of both layers.
+fn foreseeing() -> Rig {
+    let config = config(0);
+    stepping_with(Config { memory_bytes: config.memory_bytes + 200, foresight: Foresight::On, ..config })
+}
+
+#[test]
+fn what_is_foreseen_is_loaded_once_nothing_is_waited_for() {
+    let mut rig = foreseeing();
+    let (here, soon, later) = (key(0, 1, 0), key(1, 1, 0), key(1, 0, 0));
+    let demanded = rig.foresee(0, vec![here], vec![later, soon]);
+    assert_eq!(demanded.iter().map(|load| load.1).collect::<Vec<_>>(), [here], "need comes first");
+    let ahead = loads(rig.loaded(demanded[0].0, None));
+    let [(load, expert, slot, _)] = ahead[..] else { panic!("{ahead:?}") };
+    assert_eq!(expert, soon, "the other is there");
+    assert_ne!(slot, demanded[0].2, "what the step reads stays");
+    assert!(rig.arenas()[0].contains(&Some(later)), "what is foreseen does not go for what is foreseen");
+    // The next layer needs one that is on its way, and one that is there.
+    rig.released(0);
+    assert_eq!(rig.need(1, vec![later, soon]), [], "nothing is loaded twice");
+    let said = rig.loaded(load, None);
+    assert!(
+        said.iter().any(|output| matches!(output, Output::Provide { expert, .. } if *expert == soon)),
+        "{said:?}"
+    );
+    rig.released(1);
+    let rows = vec![RowResult { token: Some(1), stop: false, digest: Digest::default() }];
+    let said = feed(&mut rig.engine, Input::Finished { step: rig.step, attempt: 0, rows, duration_ns: 5 });
+    let done = said.iter().find_map(|output| match output {
+        Output::Event { event: Event::StepDone { hits, misses, ahead, foreseen, .. }, .. } => {
+            Some((*hits, *misses, *ahead, *foreseen))
+        }
+        _ => None,
+    });
+    assert_eq!(done, Some((1, 2, 1, 1)), "who was brought ahead was no hit");
+}
+
+#[test]
+fn what_was_foreseen_wrongly_is_only_in_the_way_until_it_is_there() {
+    let mut rig = foreseeing();
+    let demanded = rig.foresee(0, vec![key(0, 1, 0)], vec![key(1, 1, 0), key(1, 1, 1)]);
+    let ahead = loads(rig.loaded(demanded[0].0, None));
+    assert_eq!(ahead.len(), 2, "no more than that at once");
+    rig.released(0);
+    let wrong = rig.need(1, vec![key(1, 0, 0), key(1, 0, 1)]);
+    assert!(wrong.iter().all(|load| ahead.iter().all(|other| other.2 != load.2)), "{wrong:?} {ahead:?}");
+    // One that fails is nobody's loss.
+    let fault = || Some(Fault::Io("it cannot be read".into()));
+    let again = loads(rig.loaded(ahead[0].0, fault()));
+    assert_eq!(again.iter().map(|load| load.1).collect::<Vec<_>>(), [ahead[0].1], "it is tried again");
+    let said = rig.loaded(again[0].0, fault());
+    assert!(!said.iter().any(|output| matches!(output, Output::Abort { .. })), "{said:?}");
+}
+
+#[test]
+fn nothing_is_foreseen_where_that_is_off_or_all_is_there() {
+    for (foresight, more, asked) in [
+        (Foresight::Off, 200, false),
+        (Foresight::Paired, 200, false),
+        (Foresight::On, 200, true),
+        (Foresight::On, 600, false),
+    ] {
+        let config = config(0);
+        let memory_bytes = config.memory_bytes + more;
+        let cache_positions = Some(4);
+        let (mut engine, _) = boot(Config { memory_bytes, cache_positions, foresight, ..config });
+        let body = Body { prompt: vec![3], max_tokens: 1, ..Body::default() };
+        let id = RequestId::new("a").unwrap();
+        let said = feed(&mut engine, Input::Submit { id, body: body.into(), from: 0 });
+        let foresees =
+            said.iter().any(|output| matches!(output, Output::Forward(forward) if forward.foresee));
+        assert_eq!(foresees, asked, "{foresight:?} with {more} bytes more");
+    }
 }

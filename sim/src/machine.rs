@@ -12,7 +12,7 @@ use crate::model::{self, Setting};
 use crate::random::Choice;
 use arenas::{Arenas, Load, Path};
 use compute::Compute;
-use lite_llm_core::config::Config;
+use lite_llm_core::config::{Config, Foresight};
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::event::Event;
@@ -175,6 +175,7 @@ impl Machine {
             modes: [("fast", vec!["small"]), ("max", vec!["small", "large"])]
                 .map(|(mode, tiers)| (mode.into(), tiers.into_iter().map(Into::into).collect()))
                 .into(),
+            foresight: [Foresight::Off, Foresight::Paired, Foresight::On][choice.below(3) as usize],
             prefill_chunk: 1 + u32::try_from(choice.below(8)).unwrap_or(0),
             snapshot_every: choice.below(2) * 150,
             ..Config::default()
@@ -391,6 +392,7 @@ impl Machine {
             | Event::SwitchAborted
             | Event::Recovered { .. }
             | Event::State { .. }
+            | Event::Compared { .. }
             | Event::StepDone { .. } => {}
         }
     }

@@ -140,6 +140,22 @@ pub fn route(plan: &ModelPlan, cached: u64, layer: u32, tiers: &[u32]) -> Vec<Ex
     experts
 }
 
+/// What these positions will probably select in a layer: as often as not what they do.
+#[must_use]
+pub fn foresee<'a>(
+    plan: &ModelPlan,
+    states: impl Iterator<Item = &'a u64>,
+    layer: u32,
+    tiers: &[u32],
+) -> Vec<ExpertKey> {
+    let guess = |&state: &u64| if state.is_multiple_of(2) { state } else { mix(state, 1) };
+    let mut foreseen: Vec<ExpertKey> =
+        states.flat_map(|state| route(plan, guess(state), layer, tiers)).collect();
+    foreseen.sort_unstable();
+    foreseen.dedup();
+    foreseen
+}
+
 /// The token after a position whose experts had these contents, in order of layer and key.
 #[must_use]
 pub fn token(plan: &ModelPlan, cached: u64, contents: impl IntoIterator<Item = u64>, draw: u64) -> u32 {

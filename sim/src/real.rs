@@ -144,6 +144,7 @@ impl RealModel {
                 tiers,
                 rows: vec![row],
                 resident: None,
+                foresee: false,
             };
             let mut alone = Alone { rank: &rank, wanted: Vec::new(), slots: Vec::new() };
             let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
@@ -187,7 +188,7 @@ struct Alone<'a> {
 }
 
 impl ExpertSource for Alone<'_> {
-    fn need(&mut self, _: u32, experts: &[ExpertKey]) -> Result<(), Stopped> {
+    fn need(&mut self, _: u32, experts: &[ExpertKey], _: &[ExpertKey]) -> Result<(), Stopped> {
         self.wanted = experts.to_vec();
         self.slots.clear();
         Ok(())
@@ -211,7 +212,7 @@ impl ExpertSource for Alone<'_> {
 #[derive(Debug)]
 pub enum Ask {
     /// The experts of a layer.
-    Need(u32, Vec<ExpertKey>),
+    Need(u32, Vec<ExpertKey>, Vec<ExpertKey>),
     /// The next expert that is provided.
     Provided,
     /// What other ranks gave.
@@ -330,8 +331,8 @@ impl Source<'_> {
 }
 
 impl ExpertSource for Source<'_> {
-    fn need(&mut self, layer: u32, experts: &[ExpertKey]) -> Result<(), Stopped> {
-        self.say(Ask::Need(layer, experts.to_vec()))
+    fn need(&mut self, layer: u32, experts: &[ExpertKey], foreseen: &[ExpertKey]) -> Result<(), Stopped> {
+        self.say(Ask::Need(layer, experts.to_vec(), foreseen.to_vec()))
     }
 
     fn provided(&mut self) -> Result<Provided, Stopped> {

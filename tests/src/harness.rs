@@ -136,7 +136,7 @@ impl Experts {
 }
 
 impl ExpertSource for Experts {
-    fn need(&mut self, _: u32, experts: &[ExpertKey]) -> Result<(), Stopped> {
+    fn need(&mut self, _: u32, experts: &[ExpertKey], _: &[ExpertKey]) -> Result<(), Stopped> {
         assert!(self.wanted.is_empty() && experts.is_sorted());
         let own = |key: &&ExpertKey| self.table.binary_search_by_key(*key, |&(key, _)| key).is_ok();
         self.wanted = experts.iter().filter(own).copied().collect();
@@ -223,6 +223,7 @@ pub fn first_step(model: &Model, tokens: Vec<u32>, resident: Option<Vec<(ExpertK
         tiers: vec![0],
         rows: vec![Row { request: 0, start: 0, tokens, pages, sample }],
         resident,
+        foresee: false,
     }
 }
 
@@ -420,6 +421,7 @@ fn drive(
             tiers: tiers.to_vec(),
             rows,
             resident: how.resident.then(|| table.clone()),
+            foresee: true,
         };
         let results = forward(computed, &step);
         computed = end;

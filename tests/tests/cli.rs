@@ -129,6 +129,7 @@ fn the_bits_do_not_depend_on_how() {
         &["--prefill-chunk", "7", "--snapshot-every", "10"],
         &["--journal-max", "256KiB"],
         &["--memory", &minimum],
+        &["--memory", &minimum, "--foresight", "on"],
         &["--memory", &with_warm, "--warm", &warm.to_string()],
     ] {
         let more = ["--json", "--temperature", "0.9", "--seed", "3", "--logits", "l", "--routes", "r"];

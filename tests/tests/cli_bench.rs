@@ -64,7 +64,8 @@ fn figures_fit_each_other_and_the_budget() {
     assert_eq!(all["disk_bytes_per_token"], 0.0);
     // A third of the experts, and pages for all positions.
     let memory = least(&place) + 16 * 196_608 + 8 * 524_288;
-    let few = bench(&place, &["--memory", &memory.to_string(), "--report", "page.html"]);
+    let memory_size = memory.to_string();
+    let few = bench(&place, &["--memory", &memory_size, "--foresight", "off", "--report", "page.html"]);
     for figures in [&all, &few] {
         for name in ["prefill_tokens_per_s", "decode_tokens_per_s", "dram_bytes_per_s", "roofline_share"] {
             assert!(number(figures, name) > 0.0, "{name} in {figures}");
@@ -80,6 +81,14 @@ fn figures_fit_each_other_and_the_budget() {
     assert!(number(&few, "peak_rss_bytes") <= memory as f64 * 1.02, "{few}");
     assert!(number(&few["per_token"], "io_wait_ms") > 0.0);
     assert_eq!(few["tokens_digest"], all["tokens_digest"], "memory changes no token");
+    let foresees = bench(&place, &["--memory", &memory_size, "--foresight", "on"]);
+    assert_eq!(foresees["tokens_digest"], all["tokens_digest"], "nor does foresight");
+    let (ahead, foreseen) =
+        (number(&foresees, "loads_ahead_per_token"), number(&foresees, "foreseen_per_token"));
+    assert!(0.0 < foreseen && foreseen <= ahead, "{foresees}");
+    let read = number(&foresees, "disk_bytes_per_token") / 196_608.0;
+    let missed = (1.0 - number(&foresees, "hit_rate")) * 16.0;
+    assert!((read - (missed - foreseen + ahead)).abs() < 0.01, "{foresees}");
     let page = std::fs::read_to_string(place.path("page.html")).unwrap();
     // A column of three parts for each step that decodes, but the first token is of the prefill.
     assert_eq!(page.matches("<rect").count(), 3 * 47 + 2 * 5, "{page}");

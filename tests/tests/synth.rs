@@ -265,7 +265,7 @@ fn text_survives_the_tokenizer() {
 struct Resident(Vec<Vec<u8>>);
 
 impl ExpertSource for Resident {
-    fn need(&mut self, _: u32, _: &[ExpertKey]) -> Result<(), Stopped> {
+    fn need(&mut self, _: u32, _: &[ExpertKey], _: &[ExpertKey]) -> Result<(), Stopped> {
         panic!("all is resident")
     }
     fn provided(&mut self) -> Result<Provided, Stopped> {

@@ -34,6 +34,10 @@ pub(crate) struct Step {
     pub(crate) hits: u32,
     /// Those that were not.
     pub(crate) misses: u32,
+    /// Loads that foresight began.
+    pub(crate) ahead: u32,
+    /// Those of the misses whose load it had begun.
+    pub(crate) foreseen: u32,
     /// What its layers needed, in order; nothing if all was resident.
     pub(crate) needed: Vec<ExpertKey>,
     /// Different experts that it used, over all layers.
@@ -100,7 +104,7 @@ impl Course {
                 && let Some(begun) = begun.take()
             {
                 let ended = moment.record.time_ns;
-                let (hits, misses) = hits_of(moment);
+                let done = done(moment);
                 let rows = &begun.forward.rows;
                 course.steps.push(Step {
                     positions: rows.iter().map(|row| row.tokens.len() as u32).sum(),
@@ -110,8 +114,10 @@ impl Course {
                     wall_ns: ended - last_ns.unwrap_or(begun.at_ns),
                     took_ns: *duration_ns,
                     waited_ns: waits.get(&step.0).copied().unwrap_or(0),
-                    hits,
-                    misses,
+                    hits: done.hits,
+                    misses: done.misses,
+                    ahead: done.ahead,
+                    foreseen: done.foreseen,
                     experts: different(&begun, &routes),
                     needed: begun.needed,
                 });
@@ -170,9 +176,20 @@ impl Course {
     }
 }
 
-fn hits_of(moment: &Moment<'_>) -> (u32, u32) {
-    let done = moment.outputs.iter().find_map(|output| match output {
-        Output::Event { event: Event::StepDone { hits, misses, .. }, .. } => Some((*hits, *misses)),
+/// What the end of a step says of experts.
+#[derive(Default)]
+struct Done {
+    hits: u32,
+    misses: u32,
+    ahead: u32,
+    foreseen: u32,
+}
+
+fn done(moment: &Moment<'_>) -> Done {
+    let done = moment.outputs.iter().find_map(|output| match *output {
+        Output::Event { event: Event::StepDone { hits, misses, ahead, foreseen, .. }, .. } => {
+            Some(Done { hits, misses, ahead, foreseen })
+        }
         _ => None,
     });
     done.unwrap_or_default()

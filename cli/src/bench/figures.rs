@@ -49,6 +49,9 @@ pub(crate) struct Figures {
     pub(crate) lru_hit_rate: f64,
     /// The same of any eviction, if every expert were as likely as any other.
     pub(crate) uniform_hit_rate: f64,
+    /// Loads that were begun by foresight, for a token, and how many of them were of experts that were needed.
+    pub(crate) loads_ahead_per_token: f64,
+    pub(crate) foreseen_per_token: f64,
     pub(crate) disk_bytes_per_token: f64,
     /// While decoding.
     pub(crate) disk_bytes_per_s: f64,
@@ -71,7 +74,8 @@ impl Figures {
         let read = sum(&|step| around.step_bytes + step.experts * slot_bytes)
             + sum(&|step| step.seen) * around.position_bytes;
         let (hits, misses) = (sum(&|step| u64::from(step.hits)), sum(&|step| u64::from(step.misses)));
-        let loaded = misses * slot_bytes as f64;
+        let (ahead, foreseen) = (sum(&|step| u64::from(step.ahead)), sum(&|step| u64::from(step.foreseen)));
+        let loaded = (misses - foreseen + ahead) * slot_bytes as f64;
         let trace: Vec<ExpertKey> = decode.iter().flat_map(|step| step.needed.iter().copied()).collect();
         let slots = course.carving.slots as usize;
         let optimum = optimum::hits(&trace, &course.inside, slots) as f64;
@@ -93,6 +97,8 @@ impl Figures {
             belady_hit_rate: rate(optimum),
             lru_hit_rate: rate(recency),
             uniform_hit_rate: per(slots as f64, course.experts as f64).min(1.0),
+            loads_ahead_per_token: per(ahead, tokens),
+            foreseen_per_token: per(foreseen, tokens),
             disk_bytes_per_token: per(loaded, tokens),
             disk_bytes_per_s: per(loaded, seconds),
             boot_bytes_per_s: per(course.boot_bytes as f64, course.boot_ns as f64 / 1e9),
@@ -148,6 +154,13 @@ impl fmt::Display for Figures {
             self.lru_hit_rate * 100.0,
             self.uniform_hit_rate * 100.0
         )?;
+        if self.loads_ahead_per_token > 0.0 {
+            writeln!(
+                f,
+                "foresight {:.1} loads begun ahead for a token, {:.1} of them needed",
+                self.loads_ahead_per_token, self.foreseen_per_token
+            )?;
+        }
         writeln!(
             f,
             "disk      {} a token, {} while decoding, {} at boot",

@@ -23,6 +23,9 @@ pub(crate) struct Hits {
     life: Life,
     needed: u64,
     hits: u64,
+    /// Loads begun by foresight, and those of them that were needed.
+    ahead: u64,
+    foreseen: u64,
     /// The same, with those of steps that were given up.
     asked: u64,
     best: u64,
@@ -48,9 +51,11 @@ impl Hits {
                     let ready = moment.engine.view().slots().filter(|slot| slot.ready);
                     self.life.inside = Some(ready.filter_map(|slot| slot.expert).collect());
                 }
-                Output::Event { event: Event::StepDone { hits, misses, .. }, .. } => {
+                Output::Event { event: Event::StepDone { hits, misses, ahead, foreseen, .. }, .. } => {
                     self.hits += u64::from(*hits);
                     self.needed += u64::from(hits + misses);
+                    self.ahead += u64::from(*ahead);
+                    self.foreseen += u64::from(*foreseen);
                 }
                 _ => {}
             }
@@ -81,6 +86,8 @@ impl Hits {
             "hit_rate": rate(self.hits as f64, self.needed),
             "belady_hit_rate": rate(self.best as f64, self.asked),
             "lru_hit_rate": rate(self.recency as f64, self.asked),
+            "loads_ahead": self.ahead,
+            "foreseen": self.foreseen,
             "uniform_hit_rate": rate(self.alike, self.asked),
         })
     }

@@ -18,7 +18,7 @@ use crate::ids::{ExpertKey, LoadId, Slot, index, len32};
 use crate::input::Fault;
 use crate::output::{Origin, Output};
 use crate::state::State;
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::{format, string::String, vec::Vec};
 use core::cmp::Reverse;
 use serde::{Deserialize, Serialize};
@@ -55,12 +55,25 @@ struct Load {
     failures: u32,
 }
 
+/// Loads of what is foreseen that are under way at most: what is foreseen wrongly is in the way of what is needed.
+const FORESEEN_MAX: usize = 1;
+
 /// A hot slot that a step waits for.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Demand {
     slot: Slot,
     /// What is still in its memory, with its count of use.
     old: Option<(Held, u32)>,
+}
+
+/// What the next layer of the running step will probably choose.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Foreseen {
+    experts: Vec<Held>,
+    /// Those of them that were looked at.
+    seen: u32,
+    /// Those whose loads have begun.
+    begun: BTreeSet<Held>,
 }
 
 /// The arenas, and what is on its way into them.
@@ -73,6 +86,7 @@ pub(crate) struct Residency {
     demanded: VecDeque<Demand>,
     /// Experts to load ahead into free slots.
     ahead: VecDeque<Held>,
+    foreseen: Foreseen,
     next_load: LoadId,
 }
 
@@ -146,17 +160,44 @@ impl Residency {
     pub(crate) fn forget(&mut self, key: ExpertKey, blob: Digest) -> bool {
         let forgotten = (key, Some(blob));
         self.ahead.retain(|&held| held != forgotten);
+        self.foreseen = Foreseen::default();
         [&self.hot, &self.warm].iter().all(|table| table.slot_of(forgotten).is_none_or(|(_, ready)| ready))
     }
 
     /// Forgets loads ahead that have not begun.
     pub(crate) fn stop_ahead(&mut self) {
         self.ahead.clear();
+        self.foreseen = Foreseen::default();
+    }
+
+    /// Takes what the next layer will probably choose in the place of what was foreseen of this one; returns how many loads that
+    /// began, and how many of them are of experts that are needed.
+    pub(crate) fn foresee(&mut self, experts: Vec<Held>, needed: impl Fn(&Held) -> bool) -> (u32, u32) {
+        let before = core::mem::replace(&mut self.foreseen, Foreseen { experts, ..Foreseen::default() });
+        let used = before.begun.iter().filter(|held| needed(held) && self.hot.slot_of(**held).is_some());
+        (len32(before.begun.len()), len32(used.count()))
+    }
+
+    /// The next that is foreseen, if the disk would be idle otherwise.
+    fn next_foreseen(&mut self) -> Option<Held> {
+        let Foreseen { experts, seen, begun } = &mut self.foreseen;
+        let target = |load: &Load| match load.path {
+            Path::Stage(slot) => self.warm.coming_to(slot),
+            Path::Heat(slot, _) => self.hot.coming_to(slot),
+        };
+        let idle = self.demanded.is_empty()
+            && self.ahead.is_empty()
+            && self.loads.len() < FORESEEN_MAX
+            && self.loads.values().all(|load| begun.contains(&target(load)));
+        let held = *experts.get(index(*seen)).filter(|_| idle)?;
+        *seen += 1;
+        Some(held)
     }
 
     /// Releases what a step that is over still holds, and its loads that have not begun.
     pub(crate) fn release_all(&mut self) {
         self.hot.unpin_all();
+        self.foreseen = Foreseen::default();
         while let Some(Demand { slot, .. }) = self.demanded.pop_front() {
             self.hot.clear(slot);
         }
@@ -166,6 +207,12 @@ impl Residency {
     pub(crate) fn age(&mut self) {
         self.hot.age();
         self.warm.age();
+    }
+
+    /// Gives a hot slot to an expert that is to come.
+    fn give(&mut self, slot: Slot, held: Held) -> Demand {
+        let uses = self.warm.slot_of(held).map_or(0, |(slot, _)| self.warm.uses(slot));
+        Demand { slot, old: self.hot.assign(slot, held, uses) }
     }
 
     /// The next that a step waits for. What is on its way to a warm slot is there sooner than it could be read again.
@@ -321,12 +368,11 @@ impl State {
 
     /// Gives a slot to an expert that a step demands, evicting if need be; `None` if every slot is in use.
     pub(crate) fn demand(&mut self, held: Held) -> Option<Slot> {
-        let (shelf, Residency { hot, warm, .. }) = (self.shelf(held.0), &self.residency);
+        let (shelf, hot) = (self.shelf(held.0), &self.residency.hot);
         let evict = || hot.least(shelf, self.worth(held.0.layer)).map(|(_, slot)| slot);
         let slot = hot.free(shelf).or_else(evict)?;
-        let uses = warm.slot_of(held).map_or(0, |(slot, _)| warm.uses(slot));
-        let old = self.residency.hot.assign(slot, held, uses);
-        self.residency.demanded.push_back(Demand { slot, old });
+        let demand = self.residency.give(slot, held);
+        self.residency.demanded.push_back(demand);
         Some(slot)
     }
 
@@ -343,20 +389,51 @@ impl State {
     pub(crate) fn issue_loads(&mut self, cx: &mut Context<'_>) {
         let depth = index(self.config.limits.loads_max);
         while self.residency.loads.len() < depth {
-            let Some(Demand { slot, old }) = self.residency.next_demand() else { break };
-            let held = self.residency.hot.coming_to(slot);
-            match self.residency.staged(held) {
-                Some(from) => self.residency.promote(cx, slot, from, old),
-                None => {
-                    let keep = old.and_then(|old| Some((self.refuge(old, held.0.layer)?, old)));
-                    self.residency.read(cx, slot, keep);
-                }
-            }
+            let Some(demand) = self.residency.next_demand() else { break };
+            self.bring(cx, demand);
         }
         let depth = if self.steps.current.is_some() { depth.div_ceil(2) } else { depth };
         while self.residency.loads.len() < depth && self.residency.demanded.is_empty() {
             let Some(held) = self.residency.ahead.pop_front() else { break };
             self.load_ahead(cx, held);
+        }
+        while self.has_what_it_needs()
+            && let Some(held) = self.residency.next_foreseen()
+        {
+            self.load_foreseen(cx, held);
+        }
+    }
+
+    /// Begins the load of what a hot slot was given to.
+    fn bring(&mut self, cx: &mut Context<'_>, Demand { slot, old }: Demand) {
+        let held = self.residency.hot.coming_to(slot);
+        match self.residency.staged(held) {
+            Some(from) => self.residency.promote(cx, slot, from, old),
+            None => {
+                let keep = old.and_then(|old| Some((self.refuge(old, held.0.layer)?, old)));
+                self.residency.read(cx, slot, keep);
+            }
+        }
+    }
+
+    /// Loads an expert that is foreseen, in the place of the one that is the least worth and not foreseen too.
+    fn load_foreseen(&mut self, cx: &mut Context<'_>, held: Held) {
+        let Residency { hot, warm, foreseen, .. } = &self.residency;
+        let staging = warm.slot_of(held).is_some_and(|(_, ready)| !ready);
+        if staging || hot.slot_of(held).is_some() {
+            return;
+        }
+        let (shelf, worth) = (self.shelf(held.0), self.worth(held.0.layer));
+        let evict = || {
+            let worth = |other, uses| (foreseen.experts.contains(&other), worth(other, uses));
+            hot.least(shelf, worth).filter(|((foreseen, _), _)| !foreseen).map(|(_, slot)| slot)
+        };
+        let slot = hot.free(shelf).or_else(evict);
+        drop(worth);
+        if let Some(slot) = slot {
+            self.residency.foreseen.begun.insert(held);
+            let demand = self.residency.give(slot, held);
+            self.bring(cx, demand);
         }
     }
 

@@ -348,10 +348,11 @@ impl Source<'_> {
 }
 
 impl ExpertSource for Source<'_> {
-    fn need(&mut self, layer: u32, experts: &[ExpertKey]) -> Result<(), Stopped> {
+    fn need(&mut self, layer: u32, experts: &[ExpertKey], foreseen: &[ExpertKey]) -> Result<(), Stopped> {
         self.layer = layer;
         let (step, attempt) = (self.step, self.attempt);
-        self.say(Input::Need { step, attempt, layer, experts: experts.to_vec() })
+        let (experts, foreseen) = (experts.to_vec(), foreseen.to_vec());
+        self.say(Input::Need { step, attempt, layer, experts, foreseen })
     }
 
     fn provided(&mut self) -> Result<Provided, Stopped> {

@@ -3,6 +3,7 @@
 //! Experts are computed in the order in which they come; their results wait in a buffer and are combined in ascending
 //! order of the experts' original numbers, so that the order of arrival never changes a bit.
 
+use super::foresight;
 use super::gated::{self, Block};
 use super::ranks::{Among, bytes_of, of_block, of_experts, of_results, read_values};
 use super::router::{self, Routed};
@@ -23,6 +24,7 @@ const COLUMNS: usize = 256;
 #[derive(Debug, Default)]
 pub(super) struct Room {
     router: router::Room,
+    foresight: foresight::Room,
     users: Users,
     /// A result of each user, expert by expert.
     results: Buffer,
@@ -36,7 +38,11 @@ impl Room {
         let Users { keys, firsts, next, positions, results } = &self.users;
         let lists = [firsts, next, positions, results].map(Vec::capacity).iter().sum::<usize>();
         let buffers = [&self.results, &self.shared, &self.gates].map(Buffer::bytes).iter().sum::<usize>();
-        self.router.bytes() + buffers + 4 * lists + keys.capacity() * size_of::<ExpertKey>()
+        self.router.bytes()
+            + self.foresight.bytes()
+            + buffers
+            + 4 * lists
+            + keys.capacity() * size_of::<ExpertKey>()
     }
 }
 
@@ -127,7 +133,7 @@ impl Model {
         let moe = self.arch().moe.as_ref().expect("a mixture layer");
         let (hidden, number) = (self.arch().hidden, layer.index as u32);
         let Rooms { products, experts: room, gated, .. } = rooms;
-        let Room { router, users, results, shared, gates } = room;
+        let Room { router, foresight, users, results, shared, gates } = room;
         let routed = self.route(layer, moe, batch, router, products)?;
         for (at, Routed { route, .. }) in batch.at.iter().zip(routed) {
             let digest = &mut batch.digests[at.row as usize];
@@ -139,6 +145,7 @@ impl Model {
             }
         }
         users.find(self, number, routed, moe);
+        let foreseen = self.foresee(layer, moe, batch, foresight, products);
         let results = results.values(users.positions.len() * hidden);
         let normed = &*batch.normed;
         let mut compute = |among: Among<'_>, experts: Range<usize>, slot: &dyn Fn(ExpertKey) -> Slot| {
@@ -160,7 +167,7 @@ impl Model {
                 count += 1;
             }
         } else {
-            source.need(number, &users.keys)?;
+            source.need(number, &users.keys, foreseen)?;
             // Experts come in any order, which tensor ranks do not share: they compute a whole wave in the order of experts.
             let together = self.share.is_tensor();
             let (mut left, mut count, mut came) = (own.len(), 0, 0);

@@ -7,6 +7,7 @@
 mod attention;
 mod cache;
 mod experts;
+mod foresight;
 mod gated;
 mod latent;
 mod output;
@@ -73,11 +74,12 @@ pub struct Provided {
 
 /// Where a step's experts come from.
 pub trait ExpertSource {
-    /// Asks for the experts that a layer's routers have chosen: distinct, ascending.
+    /// Asks for the experts that a layer's routers have chosen: distinct, ascending. If the step is to foresee, the next mixture
+    /// layer will probably choose those that are `foreseen`, the likeliest first.
     ///
     /// # Errors
     /// If the step is given up.
-    fn need(&mut self, layer: u32, experts: &[ExpertKey]) -> Result<(), Stopped>;
+    fn need(&mut self, layer: u32, experts: &[ExpertKey], foreseen: &[ExpertKey]) -> Result<(), Stopped>;
 
     /// Waits for the next expert of the layer, in any order within a wave.
     ///

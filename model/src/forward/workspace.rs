@@ -65,7 +65,9 @@ pub(crate) fn planned_bytes(
         of_experts =
             users * (3 * moe.intermediate + hidden.max(moe.intermediate).next_multiple_of(16)) as u64;
     }
-    let mut of_rows = (hidden + arch.vocab) as u64;
+    // What is foreseen is foreseen of steps with one position a row.
+    let foreseen = arch.moe.as_ref().map_or(0, |moe| 2 * moe.router_rows() + 10 * moe.top_k);
+    let mut of_rows = (hidden + arch.vocab + foreseen) as u64;
     if share.topology().ranks() > 1 {
         // What ranks exchange is there three times at most: in a buffer, on its way out, on its way in.
         each += 3 * queries.max(attention.mixed_dim()).max(gated).max(2 * hidden);

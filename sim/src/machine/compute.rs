@@ -68,7 +68,11 @@ impl Machine {
                 states.flat_map(|&state| model::route(&self.plan, state, layer, tiers)).collect();
             compute.asked = true;
             let experts = compute.wanted.iter().copied().collect();
-            return self.handle(Input::Need { step, attempt, layer, experts });
+            let next = self.plan.moe_layers.get(compute.layer + 1).filter(|_| compute.forward.foresee);
+            let states = compute.cached.iter().flatten();
+            let foreseen =
+                next.map(|&next| model::foresee(&self.plan, states, next, tiers)).unwrap_or_default();
+            return self.handle(Input::Need { step, attempt, layer, experts, foreseen });
         }
         if compute.wave_len == 0 || compute.provided.len() < compute.wave_len as usize {
             return;

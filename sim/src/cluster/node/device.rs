@@ -398,7 +398,9 @@ impl Device {
             let holds = |key: ExpertKey| holds(&topology, bench.plan, rank, key);
             match work.go_on(bench.plan, read, holds) {
                 Step::Wait => return,
-                Step::Need(layer, experts) => bench.answer(Input::Need { step, attempt, layer, experts }),
+                Step::Need(layer, experts, foreseen) => {
+                    bench.answer(Input::Need { step, attempt, layer, experts, foreseen });
+                }
                 Step::Released(layer, wave) => bench.answer(Input::Released { step, attempt, layer, wave }),
                 Step::Send(sends) => {
                     for (to, tag, bytes) in sends {
@@ -409,7 +411,10 @@ impl Device {
                     self.work = None;
                     let fault = bench.befalls(Hazard::DeviceError);
                     bench.answer(match fault {
-                        None => Input::Finished { step, attempt, rows, duration_ns: 1000 },
+                        None => {
+                            let duration_ns = 500 + bench.ordinary(3, self.steps) % 1000;
+                            Input::Finished { step, attempt, rows, duration_ns }
+                        }
                         Some(_) => {
                             let fault = Fault::Device("an uncorrectable error".into());
                             Input::Failed { step, attempt, fault }

@@ -113,7 +113,7 @@ impl RealWork {
             }
             self.waits = None;
             match self.running.next() {
-                Ask::Need(layer, experts) => return Step::Need(layer, experts),
+                Ask::Need(layer, experts, foreseen) => return Step::Need(layer, experts, foreseen),
                 Ask::Provided => self.waits = Some(Waits::Provided),
                 Ask::Given => self.waits = Some(Waits::Given),
                 Ask::Give(to, exchange, bytes) => {

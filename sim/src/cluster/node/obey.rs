@@ -161,6 +161,15 @@ impl NodeActor {
                 self.common.watch.see(cx.world_ns(), &fact);
                 cx.note(|| What::Note(format!("generation {generation}")));
             }
+            Output::Event { event: Event::Compared { .. }, .. } => self.common.watch.mark(Mark::Compared),
+            Output::Event { event: Event::StepDone { ahead, foreseen, .. }, .. } => {
+                if *foreseen > 0 {
+                    self.common.watch.mark(Mark::Foreseen);
+                }
+                if ahead > foreseen {
+                    self.common.watch.mark(Mark::ForeseenWrongly);
+                }
+            }
             Output::Event { event: Event::Preempted { .. }, .. } => self.common.watch.mark(Mark::Preempted),
             Output::Forward(_) if self.luck.befalls(cx, Hazard::DeviceLost).is_some() => {
                 // A device that is lost comes back with a new process only.

@@ -25,8 +25,8 @@ type Contents = Vec<(ExpertKey, u64)>;
 pub(super) enum Step {
     /// Nothing until something comes.
     Wait,
-    /// The experts of a layer.
-    Need(u32, Vec<ExpertKey>),
+    /// The experts of a layer, and what is foreseen of the next.
+    Need(u32, Vec<ExpertKey>, Vec<ExpertKey>),
     /// A wave has been read.
     Released(u32, u32),
     /// Data for other ranks; then go on.
@@ -165,7 +165,11 @@ impl Work {
                     states.flat_map(|&state| model::route(plan, state, layer, tiers)).collect();
                 self.wanted = needs.iter().copied().filter(|key| holds(*key)).collect();
                 self.at = At::Experts;
-                Step::Need(layer, needs.into_iter().collect())
+                let next = self.layers.iter().rev().nth(1).filter(|_| self.forward.foresee);
+                let states = self.states.iter().flatten();
+                let foreseen =
+                    next.map(|&next| model::foresee(plan, states, next, tiers)).unwrap_or_default();
+                Step::Need(layer, needs.into_iter().collect(), foreseen)
             }
             At::Experts => {
                 let layer = *self.layers.last().expect("a layer is under way");

@@ -21,7 +21,7 @@ use lite_llm_core::cluster::orders::Facts;
 use lite_llm_core::cluster::supervisor::{
     ClusterConfig, Patience, Restarts, Standing, SupervisorInput, Training,
 };
-use lite_llm_core::config::{Config, Limits};
+use lite_llm_core::config::{Config, Foresight, Limits};
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::journal::{JournalError, Scanned};
@@ -102,6 +102,8 @@ fn config(setup: &ClusterSetup, plan: &ModelPlan, decisions: &Decisions) -> Conf
         modes: [("fast", vec!["small"]), ("max", vec!["small", "large"])]
             .map(|(mode, tiers)| (mode.into(), tiers.into_iter().map(Into::into).collect()))
             .into(),
+        foresight: [Foresight::Off, Foresight::Paired, Foresight::On, Foresight::On]
+            [usize::try_from(draw(9, 4)).unwrap_or(0)],
         prefill_chunk: 1 + u32::try_from(draw(6, 8)).unwrap_or(0),
         snapshot_every: [0, 60, 200, 1000][usize::try_from(draw(7, 4)).unwrap_or(0)],
         topology: setup.topology,
