@@ -197,8 +197,11 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        self.shared.lock().closed = true;
+        let mut state = self.shared.lock();
+        state.closed = true;
+        // Under the lock: else a worker that has just looked would go to sleep after the only call that could wake it.
         self.shared.generation.fetch_add(1, Ordering::Release);
+        drop(state);
         self.shared.wake.notify_all();
         for worker in self.workers.drain(..) {
             worker.join().expect("a worker catches the panics of its tasks");

@@ -64,6 +64,16 @@ fn lengths_are_checked() {
     assert!(PackedView::new(DType::F32, 1, 1, &[0; 1024]).is_ok());
 }
 
+/// Workers that are about to park, parked or still spinning all see the end.
+#[test]
+fn a_pool_ends_whatever_its_workers_are_about() {
+    for round in 0..500 {
+        let pool = Pool::new(3);
+        (0..round * 7 % 2_000).for_each(|_| std::hint::spin_loop());
+        drop(pool);
+    }
+}
+
 #[test]
 fn the_pool_runs_each_task_once_and_survives_panics() {
     use std::sync::atomic::{AtomicU32, Ordering};
