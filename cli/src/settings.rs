@@ -93,6 +93,8 @@ pub(crate) enum IsaName {
     Avx2,
     /// The same with AVX-512 and VNNI, for matrices of integers
     Avx512,
+    /// AArch64, of which NEON is a part
+    Neon,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ValueEnum)]
@@ -244,8 +246,13 @@ impl RuntimeArgs {
             Some(IsaName::Scalar) => Isa::Scalar,
             Some(IsaName::Avx2) => Isa::Avx2,
             Some(IsaName::Avx512) => Isa::Avx512,
+            Some(IsaName::Neon) => Isa::Neon,
         };
-        let lacking = if isa == Isa::Avx512 { "AVX-512 with VNNI" } else { "AVX2, FMA and F16C" };
+        let lacking = match isa {
+            Isa::Avx512 => "AVX-512 with VNNI",
+            Isa::Neon => "NEON",
+            Isa::Avx2 | Isa::Scalar => "AVX2, FMA and F16C",
+        };
         anyhow::ensure!(isa.available(), "this machine has no {lacking}; use --isa scalar");
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let drain_bound = match (self.drain_bound, &file.drain_bound) {

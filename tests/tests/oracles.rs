@@ -97,8 +97,7 @@ fn the_spelling_of_the_hub_is_read_too() {
 
 #[test]
 fn bits_do_not_depend_on_how_they_are_computed() {
-    let isas: Vec<Isa> =
-        [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.available()).collect();
+    let isas: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.available()).collect();
     for (name, dir) in every_form() {
         let prompts = &json(&dir, "oracle.json")["prompts"];
         let prompt = numbers(prompts.as_array().unwrap().last().unwrap());

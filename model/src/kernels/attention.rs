@@ -16,6 +16,8 @@ use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 /// Positions in a page, and in a block of the softmax.
 pub const PAGE_POSITIONS: usize = 64;
@@ -403,6 +405,10 @@ fn dots(form: Isa, q: &[f32], keys: &[f32], scale: f32, out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if form == Isa::Avx2 && q.len() <= CHUNK {
         return avx2::dots(q, keys, scale, out);
+    }
+    #[cfg(target_arch = "aarch64")]
+    if form == Isa::Neon && q.len() <= CHUNK {
+        return neon::dots(q, keys, scale, out);
     }
     let _ = form;
     for (out, key) in out.iter_mut().zip(keys.chunks_exact(q.len())) {

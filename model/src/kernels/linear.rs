@@ -20,6 +20,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod grouped;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(target_arch = "x86_64")]
 mod scaled;
 
@@ -420,14 +422,16 @@ fn tiles_of_one_row(x: &[f32], product: &Product<'_>, tile: usize) {
 
 #[cfg(target_arch = "x86_64")]
 use avx2::tiles_of_one_row as one_row_sums;
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+use neon::tiles_of_one_row as one_row_sums;
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn one_row_sums<const TILES: usize>(
     _: Storage,
     _: &[f32],
     _: [&[u8]; TILES],
     _: &mut [[f32; TILE_OUTPUTS]; TILES],
 ) {
-    panic!("AVX2 exists on x86-64 only")
+    unreachable!("there is no vector form for this architecture")
 }
 
 /// The results of one chunk for one tile, for every row.
@@ -438,8 +442,9 @@ fn chunk_sums(isa: Isa, storage: Storage, x: &[f32], w: &[u8], sums: &mut [[f32;
         Isa::Avx2 => avx2::chunk_sums(storage, x, w, sums),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => avx512::chunk_sums(storage, x, w, sums),
-        #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 | Isa::Avx512 => panic!("AVX2 exists on x86-64 only"),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::chunk_sums(storage, x, w, sums),
+        missing => missing.is_missing(),
     }
 }
 

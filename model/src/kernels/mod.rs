@@ -1,7 +1,7 @@
 //! The kernels of the numeric contract (`docs/numerics.md`): plain `f32` arithmetic whose bits depend on the operands
 //! alone, never on the batch, the number of threads or the instruction set.
 //!
-//! Each kernel has a safe scalar form. Where an AVX2 form exists it computes the same operations in the same order,
+//! Each kernel has a safe scalar form. Where a vector form exists it computes the same operations in the same order,
 //! and the tests compare the two bit for bit.
 
 pub mod attention;
@@ -47,13 +47,17 @@ pub enum Isa {
     Avx2,
     /// The same with AVX-512 (F, BW and VNNI), which products use; all else is as with AVX2.
     Avx512,
+    /// AArch64, little-endian: NEON is part of the architecture.
+    Neon,
 }
 
 impl Isa {
+    /// All of them, the fastest first; a machine has those of one architecture, and the last.
+    pub const ALL: [Self; 4] = [Self::Avx512, Self::Avx2, Self::Neon, Self::Scalar];
+
     /// The fastest instruction set that this machine has.
     pub fn detect() -> Self {
-        let fastest = [Self::Avx512, Self::Avx2].into_iter().find(|isa| isa.available());
-        fastest.unwrap_or(Self::Scalar)
+        Self::ALL.into_iter().find(|isa| isa.available()).unwrap_or(Self::Scalar)
     }
 
     /// Whether this machine has the instruction set.
@@ -73,8 +77,10 @@ impl Isa {
                     && std::arch::is_x86_feature_detected!("avx512bw")
                     && std::arch::is_x86_feature_detected!("avx512vnni")
             }
-            #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            // Packed weights are little-endian, and its kernels load them as they are.
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("neon"),
+            _ => false,
         }
     }
 
@@ -83,7 +89,14 @@ impl Isa {
         match self {
             Self::Scalar => Self::Scalar,
             Self::Avx2 | Self::Avx512 => Self::Avx2,
+            Self::Neon => Self::Neon,
         }
+    }
+
+    /// Ends what was asked for on a machine of another architecture.
+    #[cold]
+    pub(crate) fn is_missing(self) -> ! {
+        panic!("this machine lacks the instruction set {self:?}")
     }
 }
 
@@ -108,7 +121,8 @@ impl DType {
     }
 }
 
-/// Defines a kernel twice from one body: as portable code and, compiled for AVX2 with FMA, as vector code.
+/// Defines a kernel twice from one body: as portable code and, compiled for AVX2 with FMA, as vector code. On AArch64 the
+/// portable code is compiled for NEON, as all code is.
 ///
 /// The body states every operation (`mul_add` is the only fused one) and the compiler may neither reorder nor contract
 /// them, so that both forms give the same bits.
@@ -129,10 +143,9 @@ macro_rules! versioned {
                     // SAFETY: the assertion above established the features that `avx2` is compiled for.
                     unsafe { avx2($($arg),*) }
                 }
-                #[cfg(not(target_arch = "x86_64"))]
-                $crate::kernels::Isa::Avx2 | $crate::kernels::Isa::Avx512 => {
-                    panic!("AVX2 exists on x86-64 only")
-                }
+                #[cfg(target_arch = "aarch64")]
+                $crate::kernels::Isa::Neon => $body($($arg),*),
+                missing => missing.is_missing(),
             }
         }
     };

@@ -14,7 +14,7 @@ pub enum SelfTestError {
     Unavailable(Isa),
     /// The thread flushes subnormals or rounds in another way.
     #[error(
-        "this thread flushes subnormals or does not round to nearest even (MXCSR); start the runtime from a thread \
+        "this thread flushes subnormals or does not round to nearest even (MXCSR, FPCR); start the runtime from a thread \
          with the default control register"
     )]
     ControlRegister,

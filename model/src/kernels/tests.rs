@@ -182,7 +182,7 @@ fn conversions_round_to_even() {
 }
 
 fn isas() -> Vec<Isa> {
-    [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.available()).collect()
+    Isa::ALL.into_iter().filter(|isa| isa.available()).collect()
 }
 
 #[test]
@@ -247,23 +247,38 @@ fn the_self_test_covers_every_thread_of_a_pool() {
     }
 }
 
+/// Sets the control register of floats: MXCSR.
 #[cfg(target_arch = "x86_64")]
-fn set_mxcsr(value: u32) {
+fn set_control(value: u32) {
     // SAFETY: LDMXCSR reads four bytes; the value sets mode bits only and leaves every exception masked. The compiler
     // moves no arithmetic of the caller across, for there is none between setting and restoring but `is_ieee`, whose
     // operands pass through `black_box`.
     unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &value, options(nostack, readonly)) }
 }
 
-#[cfg(target_arch = "x86_64")]
+/// Sets the control register of floats: FPCR.
+#[cfg(target_arch = "aarch64")]
+fn set_control(value: u32) {
+    // SAFETY: as of the other architecture; no bit of these values lets an exception trap.
+    unsafe { std::arch::asm!("msr fpcr, {}", in(reg) u64::from(value), options(nostack)) }
+}
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[test]
 fn a_control_register_that_breaks_the_contract_is_found() {
+    #[cfg(target_arch = "x86_64")]
     const DEFAULT: u32 = 0x1f80;
-    for (name, mode) in [("FTZ", 0x8000), ("DAZ", 0x0040), ("down", 0x2000), ("up", 0x4000), ("zero", 0x6000)]
-    {
-        set_mxcsr(DEFAULT | mode);
+    #[cfg(target_arch = "x86_64")]
+    const MODES: [(&str, u32); 5] =
+        [("FTZ", 0x8000), ("DAZ", 0x0040), ("down", 0x2000), ("up", 0x4000), ("zero", 0x6000)];
+    #[cfg(target_arch = "aarch64")]
+    const DEFAULT: u32 = 0;
+    #[cfg(target_arch = "aarch64")]
+    const MODES: [(&str, u32); 4] = [("FZ", 1 << 24), ("up", 1 << 22), ("down", 2 << 22), ("zero", 3 << 22)];
+    for (name, mode) in MODES {
+        set_control(DEFAULT | mode);
         let result = self_test(Isa::Scalar);
-        set_mxcsr(DEFAULT);
+        set_control(DEFAULT);
         assert_eq!(result, Err(SelfTestError::ControlRegister), "{name}");
     }
     // A worker's register counts, not the caller's alone.
@@ -274,11 +289,11 @@ fn a_control_register_that_breaks_the_contract_is_found() {
         pool.run(2, &|_| {
             reached.wait();
             if std::thread::current().id() != main {
-                set_mxcsr(mode);
+                set_control(mode);
             }
         });
     };
-    on_worker(DEFAULT | 0x8000);
+    on_worker(DEFAULT | MODES[0].1);
     let result = pool.self_test(Isa::Scalar);
     on_worker(DEFAULT);
     assert_eq!(result, Err(SelfTestError::ControlRegister));

@@ -12,6 +12,8 @@ use std::ops::Range;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 /// Tiles that a block of several rows goes through together: as many sums as hide the latency of a product.
 pub(super) const TILES_OF_ROWS: usize = 2;
@@ -103,8 +105,9 @@ fn block_sums(isa: Isa, kind: Quantised, x: Rows<'_>, w: &[&[u8]], sums: &mut [S
         Isa::Avx2 => avx2::block_sums(kind, x, w, sums),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => avx512::block_sums(kind, x, w, sums),
-        #[cfg(not(target_arch = "x86_64"))]
-        Isa::Avx2 | Isa::Avx512 => panic!("AVX2 exists on x86-64 only"),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::block_sums(kind, x, w, sums),
+        missing => missing.is_missing(),
     }
 }
 
