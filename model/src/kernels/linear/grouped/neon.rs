@@ -1,8 +1,8 @@
 //! The NEON forms: a register is four inputs, or eight halves, of four outputs.
 //!
-//! Products are made of signed bytes and kept in 16 bits, of which every two belong to one output, as long as they fit:
-//! two of 8 bits (2 * 128 * 127), or the eight of a group of 4 bits, whose weights are unsigned (8 * 15 * 127). Products of
-//! four at a time (`sdot`) are not part of every AArch64.
+//! Products are made of signed bytes and added up in 16 bits, four sums for each output, as long as these hold them: two of
+//! 8 bits (2 * 128 * 127), or the eight of a group of 4 bits, whose weights are unsigned (8 * 15 * 127). The instruction for
+//! four products at a time (`sdot`) is not part of every AArch64.
 
 use super::super::neon::widen_halves;
 use super::{GROUP_VECTOR_BYTES, GROUP_WORDS, Quantised, Rows, Sums, place_of_group};
@@ -101,7 +101,7 @@ unsafe fn dots_of_8<const ROWS: usize, const FOURS: usize>(
     fours: *const i32,
     codes: *const u8,
 ) -> [[int32x4_t; FOURS]; ROWS] {
-    // Two sums of each output: those of the first two outputs, and of the other two.
+    // Of every four outputs the first two and the other two, each in two parts.
     let mut dots = [[[vdupq_n_s32(0); 2]; FOURS]; ROWS];
     for vector in (0..8).step_by(2) {
         for four in 0..FOURS {
@@ -141,7 +141,7 @@ unsafe fn dots_of_4<const ROWS: usize, const FOURS: usize>(
     x: *const i32,
     codes: *const u8,
 ) -> [[int32x4_t; FOURS]; ROWS] {
-    // Two sums of each output: those of the first two outputs, and of the other two.
+    // Of every four outputs the first two and the other two, each in four parts.
     let mut pairs = [[[vdupq_n_s16(0); 2]; FOURS]; ROWS];
     // SAFETY: the caller's promise.
     let fours = unsafe { x.add(2 * ROWS) };
