@@ -115,7 +115,7 @@ impl Trace {
     ///
     /// # Errors
     /// What is different, for people.
-    pub(crate) fn check(&self, weights: &str, experts: u32, layers: &[u32]) -> Result<(), String> {
+    pub fn check(&self, weights: &str, experts: u32, layers: &[u32]) -> Result<(), String> {
         if self.weights != weights {
             return Err(format!(
                 "the trace is of a model with weights {}, this one has {weights}; trace a text with this model",

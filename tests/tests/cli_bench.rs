@@ -169,5 +169,14 @@ fn the_doctor_says_what_to_expect() {
         assert_eq!(figures["expert_slots"], budget["expert_slots"], "{budget}");
     }
     place.run(["doctor", "none"]).refuses(1, &["none"]);
+    // With the uses of a text: of this model only.
+    assert_eq!(place.run(["trace", "m", "--tokens", "5,6,7,8,5,9", "--out", "trace"]).code, Some(0));
+    let with = |trace| place.run(["doctor", "m", "--trace", trace, "--json"]);
+    assert!(number(&with("trace").json()["model"]["budgets"][4], "hit_rate") < 1.0);
+    let trace = std::fs::read_to_string(place.path("trace")).unwrap();
+    let weights = trace.split_once("\"weights\"").unwrap().1.split('"').nth(1).unwrap();
+    std::fs::write(place.path("other"), trace.replace(weights, &weights.chars().rev().collect::<String>()))
+        .unwrap();
+    with("other").refuses(2, &["--trace other", "weights", "trace a text with this model"]);
     place.run(["doctor", "m", "--io", "mmap", "--isa", "scalar"]);
 }

@@ -128,7 +128,8 @@ impl DoctorArgs {
                 let loader = model.expert_loader();
                 let cold = Cold::open(settings.io, &loader, settings.config.memory_bytes)?;
                 let report = cold.report().to_owned();
-                let prospects = Prospects::of(path, &model, cold, &settings.config, &self.trace, room)?;
+                let prospects =
+                    Prospects::of(path, &model, cold, &settings.config, &self.trace, (threads, room))?;
                 (report, Some(prospects))
             }
         };
@@ -173,13 +174,13 @@ impl Prospects {
         cold: Cold,
         config: &Config,
         trace: &Option<PathBuf>,
-        room: usize,
+        (threads, room): (usize, usize),
     ) -> anyhow::Result<Self> {
         let plan = model.shape(config.limits.step_positions_max, config.limits.rows_max)?;
         let tiers = plan.tier_set(&config.tier_set).map_err(anyhow::Error::msg)?;
         let keys: Vec<ExpertKey> = plan.experts(&tiers).collect();
         let uses = match trace {
-            Some(path) => uses(path, model, &keys)?,
+            Some(path) => uses(path, model, threads, &keys)?,
             None => vec![1; keys.len()],
         };
         let experts = keys.len() as u64;
@@ -217,15 +218,19 @@ impl Prospects {
 }
 
 /// How often a text used each expert.
-fn uses(path: &Path, model: &Model, keys: &[ExpertKey]) -> anyhow::Result<Vec<u64>> {
+fn uses(path: &Path, model: &Model, threads: usize, keys: &[ExpertKey]) -> anyhow::Result<Vec<u64>> {
     let trace = Trace::read(path).map_err(usage)?;
+    let (arch, weights) = (model.arch(), model.checkpoint().weights_digest(threads)?.to_string());
+    let experts = arch.moe.as_ref().map_or(0, |moe| moe.experts as u32);
+    let refuse = |why| usage(format!("--trace {}: {why}", path.display()));
+    trace.check(&weights, experts, &arch.moe_layers()).map_err(refuse)?;
     let counts = |key: &ExpertKey| {
         let layer = trace.layers.iter().find(|layer| layer.layer == key.layer)?;
         let number = model.checkpoint().ordinal(*key)?;
         layer.counts.get(number as usize).copied()
     };
     let counts: Option<Vec<u64>> = keys.iter().map(counts).collect();
-    counts.ok_or_else(|| usage(format!("{} is the trace of another model", path.display())))
+    counts.ok_or_else(|| refuse("it lacks counts of experts; trace the text again".into()))
 }
 
 /// How much of all use the experts have that are used most, so many of them: what is evicted is what is used least.
