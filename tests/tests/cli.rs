@@ -330,6 +330,7 @@ fn a_running_process_is_steered() {
     let mut child = long(&place, "60000");
     let ctl = |more: &[&str]| place.run(["ctl", "state"].iter().chain(more));
     let status = ctl(&["status", "--json"]).json();
+    assert!(status["reading"].as_str().unwrap().starts_with("experts are "), "{status}");
     assert_eq!((&status["tiers"], &status["requests"][0]["id"]), (&json!(["all"]), &json!("long")));
     assert!(ctl(&["snapshot", "--json"]).json()["snapshot_before"].as_u64().unwrap() > 1);
     ctl(&["tierset", "nope"]).refuses(1, &["unknown tier"]);

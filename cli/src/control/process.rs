@@ -70,6 +70,7 @@ fn status(node: &NodeHandle) -> anyhow::Result<Value> {
         "requests": requests,
         "memory_bytes": status.memory_bytes,
         "resident_bytes": status.resident_bytes,
+        "reading": node.reading(),
         "slots": status.carving.slots,
         "slots_ready": status.slots_ready,
         "warm_slots": status.carving.warm_slots,

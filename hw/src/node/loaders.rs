@@ -13,6 +13,7 @@ use lite_llm_core::input::{Fault, Input};
 use lite_llm_model::{CheckpointError, ExpertLoader, ModelError};
 
 use super::NodeError;
+use super::busy::{Busy, JOB_MAX};
 use super::error::panic_message;
 use super::reports::{Report, Reports};
 use crate::arena::SlotWriter;
@@ -52,6 +53,8 @@ pub(crate) struct Loaders {
     loader: Arc<ExpertLoader>,
     reader: Option<Reader>,
     threads: Vec<JoinHandle<()>>,
+    /// Nobody watches them any more once it is dropped.
+    watched: Sender<()>,
 }
 
 impl Loaders {
@@ -67,14 +70,20 @@ impl Loaders {
         let fetch = cold.fetch();
         let heard = reports.clone();
         let reader = cold.reader(move |told| heard.tell(report_of(told)))?;
-        let mut loaders = Self { jobs, epoch: 0, loader: Arc::new(loader), reader, threads: Vec::new() };
+        let (busy, (watched, closed)) = (Busy::of(count.max(1)), channel());
+        let loader = Arc::new(loader);
+        let mut loaders = Self { jobs, epoch: 0, loader, reader, threads: Vec::new(), watched };
+        let failed = |source| NodeError::System { what: "cannot start a loader thread", source };
+        let (all, heard) = (Arc::clone(&busy), reports.clone());
+        let watch = std::thread::Builder::new().name("loader-watch".into());
+        loaders.threads.push(watch.spawn(move || all.watch(JOB_MAX, &closed, &heard)).map_err(failed)?);
         for index in 0..count.max(1) {
-            let (receiver, reports) = (Arc::clone(&receiver), reports.clone());
+            let (receiver, reports, busy) = (Arc::clone(&receiver), reports.clone(), Arc::clone(&busy));
             let sources = Sources { blobs: blobs.clone(), fetch: fetch.clone() };
             let thread = std::thread::Builder::new()
                 .name(format!("loader-{index}"))
-                .spawn(move || run(&sources, &receiver, &reports))
-                .map_err(|source| NodeError::System { what: "cannot start a loader thread", source })?;
+                .spawn(move || run(&sources, &receiver, &reports, (&busy, index)))
+                .map_err(failed)?;
             loaders.threads.push(thread);
         }
         Ok(loaders)
@@ -117,8 +126,8 @@ impl Loaders {
 
     /// Waits a while for the jobs under way, and ends the threads.
     pub(crate) fn close(self) {
-        let Self { jobs, reader, mut threads, .. } = self;
-        drop(jobs);
+        let Self { jobs, reader, mut threads, watched, .. } = self;
+        drop((jobs, watched));
         threads.extend(reader.into_iter().flat_map(Reader::close));
         let began = Instant::now();
         while threads.iter().any(|thread| !thread.is_finished()) && began.elapsed() < CLOSE_WAIT {
@@ -165,13 +174,14 @@ impl Sources {
     }
 }
 
-fn run(sources: &Sources, jobs: &Mutex<Receiver<Asked>>, reports: &Reports) {
+fn run(sources: &Sources, jobs: &Mutex<Receiver<Asked>>, reports: &Reports, (busy, index): (&Busy, usize)) {
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Asked { epoch, loader, job }) = job else { return };
         let began = Instant::now();
         // The slot is given back within: the engine may give it to somebody else as soon as it hears.
-        let report = match catch_unwind(AssertUnwindSafe(|| work(&loader, sources, job))) {
+        let worked = busy.at_job(index, || catch_unwind(AssertUnwindSafe(|| work(&loader, sources, job))));
+        let report = match worked {
             Ok((input, what)) => Report::Done { epoch, input, took: Some((what, began.elapsed())) },
             Err(panic) => Report::Panicked { thread: "loader", message: panic_message(&*panic) },
         };

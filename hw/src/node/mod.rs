@@ -7,6 +7,7 @@
 //!
 //! A node that is dropped stops as a killed process would: nothing is flushed, and the journal says what goes on.
 
+mod busy;
 pub(crate) mod compute;
 pub(crate) mod device;
 pub(crate) mod error;
@@ -206,7 +207,6 @@ pub struct GenerationSpan {
 #[derive(Debug)]
 pub struct Node {
     handle: NodeHandle,
-    reading: String,
     ready: Receiver<()>,
     thread: Option<JoinHandle<Result<ExitReport, NodeError>>>,
 }
@@ -302,7 +302,7 @@ impl Node {
 
     /// How experts are read, and why not in a better way, for people; empty if there are none.
     pub fn reading(&self) -> &str {
-        &self.reading
+        self.handle.reading()
     }
 
     /// A handle for other threads.
@@ -341,6 +341,7 @@ impl Drop for Node {
 pub struct NodeHandle {
     messages: SyncSender<Message>,
     identity: Arc<Identity>,
+    reading: Arc<str>,
 }
 
 impl NodeHandle {
@@ -424,6 +425,11 @@ impl NodeHandle {
     /// What the journal belongs to.
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// How experts are read, and why not in a better way, for people; empty if there are none.
+    pub fn reading(&self) -> &str {
+        &self.reading
     }
 
     fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T, NodeError> {

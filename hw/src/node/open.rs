@@ -72,7 +72,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     // Refused before all weights are read for their digest.
     let loader = model.expert_loader();
     let cold = Cold::open(io, &loader, config.memory_bytes)?;
-    let reading = cold.report().to_owned();
+    let reading = cold.report().into();
     let tokenizer_digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);
     let limits = &config.limits;
     let plan = model.plan(limits.step_positions_max, limits.rows_max, tokenizer_digest)?;
@@ -122,7 +122,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
         .name("node".into())
         .spawn(move || event_loop.run(receiver, first))
         .map_err(|source| NodeError::System { what: "cannot start the event loop", source })?;
-    Ok(Node { handle: NodeHandle { messages, identity }, reading, ready, thread: Some(thread) })
+    Ok(Node { handle: NodeHandle { messages, identity, reading }, ready, thread: Some(thread) })
 }
 
 /// The log that a journal holds after it was cut or replaced.
