@@ -4,7 +4,8 @@
 //! use lite_llm_sim::cluster::run::{ClusterSetup, run};
 //! use lite_llm_core::topology::Topology;
 //!
-//! let setup = ClusterSetup { topology: Topology { pipeline: 2, ..Topology::SINGLE }, ..ClusterSetup::of(7) };
+//! let topology = Topology { pipeline: 2, ..Topology::SINGLE };
+//! let setup = ClusterSetup { topology, nodes: 3, ..ClusterSetup::of(7) };
 //! let report = run(&setup);
 //! assert_eq!(report.violation, None, "{}", report.violation.as_ref().map_or(String::new(), ToString::to_string));
 //! assert_eq!(run(&setup).digest, report.digest, "a seed is a run");
