@@ -181,7 +181,8 @@ pub enum Input {
         layer: u32,
         /// Distinct, ascending.
         experts: Vec<ExpertKey>,
-        /// What the next mixture layer will probably choose, if the step was to foresee it: distinct, ascending.
+        /// What the next mixture layer will probably choose, if the step was to foresee it: distinct, the likeliest
+        /// first.
         foreseen: Vec<ExpertKey>,
     },
     /// The last read of a wave's slots is over.

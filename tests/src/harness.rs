@@ -136,7 +136,9 @@ impl Experts {
 }
 
 impl ExpertSource for Experts {
-    fn need(&mut self, _: u32, experts: &[ExpertKey], _: &[ExpertKey]) -> Result<(), Stopped> {
+    fn need(&mut self, layer: u32, experts: &[ExpertKey], foreseen: &[ExpertKey]) -> Result<(), Stopped> {
+        let after = foreseen.first().map_or(layer + 1, |key| key.layer);
+        assert!(foreseen.iter().all(|key| key.layer == after) && after > layer, "of one layer after {layer}");
         assert!(self.wanted.is_empty() && experts.is_sorted());
         let own = |key: &&ExpertKey| self.table.binary_search_by_key(*key, |&(key, _)| key).is_ok();
         self.wanted = experts.iter().filter(own).copied().collect();

@@ -55,9 +55,6 @@ struct Load {
     failures: u32,
 }
 
-/// Loads of what is foreseen that are under way at most: what is foreseen wrongly is in the way of what is needed.
-const FORESEEN_MAX: usize = 1;
-
 /// A hot slot that a step waits for.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Demand {
@@ -178,19 +175,14 @@ impl Residency {
         (len32(before.begun.len()), len32(used.count()))
     }
 
-    /// The next that is foreseen, if the disk would be idle otherwise.
+    /// The next that is foreseen, if the disk would be idle otherwise. One at a time: what is foreseen wrongly is in the way of
+    /// what is needed.
     fn next_foreseen(&mut self) -> Option<Held> {
-        let Foreseen { experts, seen, begun } = &mut self.foreseen;
-        let target = |load: &Load| match load.path {
-            Path::Stage(slot) => self.warm.coming_to(slot),
-            Path::Heat(slot, _) => self.hot.coming_to(slot),
-        };
-        let idle = self.demanded.is_empty()
-            && self.ahead.is_empty()
-            && self.loads.len() < FORESEEN_MAX
-            && self.loads.values().all(|load| begun.contains(&target(load)));
-        let held = *experts.get(index(*seen)).filter(|_| idle)?;
-        *seen += 1;
+        if self.loading() {
+            return None;
+        }
+        let held = *self.foreseen.experts.get(index(self.foreseen.seen))?;
+        self.foreseen.seen += 1;
         Some(held)
     }
 
