@@ -129,9 +129,11 @@ fn a_journal_says_how_often_experts_were_there() {
     assert_eq!(place.run([&tokens[..], &more].concat()).code, Some(0));
     let state = place.run(["inspect", "state", "--json"]).json();
     let experts = &state["experts"];
-    assert!((1.0..all).contains(&number(experts, "needed")), "{experts}");
+    // Of the step in which that happened nothing counts, and it may have been the last.
+    assert!((0.0..all).contains(&number(experts, "needed")), "{experts}");
     assert!(number(experts, "belady_hit_rate") >= number(experts, "hit_rate"), "{experts}");
-    assert!((0.2..0.5).contains(&number(experts, "uniform_hit_rate")), "{experts}");
+    let alike = number(experts, "uniform_hit_rate");
+    assert!((0.2..0.5).contains(&alike) || number(experts, "needed") == 0.0, "{experts}");
 }
 
 #[test]

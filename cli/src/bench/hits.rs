@@ -51,7 +51,10 @@ impl Hits {
                     let ready = moment.engine.view().slots().filter(|slot| slot.ready);
                     self.life.inside = Some(ready.filter_map(|slot| slot.expert).collect());
                 }
-                Output::Event { event: Event::StepDone { hits, misses, ahead, foreseen, .. }, .. } => {
+                // A step that began before the journal does cannot be counted: what it had needed is not known.
+                Output::Event { event: Event::StepDone { hits, misses, ahead, foreseen, .. }, .. }
+                    if self.life.inside.is_some() =>
+                {
                     self.hits += u64::from(*hits);
                     self.needed += u64::from(hits + misses);
                     self.ahead += u64::from(*ahead);
@@ -60,7 +63,9 @@ impl Hits {
                 _ => {}
             }
         }
-        if let Input::Need { experts, .. } = moment.input {
+        if let Input::Need { experts, .. } = moment.input
+            && self.life.inside.is_some()
+        {
             let plan = moment.engine.view().plan();
             let all = plan.map_or(0, |plan| plan.experts_of_layer() as usize * plan.moe_layers.len());
             self.life.needed.extend(experts);
