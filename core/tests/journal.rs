@@ -6,7 +6,7 @@ use lite_llm_core::journal::frame::{
     BLOCK_BYTES, FRAME_HEADER_BYTES, GROUP_BYTES_MAX, GROUP_HEADER_BYTES, PAYLOAD_BYTES_MAX,
     SNAPSHOT_HEADER_BYTES, SegmentHeader, SnapshotHeader, Tag, encode_group, segment_name, snapshot_name,
 };
-use lite_llm_core::journal::{Header, JournalError, Record, Store, scan};
+use lite_llm_core::journal::{Header, JournalError, Record, Snapshot, Store, scan};
 use std::collections::BTreeMap;
 
 /// Files that never fail and are always durable.
@@ -120,8 +120,8 @@ enum Region {
 /// The regions of a segment, computed from what was written and not by the reader under test.
 fn regions(first_seq: u64, newest: bool, bytes: usize) -> Vec<Region> {
     let mut out: Vec<Region> = Vec::with_capacity(bytes);
-    out.extend((0..84).map(|_| Region::Header));
-    out.extend((84..BLOCK_BYTES).map(|_| Region::Padding));
+    out.extend((0..128).map(|_| Region::Header));
+    out.extend((128..BLOCK_BYTES).map(|_| Region::Padding));
     for group in GROUPS.iter().filter(|group| *group.start() >= first_seq) {
         if out.len() >= bytes {
             break;
@@ -166,7 +166,7 @@ fn hex(bytes: &[u8]) -> String {
 fn golden_bytes() {
     let identity: [u8; 32] = std::array::from_fn(|i| i as u8);
     let header = Header { logic_version: 0x0102_0304, node: 5, incarnation: 6, identity };
-    let (segment, tag) = SegmentHeader { header, index: 7, first_seq: 8, torn: false }.encode();
+    let (segment, tag) = SegmentHeader { header, index: 7, first_seq: 8, torn: false, began: 4 }.encode();
     insta::assert_snapshot!("segment_header", hex(&segment));
     let records = [
         Record { seq: 8, time_ns: 9, digest: [10; 32], payload: b"payload".to_vec() },
@@ -386,12 +386,34 @@ fn a_cut_tail_is_remembered_until_the_log_is_known_to_be_whole() {
     assert_eq!(scan(&mut disk).unwrap().records, records(17));
     assert!([6, 7].map(|life| open(&mut disk, life)).iter().all(|torn| !torn));
     // A flag of a later version is not taken for this one.
-    let begin = SegmentHeader { header: header(8), index: 9, first_seq: 1, torn: true };
+    let begin = SegmentHeader { header: header(8), index: 9, first_seq: 1, torn: true, began: 1 };
     let (mut bytes, _) = begin.encode();
     bytes[20] = 3;
-    let sum = crc32fast::hash(&bytes[..80]).to_le_bytes();
-    bytes[80..84].copy_from_slice(&sum);
+    let sum = crc32fast::hash(&bytes[..124]).to_le_bytes();
+    bytes[124..128].copy_from_slice(&sum);
     assert!(SegmentHeader::decode(&bytes).is_err());
+}
+
+#[test]
+fn a_journal_knows_which_life_began_it() {
+    let mut disk = Memory::default();
+    let open =
+        |disk: &mut Memory, life| Store::open(disk, &header(life)).map(|(_, found)| found.began).unwrap();
+    assert_eq!(scan(&mut disk).unwrap().began, None);
+    assert_eq!([3, 4].map(|life| open(&mut disk, life)), [3, 3]);
+    // Whatever becomes of it: further segments, a cut, a snapshot of another rank's in its place.
+    let mut store = Store::open(&mut disk, &header(5)).unwrap().0.with_segment_bytes(1);
+    for record in records(4) {
+        push(&mut store, record);
+        store.flush().unwrap();
+    }
+    store.cut(2).unwrap();
+    drop(store);
+    assert_eq!(open(&mut disk, 6), 3);
+    let mut store = Store::open(&mut disk, &header(7)).unwrap().0;
+    store.install(&Snapshot { next: 9, digest: [1; 32], logic_version: 1, bytes: vec![1] }).unwrap();
+    drop(store);
+    assert_eq!(scan(&mut disk).unwrap().began, Some(3));
 }
 
 #[test]
@@ -439,10 +461,10 @@ fn another_format_is_refused_by_number() {
     write(&mut disk, &GROUPS);
     let newest = segments(&disk).pop().unwrap().0;
     let file = disk.0.get_mut(&newest).unwrap();
-    file[8..12].copy_from_slice(&2u32.to_le_bytes());
-    let crc = crc(&file[..80]);
-    file[80..84].copy_from_slice(&crc.to_le_bytes());
-    assert_eq!(scan(&mut disk), Err(JournalError::Format { file: newest, found: 2, supported: 1 }));
+    file[8..12].copy_from_slice(&3u32.to_le_bytes());
+    let crc = crc(&file[..124]);
+    file[124..128].copy_from_slice(&crc.to_le_bytes());
+    assert_eq!(scan(&mut disk), Err(JournalError::Format { file: newest, found: 3, supported: 2 }));
 }
 
 /// CRC-32 (IEEE 802.3), bit by bit: apart from the crate under test.
@@ -456,7 +478,8 @@ fn crc(bytes: &[u8]) -> u32 {
 #[test]
 fn numbers_out_of_bounds_are_refused() {
     for (index, first_seq) in [(u64::MAX, 1), (1, u64::MAX), (1, 0), (1 << 63, 1 << 63)] {
-        let (mut bytes, tag) = SegmentHeader { header: header(1), index, first_seq, torn: false }.encode();
+        let (mut bytes, tag) =
+            SegmentHeader { header: header(1), index, first_seq, torn: false, began: 1 }.encode();
         let frame = Record { seq: first_seq, ..record(1) };
         if first_seq > 0 {
             bytes.extend(encode_group(tag, BLOCK_BYTES as u64, first_seq - 1, &[frame]));
@@ -479,7 +502,8 @@ fn numbers_out_of_bounds_are_refused() {
 fn a_tail_of_two_large_groups_is_recovered() {
     // The last group is torn in its last record, so two groups' worth of records is not known to be durable.
     let large = |seq: u64| Record { seq, payload: vec![seq as u8; PAYLOAD_BYTES_MAX - 100], ..record(seq) };
-    let (mut bytes, tag) = SegmentHeader { header: header(1), index: 1, first_seq: 1, torn: false }.encode();
+    let (mut bytes, tag) =
+        SegmentHeader { header: header(1), index: 1, first_seq: 1, torn: false, began: 1 }.encode();
     let groups: [Vec<Record>; 2] = [(1..=3).map(large).collect(), (4..=6).map(large).collect()];
     for group in &groups {
         let offset = bytes.len() as u64;

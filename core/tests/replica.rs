@@ -125,6 +125,7 @@ fn settings(topology: Topology, config: &Config, member: Member) -> PeerConfig {
         facts: Facts::default(),
         config: config.clone(),
         torn: true,
+        began: Incarnation(1),
         entropy: 1,
         retry_ns: 300,
         unconfirmed_max: 1000,

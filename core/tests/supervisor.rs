@@ -369,6 +369,7 @@ impl Rig {
             facts: machine.facts.clone(),
             log: LogEnd { last: machine.log, digest: Digest::default() },
             torn: false,
+            began: Incarnation(1),
             committed: machine.committed,
             epoch: process.membership.as_ref().map(|membership| membership.epoch).unwrap_or_default(),
             synced: process.synced,

@@ -339,6 +339,36 @@ fn a_log_that_ends_earlier_than_it_did_leads_only_once_all_logs_are_known() {
 }
 
 #[test]
+fn a_disk_in_the_place_of_a_holders_never_leads() {
+    let one = ClusterConfig { topology: Topology::SINGLE, nodes: 1, ..ClusterConfig::default() };
+    let mut rig = Rig::new(one);
+    // It is active with an empty log: nobody has said yet that anything was told.
+    let empty = |rig: &Rig, began| {
+        let (log, began) = (LogEnd::default(), Incarnation(began));
+        SupervisorInput::Beat(Box::new(Beat { log, began, committed: Seq(0), ..rig.beat_of(0) }))
+    };
+    for _ in 0..2 {
+        let beat = empty(&rig, 1);
+        rig.give(beat);
+    }
+    let membership =
+        |rig: &Rig| rig.supervisor.view().memberships().next().map(|(m, active)| (m.epoch, active));
+    assert_eq!(membership(&rig), Some((Epoch(1), true)));
+    rig.lose(0, Ending::Signal(9));
+    // Its journal was begun by this life: what the one before told is on another disk, and in every later life too.
+    for _ in 0..2 {
+        let beat = empty(&rig, 2);
+        let said = rig.give(beat);
+        assert_eq!(membership(&rig), Some((Epoch(1), true)), "{said:?}");
+        rig.lose(0, Ending::Signal(9));
+    }
+    // The former disk is back.
+    let beat = empty(&rig, 1);
+    rig.give(beat);
+    assert_eq!(membership(&rig), Some((Epoch(2), false)));
+}
+
+#[test]
 fn a_holder_that_comes_back_gets_a_seat_when_nobody_seated_has_the_log() {
     let mut rig = Rig::new(config(3));
     rig.serve();

@@ -6,7 +6,7 @@
 //! In the unrestricted mode everything may be, and the oracle is: the right bytes, or a halt that says why.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// What is damaged.
@@ -37,6 +37,8 @@ struct Inner {
     damaged: BTreeSet<u32>,
     /// How often each node's copies were damaged, by node as far as any were.
     damages: Vec<u64>,
+    /// The first record that was durable on a node's disk and that damage took, until it has it from another.
+    lost: BTreeMap<u32, u64>,
 }
 
 /// The atlas of a cluster; clones share it.
@@ -52,6 +54,7 @@ impl Atlas {
             groups,
             damaged: BTreeSet::new(),
             damages: Vec::new(),
+            lost: BTreeMap::new(),
         })))
     }
 
@@ -94,9 +97,44 @@ impl Atlas {
         self.0.borrow_mut().damaged.remove(&node);
     }
 
+    /// What was durable on a node's disk is not there, from this record on.
+    pub fn lose(&self, node: u32, record: u64) {
+        let lost = &mut self.0.borrow_mut().lost;
+        let first = lost.entry(node).or_insert(record);
+        *first = (*first).min(record);
+    }
+
+    /// A node has the log of a leader now: nothing is lost to it that the leader has.
+    pub fn joined(&self, node: u32, leader: u32) {
+        let lost = &mut self.0.borrow_mut().lost;
+        let Some(own) = lost.get(&node).copied().filter(|_| node != leader) else { return };
+        match lost.get(&leader).copied() {
+            Some(first) => lost.insert(node, own.max(first)),
+            None => lost.remove(&node),
+        };
+    }
+
+    /// Whether damage took a record from every disk of a group.
+    #[must_use]
+    pub fn is_lost(&self, group: usize, record: u64) -> bool {
+        self.group(group).into_iter().all(|node| self.is_lost_to(node, record))
+    }
+
+    /// Whether damage took a record from a node's disk, and nobody who has it led that node since.
+    #[must_use]
+    pub fn is_lost_to(&self, node: u32, record: u64) -> bool {
+        self.0.borrow().lost.get(&node).is_some_and(|first| *first <= record)
+    }
+
     /// The nodes now hold copies of the same: a spare has taken a place.
     pub fn regroup(&self, group: usize, nodes: BTreeSet<u32>) {
         self.0.borrow_mut().groups[group] = nodes;
+    }
+
+    /// The nodes of a group.
+    #[must_use]
+    pub fn group(&self, group: usize) -> BTreeSet<u32> {
+        self.0.borrow().groups[group].clone()
     }
 
     /// Whether a node's copy counts as damaged.

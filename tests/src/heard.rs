@@ -59,6 +59,7 @@ impl Rank {
             facts: Facts::default(),
             config: Config { topology, ..Config::default() },
             torn: true,
+            began: Incarnation(1),
             entropy: 1,
             retry_ns: 100,
             unconfirmed_max: 16,

@@ -112,6 +112,7 @@ fn beat(
         facts,
         log: LogEnd { last: Seq(choice.below(9)), digest: Digest::default() },
         torn: false,
+        began: Incarnation(1),
         committed: Seq(choice.below(9)),
         epoch,
         synced: choice.chance(500),

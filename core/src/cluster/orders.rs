@@ -4,7 +4,7 @@
 use super::membership::{Epoch, Member, Membership};
 use super::shards::{ShardOrders, ShardStanding};
 use crate::digest::Digest;
-use crate::ids::Seq;
+use crate::ids::{Incarnation, Seq};
 use crate::time::Time;
 use alloc::boxed::Box;
 use alloc::string::String;
@@ -62,6 +62,8 @@ pub struct Beat {
     /// Its journal's tail was torn when it was opened, and it has not been in an active epoch since: some of what it had may be
     /// gone.
     pub torn: bool,
+    /// The life that began its journal, on an empty disk: what its node was told before, another disk had.
+    pub began: Incarnation,
     /// Up to where it knows every member of its epoch to have the log durable.
     pub committed: Seq,
     /// The newest epoch that it has joined; 0 for none.

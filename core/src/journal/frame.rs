@@ -11,7 +11,7 @@ use alloc::vec::Vec;
 use super::{Header, Record};
 
 /// The format version written and read here.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// Groups begin at multiples of this: no smaller than the sector of any disk.
 pub const BLOCK_BYTES: usize = 4096;
 /// The largest payload of a record.
@@ -30,7 +30,8 @@ pub const SEGMENT_MAGIC: [u8; 8] = *b"LLMSEGMT";
 const GROUP_MAGIC: [u8; 4] = *b"LLMG";
 /// The first bytes of a snapshot.
 pub const SNAPSHOT_MAGIC: [u8; 8] = *b"LLMSNAPS";
-const SEGMENT_HEADER_BYTES: usize = 84;
+/// With room for more: where the checksum is must not depend on the format, or another one looks like damage.
+const SEGMENT_HEADER_BYTES: usize = 128;
 /// The length of a group's header.
 pub const GROUP_HEADER_BYTES: usize = 32;
 /// The length of a frame before its payload.
@@ -89,6 +90,8 @@ pub struct SegmentHeader {
     pub first_seq: u64,
     /// A torn tail was cut since it was last known that nothing is missing: see [`Store::whole`](super::Store::whole).
     pub torn: bool,
+    /// The incarnation that began the journal, on an empty disk: what earlier ones knew was never in it.
+    pub began: u64,
 }
 
 /// Binds groups and frames to their segment: the checksum of its header.
@@ -106,11 +109,12 @@ impl SegmentHeader {
         out.extend(u32::from(self.torn).to_le_bytes());
         out.extend(self.index.to_le_bytes());
         out.extend(self.header.incarnation.to_le_bytes());
+        out.extend(self.began.to_le_bytes());
         out.extend(self.first_seq.to_le_bytes());
         out.extend(self.header.identity);
+        out.resize(SEGMENT_HEADER_BYTES - 4, 0);
         let crc = crc32fast::hash(&out);
         out.extend(crc.to_le_bytes());
-        debug_assert_eq!(out.len(), SEGMENT_HEADER_BYTES);
         out.resize(BLOCK_BYTES, 0);
         (out, Tag(crc))
     }
@@ -142,9 +146,10 @@ impl SegmentHeader {
         };
         let index = at.u64();
         let incarnation = at.u64();
+        let began = at.u64();
         let first_seq = at.u64();
         let header = Header { logic_version, node, incarnation, identity: at.array() };
-        Ok((Self { header, index, first_seq, torn }, Tag(crc)))
+        Ok((Self { header, index, first_seq, torn, began }, Tag(crc)))
     }
 }
 

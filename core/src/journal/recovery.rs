@@ -53,6 +53,8 @@ pub struct Scanned {
     pub cut: Option<Cut>,
     /// A torn tail was cut, now or at an earlier opening, and nobody has said since that nothing is missing.
     pub torn: bool,
+    /// The incarnation that began it, on an empty disk; `None` on one.
+    pub began: Option<u64>,
     /// The last record known to be durable; those above may exist only in the page cache.
     pub durable: u64,
     /// The segments with records from the snapshot on, oldest first.
@@ -99,6 +101,7 @@ pub(super) fn read<D: Disk>(disk: &mut D, expected: Option<&Header>) -> Result<S
         records: Vec::new(),
         cut: None,
         torn: false,
+        began: None,
         durable: next - 1,
         segments: Vec::new(),
         index_max,
@@ -116,6 +119,7 @@ pub(super) fn read<D: Disk>(disk: &mut D, expected: Option<&Header>) -> Result<S
         if end.is_none() {
             header = Some(segment.info.header.header);
             out.torn = segment.info.header.torn;
+            out.began = Some(segment.info.header.began);
         }
         let mut records = segment.parse(end, next, &mut out)?;
         records.retain(|record| record.seq >= next && end.is_none_or(|end| record.seq < end));

@@ -32,6 +32,8 @@ pub struct Recovered {
     pub cut: Option<Cut>,
     /// A torn tail was left out, now or at an earlier opening, and [`Store::whole`] has not been called since.
     pub torn: bool,
+    /// The incarnation that began this journal on an empty disk: this one, if there was none.
+    pub began: u64,
     /// The incarnation that last opened this journal.
     pub incarnation: Option<u64>,
 }
@@ -48,6 +50,7 @@ pub struct Store<D: Disk> {
     snapshot_next: u64,
     segment_bytes: u64,
     torn: bool,
+    began: u64,
     poisoned: bool,
 }
 
@@ -75,8 +78,8 @@ impl<D: Disk> Store<D> {
         let first_seq = scanned.durable + 1;
         let tail: Vec<Record> = scanned.records.iter().filter(|r| r.seq >= first_seq).cloned().collect();
         let index = scanned.index_max + 1;
-        let torn = scanned.torn;
-        let begin = SegmentHeader { header: *header, index, first_seq, torn };
+        let (torn, began) = (scanned.torn, scanned.began.unwrap_or(header.incarnation));
+        let begin = SegmentHeader { header: *header, index, first_seq, torn, began };
         let active = create_segment(&mut disk, &begin, &tail)?;
         let next = scanned.snapshot.as_ref().map_or(1, |snapshot| snapshot.next);
         let durable = scanned.durable + tail.len() as u64;
@@ -90,6 +93,7 @@ impl<D: Disk> Store<D> {
             snapshot_next: next,
             segment_bytes: SEGMENT_BYTES,
             torn,
+            began,
             poisoned: false,
         };
         store.remove_unused(first_seq)?;
@@ -98,6 +102,7 @@ impl<D: Disk> Store<D> {
             records: scanned.records,
             cut: scanned.cut,
             torn,
+            began,
             incarnation: scanned.header.map(|header| header.incarnation),
         };
         Ok((store, recovered))
@@ -302,8 +307,8 @@ impl<D: Disk> Store<D> {
 
     /// Makes an empty segment after the present one, for records from there on.
     fn begin_segment(&mut self, first_seq: u64) -> Result<(), JournalError> {
-        let (header, index, torn) = (self.header, self.active.index + 1, self.torn);
-        let begin = SegmentHeader { header, index, first_seq, torn };
+        let Self { header, torn, began, .. } = *self;
+        let begin = SegmentHeader { header, index: self.active.index + 1, first_seq, torn, began };
         self.active = create_segment(&mut self.disk, &begin, &[])?;
         Ok(())
     }

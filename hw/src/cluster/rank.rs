@@ -28,7 +28,7 @@ use lite_llm_core::cluster::orders::{Beat, Facts, Orders};
 use lite_llm_core::cluster::peer::{Log, Peer, PeerConfig, PeerInput, PeerOutput};
 use lite_llm_core::config::Config;
 use lite_llm_core::digest::Digest;
-use lite_llm_core::ids::Seq;
+use lite_llm_core::ids::{Incarnation, Seq};
 use lite_llm_core::input::Input;
 use lite_llm_core::journal::{Header, Store};
 use lite_llm_core::output::Output;
@@ -227,6 +227,7 @@ impl Node {
             facts,
             config: config.clone(),
             torn: recovered.torn,
+            began: Incarnation(recovered.began),
             entropy: std::collections::hash_map::RandomState::new().build_hasher().finish(),
             retry_ns: RETRY_NS,
             unconfirmed_max: UNCONFIRMED_MAX,

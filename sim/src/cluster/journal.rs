@@ -10,7 +10,7 @@ use lite_llm_core::cluster::peer::Log;
 use lite_llm_core::disk::{Disk, DiskError};
 use lite_llm_core::engine::Engine;
 use lite_llm_core::ids::Seq;
-use lite_llm_core::journal::{Header, JournalError, Record, Scanned, Snapshot, Store, scan};
+use lite_llm_core::journal::{Header, JournalError, Record, Recovered, Scanned, Snapshot, Store, scan};
 use lite_llm_core::replay::{ReplayError, fold};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -32,6 +32,14 @@ impl Platter {
     /// Nanoseconds that the disk has taken since the last call.
     pub fn take_ns(&mut self) -> u64 {
         self.0.borrow_mut().take_ns()
+    }
+
+    /// What is on it now, without any fault of reading it.
+    ///
+    /// # Errors
+    /// If it is damaged.
+    pub fn look(&self) -> Result<Scanned, JournalError> {
+        scan(&mut self.0.borrow().honest())
     }
 
     /// The machine dies, in the middle of a flush of this store if `flushing` says how far it had got.
@@ -74,16 +82,16 @@ impl NodeJournal {
         Self { platter: Platter::new(disk), node, store: None }
     }
 
-    /// Opens it for a life and folds what is there; with it, whether a tail was torn since it was known to be whole.
+    /// Opens it for a life and folds what is there; with it, what the store has found.
     ///
     /// # Errors
     /// If it cannot be read, written or folded; the process cannot go on, and may try again in its next life.
-    pub fn open(&mut self, incarnation: u64) -> Result<(Log, bool), OpenError> {
+    pub fn open(&mut self, incarnation: u64) -> Result<(Log, Recovered), OpenError> {
         let header = Header { logic_version: LOGIC_VERSION, node: self.node, incarnation, identity: [0; 32] };
         let (store, found) = Store::open(self.platter.clone(), &header)?;
         let log = folded(found.snapshot.as_ref(), &found.records)?;
         self.store = Some(store);
-        Ok((log, found.torn))
+        Ok((log, found))
     }
 
     /// What is on its disk now, whether or not it is open; to look at.
@@ -91,7 +99,7 @@ impl NodeJournal {
     /// # Errors
     /// If it is damaged.
     pub fn look(&self) -> Result<Scanned, JournalError> {
-        scan(&mut self.platter.0.borrow().honest())
+        self.platter.look()
     }
 
     /// Adds a record, not yet durable.

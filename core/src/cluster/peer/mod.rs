@@ -15,7 +15,7 @@ use super::orders::{Activity, Beat, Facts, LogEnd, Orders};
 use crate::config::Config;
 use crate::digest::Digest;
 use crate::engine::Engine;
-use crate::ids::{Seq, index};
+use crate::ids::{Incarnation, Seq, index};
 use crate::input::Input;
 use crate::journal::{Record, Snapshot};
 use crate::lifecycle::Lifecycle;
@@ -38,6 +38,8 @@ pub struct PeerConfig {
     pub config: Config,
     /// The journal's tail was torn, and nobody has said since that nothing is missing.
     pub torn: bool,
+    /// The life that began the journal, on an empty disk.
+    pub began: Incarnation,
     /// A random number, for a replica whose routing seed is to be drawn.
     pub entropy: u64,
     /// Nanoseconds after which an unconfirmed message is sent again.
@@ -323,6 +325,7 @@ impl Peer {
             facts: self.settings.facts.clone(),
             log: self.durable,
             torn: self.settings.torn,
+            began: self.settings.began,
             committed: self.committed(),
             epoch: self.epoch().filter(|_| in_epoch).unwrap_or_default(),
             synced: self.synced(),

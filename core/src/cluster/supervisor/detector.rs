@@ -205,6 +205,7 @@ mod tests {
             facts: Default::default(),
             log: Default::default(),
             torn: false,
+            began: Default::default(),
             committed: Default::default(),
             epoch: Default::default(),
             synced: false,

@@ -66,7 +66,7 @@ impl Replica {
 
     /// Whether a node's disk has everything that was told, if it has its log still.
     fn is_holder(&self, node: NodeId) -> bool {
-        plant::is(Bug::AnyLeads)
+        [Bug::AnyLeads, Bug::FloorIgnored].into_iter().any(plant::is)
             || self
                 .holders
                 .as_ref()
@@ -244,7 +244,8 @@ impl State {
         let last =
             |node: NodeId| self.nodes[index(node.0)].beat.as_ref().map_or(Seq(0), |beat| beat.log.last);
         let reaches = |node: NodeId| last(node) >= replica.floor || plant::is(Bug::FloorIgnored);
-        let has_all = |node: NodeId| replica.is_holder(node) && reaches(node);
+        let has_all =
+            |node: NodeId| replica.is_holder(node) && self.is_its_disk(replica, node) && reaches(node);
         let is_whole = |node: NodeId| has_all(node) && !self.is_torn(node);
         let whole = self.ids().any(|node| fits(node) && is_whole(node));
         // A log whose tail was torn may lack what was told: it is as good as any only once all are known.
@@ -283,6 +284,14 @@ impl State {
         let node = &self.nodes[index(node.0)];
         let reached = if plant::is(Bug::FloorIgnored) { Seq(0) } else { node.reached };
         node.beat.as_ref().is_none_or(|beat| beat.torn || beat.log.last < reached)
+    }
+
+    /// Whether a node's disk is the one that it had as a holder, not one that was put in its place since.
+    fn is_its_disk(&self, replica: &Replica, node: NodeId) -> bool {
+        let began = self.nodes[index(node.0)].beat.as_ref().map(|beat| beat.began);
+        let held = replica.holders.iter().flat_map(|holders| &holders.members).find(|held| held.node == node);
+        let is_its = held.is_none_or(|held| began.is_some_and(|began| began <= held.incarnation));
+        is_its || plant::is(Bug::AnyLeads) || plant::is(Bug::FloorIgnored)
     }
 
     /// Nodes without a replica that this one may take: the others have to find as many as they have ranks.

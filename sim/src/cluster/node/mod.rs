@@ -302,6 +302,8 @@ impl NodeActor {
             let command = matches!(input, PeerInput::Command(_));
             let before = process.peer.engine().next_seq();
             process.peer.handle(cx.clock(), input);
+            // What is told next rests on it, even if the process dies in between.
+            self.durable = process.peer.durable();
             if command && process.peer.engine().next_seq() > before {
                 let membership = process.peer.membership().expect("it leads");
                 let fact = Fact::Took { member: process.member, membership };
@@ -312,7 +314,6 @@ impl NodeActor {
             }
         }
         let Some(Life::Running(process)) = &mut self.life else { return };
-        self.durable = process.peer.durable();
         if process.dirty && !process.flushing {
             process.flushing = true;
             let seq = process.peer.engine().next_seq().0;
@@ -369,6 +370,9 @@ impl NodeActor {
             process.active = membership.epoch;
             let nodes = membership.members.iter().map(|member| member.node.0).collect();
             self.common.atlas.regroup(replica as usize, nodes);
+        }
+        if process.peer.is_in_active_epoch() {
+            self.common.atlas.joined(self.node, membership.leading().node.0);
         }
         if process.peer.is_in_active_epoch() && process.damages == self.common.atlas.damages(self.node) {
             self.common.atlas.whole_again(self.node);

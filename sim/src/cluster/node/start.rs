@@ -15,7 +15,7 @@ use lite_llm_core::cluster::membership::{Epoch, Member, NodeId};
 use lite_llm_core::cluster::orders::{Facts, LogEnd};
 use lite_llm_core::cluster::peer::{Log, Peer, PeerConfig};
 use lite_llm_core::ids::{Incarnation, Seq};
-use lite_llm_core::journal::JournalError;
+use lite_llm_core::journal::{JournalError, Recovered};
 use std::collections::{BTreeMap, VecDeque};
 
 impl NodeActor {
@@ -41,7 +41,7 @@ impl NodeActor {
             return cx.exit();
         }
         match opened {
-            Ok((log, torn)) => self.begin(cx, incarnation, log, torn, damages),
+            Ok((log, found)) => self.begin(cx, incarnation, log, &found, damages),
             Err(error) => self.unopened(cx, &error),
         }
     }
@@ -61,6 +61,7 @@ impl NodeActor {
             cx.note(|| What::Note("the disk is replaced".into()));
             self.journal.die(None);
             self.journal.replace_disk();
+            self.common.atlas.lose(self.node, 1);
             (self.durable, self.failures) = (LogEnd::default(), 0);
         } else {
             self.common.watch.mark(Mark::OpenFailed);
@@ -68,13 +69,20 @@ impl NodeActor {
         cx.exit_with(3);
     }
 
-    fn begin(&mut self, cx: &mut Context<'_, Said>, incarnation: u64, log: Log, torn: bool, damages: u64) {
+    fn begin(
+        &mut self,
+        cx: &mut Context<'_, Said>,
+        incarnation: u64,
+        log: Log,
+        found: &Recovered,
+        damages: u64,
+    ) {
         self.failures = 0;
         self.check_recovered(cx, &log);
         let common = &self.common;
         let member = Member { node: NodeId(self.node), incarnation: Incarnation(incarnation) };
         let digests = log.ends.iter().map(|end| (end.last.0 + 1, first_bytes(&end.digest.0))).collect();
-        if torn {
+        if found.torn {
             common.watch.mark(Mark::Torn);
         }
         if log.ends.len() > 1 {
@@ -91,7 +99,8 @@ impl NodeActor {
             member,
             facts: Facts { logic, ..common.facts.clone() },
             config: common.config.clone(),
-            torn,
+            torn: found.torn,
+            began: Incarnation(found.began),
             entropy: cx.decisions().ordinary(7, u64::from(self.node), incarnation),
             retry_ns: RETRY_NS,
             unconfirmed_max: 1000,
@@ -117,11 +126,8 @@ impl NodeActor {
         self.beat(cx);
     }
 
-    /// What was durable is there again, with the same digest.
+    /// What was durable is there again, with the same digest, unless damage took it.
     fn check_recovered(&self, cx: &Context<'_, Said>, log: &Log) {
-        if self.common.atlas.is_damaged(self.node) {
-            return;
-        }
         let found = log.ends.iter().find(|end| end.last == self.durable.last);
         let last = log.ends[log.ends.len() - 1].last;
         let what = match found {
@@ -130,6 +136,9 @@ impl NodeActor {
             None if log.ends[0].last > self.durable.last => return,
             None => "is lost",
         };
+        if self.common.atlas.is_damaged(self.node) {
+            return self.common.atlas.lose(self.node, last.0 + 1);
+        }
         let what = format!(
             "record {} of node {}, durable, {what}: {last} is the last",
             self.durable.last, self.node

@@ -61,6 +61,7 @@ impl Toy {
                     facts: Facts::default(),
                     log: LogEnd { last: Seq(1), ..LogEnd::default() },
                     torn: false,
+                    began: Incarnation(1),
                     committed: Seq(1),
                     epoch: membership.map(|membership| membership.epoch).unwrap_or_default(),
                     synced: membership.is_some_and(|membership| membership.leading() == member),
