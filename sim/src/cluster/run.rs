@@ -12,6 +12,7 @@
 //! ```
 
 mod cast;
+mod excuse;
 mod file;
 mod many;
 mod panics;

@@ -9,6 +9,7 @@ use lite_llm_core::cluster::supervisor::SupervisorEvent;
 use lite_llm_core::ids::{Generation, Seq};
 use lite_llm_core::output::Output;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::rc::Rc;
 
@@ -138,6 +139,8 @@ impl fmt::Display for Violation {
 struct Inner {
     now_ns: u64,
     checkers: Vec<Box<dyn Checker>>,
+    /// By replica: the last record that anybody knew to be committed, and the first bytes of the digest before it.
+    committed: BTreeMap<u32, (Seq, u64)>,
     marks: Marks,
     inputs: u64,
     violation: Option<Violation>,
@@ -157,8 +160,9 @@ impl Watch {
     /// Observers of a run that has not begun.
     #[must_use]
     pub fn new(checkers: Vec<Box<dyn Checker>>) -> Self {
-        let marks = Marks::default();
-        Self(Rc::new(RefCell::new(Inner { now_ns: 0, checkers, marks, inputs: 0, violation: None })))
+        let (marks, committed) = (Marks::default(), BTreeMap::new());
+        let inner = Inner { now_ns: 0, checkers, committed, marks, inputs: 0, violation: None };
+        Self(Rc::new(RefCell::new(inner)))
     }
 
     /// Tells the checkers something.
@@ -173,6 +177,16 @@ impl Watch {
             Some(Violation { checker: checker.name().into(), at_ns: now_ns, what })
         });
         inner.violation = found;
+        if let (Fact::Committed { replica, seq, digest, .. }, None) = (fact, &inner.violation) {
+            let last = inner.committed.entry(*replica).or_insert((*seq, *digest));
+            *last = (*last).max((*seq, *digest));
+        }
+    }
+
+    /// The last record of a replica that anybody knew to be committed, and the first bytes of the digest before it.
+    #[must_use]
+    pub fn committed(&self, replica: u32) -> Option<(Seq, u64)> {
+        self.0.borrow().committed.get(&replica).copied()
     }
 
     /// Something is wrong that an actor saw itself.
@@ -207,6 +221,11 @@ impl Watch {
     #[must_use]
     pub fn violation(&self) -> Option<Violation> {
         self.0.borrow().violation.clone()
+    }
+
+    /// What was wrong is excused.
+    pub fn forgive(&self) {
+        self.0.borrow_mut().violation = None;
     }
 
     /// Whether something is wrong.

@@ -4,7 +4,7 @@
 //! Node n is actor n. A `Start` of a life that was begun already, and a `Kill` of one that is over, are answered with its end:
 //! that is what an init system knows of its processes.
 
-use super::journal::Platter;
+use super::journal::{OpenError, Platter};
 use super::luck::Luck;
 use super::message::Said;
 use super::watch::{Fact, Watch};
@@ -20,7 +20,7 @@ use lite_llm_core::cluster::supervisor::{
     SupervisorOutput, Suspicion,
 };
 use lite_llm_core::ids::{Incarnation, Seq};
-use lite_llm_core::journal::{Header, JournalError, Store};
+use lite_llm_core::journal::{Header, JournalError, Record, Snapshot, Store};
 use lite_llm_core::replay::{encode_input, fold};
 use lite_llm_core::time::Time;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -208,15 +208,13 @@ impl SupervisorActor {
     fn start(&mut self, cx: &mut Context<'_, Said>, incarnation: u64) {
         self.exited = None;
         let header = Header { logic_version: LOGIC_VERSION, node: u32::MAX, incarnation, identity: [0; 32] };
-        let opened = Store::open(self.platter.clone(), &header);
-        // A disk that fails now may not fail the next time.
-        let Ok((store, found)) = opened else { return self.end_unopened(cx, incarnation) };
-        let restored = found
-            .snapshot
-            .as_ref()
-            .map_or_else(|| Ok(Supervisor::new()), |snapshot| Supervisor::restore(&snapshot.bytes));
-        let mut supervisor = restored.expect("a snapshot with a good checksum is the one that was written");
-        fold(&mut supervisor, &found.records, |_, _| {}).expect("a journal without damage folds");
+        let opened = Store::open(self.platter.clone(), &header).map_err(OpenError::from);
+        let opened =
+            opened.and_then(|(store, found)| Ok((store, folded(found.snapshot.as_ref(), &found.records)?)));
+        let (store, supervisor) = match opened {
+            Ok(opened) => opened,
+            Err(error) => return self.end_unopened(cx, incarnation, &error),
+        };
         let durable = Seq(supervisor.next_seq().0 - 1);
         if durable > Seq(0) {
             self.watch.mark(Mark::SupervisorRecovered);
@@ -245,11 +243,21 @@ impl SupervisorActor {
         self.work(cx);
     }
 
-    fn end_unopened(&mut self, cx: &mut Context<'_, Said>, incarnation: u64) {
+    /// Its journal cannot be read: it says why, and ends. A disk that fails now may not fail the next time.
+    fn end_unopened(&mut self, cx: &mut Context<'_, Said>, incarnation: u64, error: &OpenError) {
+        cx.note(|| What::Note(format!("journal: {error}")));
         self.platter.die(None, None);
         let me = cx.me();
         cx.exit();
         cx.start(me, incarnation + 1, RESTART_NS);
+    }
+
+    /// Why it does not run, if what is on its disk cannot be read, by whatever process and however often.
+    #[must_use]
+    pub fn unreadable(&self) -> Option<OpenError> {
+        let found = self.platter.look().map_err(OpenError::from);
+        let folded = found.and_then(|found| folded(found.snapshot.as_ref(), &found.records));
+        folded.err().filter(|_| self.process.is_none())
     }
 
     /// Handles what there is, obeys what is durable, and has the rest made so.
@@ -422,6 +430,14 @@ impl Process {
         }
         Ok(())
     }
+}
+
+/// The state that a snapshot and the records after it make.
+fn folded(snapshot: Option<&Snapshot>, records: &[Record]) -> Result<Supervisor, OpenError> {
+    let mut supervisor =
+        snapshot.map_or_else(|| Ok(Supervisor::new()), |snapshot| Supervisor::restore(&snapshot.bytes))?;
+    fold(&mut supervisor, records, |_, _| {})?;
+    Ok(supervisor)
 }
 
 #[cfg(test)]
