@@ -54,6 +54,9 @@ pub(crate) struct SynthArgs {
     /// Longest sequence
     #[arg(long, value_name = "N")]
     context: Option<u32>,
+    /// Percent of each token's embedding that all have in common: with any, routers prefer the same experts in every text
+    #[arg(long, value_name = "PERCENT", default_value_t = 0)]
+    skew: u32,
     /// Write a native checkpoint with these tiers of experts: NAME:EXPERTS[:hot|warm|cold],... as of import; tiered_moe
     /// has them in its router, with NAME:GROUPSxEXPERTS
     #[arg(long, value_name = "SPEC")]
@@ -197,7 +200,7 @@ impl SynthArgs {
             WeightType::Bf16 => DType::Bf16,
             WeightType::F16 => DType::F16,
         };
-        spec.seed = self.seed;
+        (spec.seed, spec.skew) = (self.seed, self.skew);
         spec.shard_bytes = self.shard_size.map_or(spec.shard_bytes, |size| size.0);
         Ok(spec)
     }

@@ -95,6 +95,9 @@ pub struct SynthSpec {
     pub vocab: u32,
     /// Longest sequence.
     pub context: u32,
+    /// Percent of each token's embedding, squared, that all tokens have in common: with any, routers prefer the same experts in
+    /// every text. Below 100.
+    pub skew: u32,
     /// Storage type of all weights.
     pub dtype: DType,
     /// Seed of all weights.
@@ -139,6 +142,7 @@ impl SynthSpec {
             shared_intermediate: 192,
             vocab: 512,
             context: 2048,
+            skew: 0,
             dtype: DType::F32,
             seed: 0,
             shard_bytes: 5_000_000_000,
@@ -219,6 +223,9 @@ impl SynthSpec {
                 value: 0,
                 remedy: "take the bytes that one file may hold, for example 5000000000".into(),
             });
+        }
+        if self.skew >= 100 {
+            return invalid("skew", self.skew, "take 0 to 99 percent: tokens have to differ".into());
         }
         tensors::total_bytes(self).map(|_| ()).ok_or_else(|| SynthError::Invalid {
             field: "layers",

@@ -10,8 +10,13 @@ pub(super) enum Draw {
         /// Values summed.
         inputs: u32,
     },
-    /// About normal with deviation 1: each token is a direction of its own.
-    Embedding,
+    /// About normal with deviation 1: each token is a direction of its own, but for what all have in common.
+    Embedding {
+        /// Values of a token.
+        width: u32,
+        /// Percent of its length, squared, that all tokens have in common.
+        skew: u32,
+    },
     /// About normal and small; not zero, so that leaving one out shows.
     Bias,
     /// Uniform in 0.5 to 1.5.
@@ -42,7 +47,7 @@ pub(super) fn tensors(spec: &SynthSpec) -> impl Iterator<Item = Tensor> + '_ {
     let embedding = Tensor {
         name: "model.embed_tokens.weight".into(),
         shape: vec![spec.vocab, spec.hidden],
-        draw: Draw::Embedding,
+        draw: Draw::Embedding { width: spec.hidden, skew: spec.skew },
     };
     let norm = Tensor { name: "model.norm.weight".into(), shape: vec![spec.hidden], draw: Draw::Norm };
     let head = Tensor::matrix("lm_head.weight".into(), spec.vocab, spec.hidden);

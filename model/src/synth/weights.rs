@@ -23,6 +23,10 @@ pub(super) struct Values {
     draw: Draw,
     dtype: DType,
     left: u64,
+    /// Added to every token of an embedding, value by value; empty if tokens have nothing in common.
+    common: Vec<f32>,
+    /// Where in a token's values the next one is.
+    at: usize,
     words: Vec<u8>,
     values: Vec<f32>,
     bytes: Vec<u8>,
@@ -33,11 +37,25 @@ impl Values {
         // The name is hashed into the key: values depend neither on the order nor on the number of the tensors.
         let mut key = blake3::Hasher::new();
         key.update(b"lite-llm synth 1").update(&seed.to_le_bytes()).update(tensor.name.as_bytes());
+        let stream = ChaCha8Rng::from_seed(*key.finalize().as_bytes());
+        let common = match tensor.draw {
+            Draw::Embedding { width, skew: skew @ 1.. } => {
+                key.update(b", what all tokens have in common");
+                let mut words = vec![0; width as usize * 4];
+                ChaCha8Rng::from_seed(*key.finalize().as_bytes()).fill_bytes(&mut words);
+                let mut values = vec![0.0; width as usize];
+                normal(&words, (f64::from(skew) / 100.0).sqrt(), &mut values);
+                values
+            }
+            _ => Vec::new(),
+        };
         Self {
-            stream: ChaCha8Rng::from_seed(*key.finalize().as_bytes()),
+            stream,
             draw: tensor.draw,
             dtype,
             left: tensor.len(),
+            common,
+            at: 0,
             words: vec![0; BLOCK * 4],
             values: vec![0.0; BLOCK],
             bytes: vec![0; BLOCK * dtype.bytes()],
@@ -56,10 +74,14 @@ impl Values {
         let values = &mut self.values[..count];
         match self.draw {
             Draw::Matrix { inputs } => normal(words, GAIN / f64::from(inputs).sqrt(), values),
-            Draw::Embedding => normal(words, 1.0, values),
+            Draw::Embedding { skew, .. } => normal(words, (1.0 - f64::from(skew) / 100.0).sqrt(), values),
             Draw::Bias => normal(words, BIAS_DEVIATION, values),
             Draw::Norm => uniform(words, values),
         }
+        for (value, common) in values.iter_mut().zip(self.common.iter().cycle().skip(self.at)) {
+            *value += common;
+        }
+        self.at = (self.at + count) % self.common.len().max(1);
         let bytes = &mut self.bytes[..count * self.dtype.bytes()];
         narrow(self.dtype, values, bytes);
         Some(bytes)
@@ -100,8 +122,26 @@ mod tests {
     }
 
     #[test]
+    fn tokens_have_in_common_what_is_asked_for() {
+        let (width, tokens) = (97, 5_000);
+        let values = drawn(Draw::Embedding { width, skew: 30 }, width * tokens);
+        let token = |at: usize| &values[at * width as usize..][..width as usize];
+        let product = |a: &[f32], b: &[f32]| -> f64 { a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum() };
+        let mean = |of: &dyn Fn(usize) -> f64| (0..4_999).map(of).sum::<f64>() / 4_999.0 / f64::from(width);
+        let (length, common) =
+            (mean(&|at| product(token(at), token(at))), mean(&|at| product(token(at), token(at + 1))));
+        // The direction is one draw of 97 values: its own length may be off by a few tenths.
+        assert!((length - 1.0).abs() < 0.1, "length {length}");
+        assert!((common - (length - 0.7)).abs() < 0.01, "{common} of {length} in common");
+        assert_eq!(
+            drawn(Draw::Embedding { width, skew: 0 }, 99),
+            drawn(Draw::Embedding { width: 1, skew: 0 }, 99)
+        );
+    }
+
+    #[test]
     fn normals_have_the_stated_moments() {
-        let values = drawn(Draw::Embedding, 300_001);
+        let values = drawn(Draw::Embedding { width: 1, skew: 0 }, 300_001);
         let n = values.len() as f64;
         let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
         let variance = values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / n;
