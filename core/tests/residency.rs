@@ -209,6 +209,28 @@ fn what_is_used_displaces_what_is_not() {
     assert_eq!(rig.arenas()[0], [Some(key(0, 0, 0)), Some(key(1, 0, 0))], "used twice, it stays");
 }
 
+/// Where a layer needs more than there is room for, everything comes and goes; what is used most stays all the same.
+#[test]
+fn what_comes_back_is_worth_what_it_was() {
+    let mut rig = stepping(0);
+    let (popular, others) = (key(0, 0, 0), [key(0, 0, 1), key(1, 0, 0), key(1, 0, 1)]);
+    for _ in 0..3 {
+        rig.visit(popular);
+    }
+    // Two that are used as often drive it out, and it comes back, in the place of one of them.
+    for _ in 0..3 {
+        rig.visit(others[0]);
+    }
+    for _ in 0..4 {
+        rig.visit(others[1]);
+    }
+    assert!(!rig.arenas()[0].contains(&Some(popular)), "{:?}", rig.arenas());
+    assert!(rig.visit(popular).is_some());
+    // It has four uses by now, and whoever comes next takes the place of somebody who has fewer, or as many.
+    rig.visit(others[2]);
+    assert!(rig.arenas()[0].contains(&Some(popular)), "{:?}", rig.arenas());
+}
+
 #[test]
 fn of_equals_the_one_that_is_there_stays() {
     let mut rig = stepping(1);

@@ -2,7 +2,8 @@
 //!
 //! Steps read the hot arena. A slot is pinned while a wave of a step may read it; only an unpinned slot is ever given to
 //! another expert. Eviction goes by placement, then by use (halved now and then), then by how long the layer-by-layer
-//! walk of a step will not come by: cyclic access defeats plain recency.
+//! walk of a step will not come by: cyclic access defeats plain recency. What leaves both arenas keeps its count: where a
+//! step needs more than there is room for, all would have one otherwise.
 //!
 //! An expert that has to leave the hot arena is demoted to the warm one, in which it takes the place of the expert that
 //! it is promoted for, or of one that is worth less. No expert is in both, so that the arenas together hold as many as
@@ -85,6 +86,8 @@ pub(crate) struct Residency {
     ahead: VecDeque<Held>,
     foreseen: Foreseen,
     next_load: LoadId,
+    /// The counts of use, above 0, of experts that are in neither arena.
+    gone: BTreeMap<Held, u32>,
 }
 
 /// What became of a load.
@@ -148,7 +151,7 @@ impl Residency {
         });
         let obsolete: Vec<Slot> = obsolete.map(|(slot, _)| slot).collect();
         for slot in &obsolete {
-            self.hot.clear(*slot);
+            self.clear_hot(*slot);
         }
         len32(obsolete.len())
     }
@@ -191,7 +194,7 @@ impl Residency {
         self.hot.unpin_all();
         self.foreseen = Foreseen::default();
         while let Some(Demand { slot, .. }) = self.demanded.pop_front() {
-            self.hot.clear(slot);
+            self.clear_hot(slot);
         }
     }
 
@@ -199,12 +202,42 @@ impl Residency {
     pub(crate) fn age(&mut self) {
         self.hot.age();
         self.warm.age();
+        self.gone.retain(|_, uses| {
+            *uses /= 2;
+            *uses > 0
+        });
+    }
+
+    /// Keeps the count of an expert that has left an arena, unless it is in the other one.
+    fn remember(&mut self, (held, uses): (Held, u32)) {
+        if uses > 0 && self.hot.slot_of(held).is_none() && self.warm.slot_of(held).is_none() {
+            self.gone.insert(held, uses);
+        }
+    }
+
+    /// The count of an expert that comes back.
+    fn recall(&mut self, held: Held) -> u32 {
+        self.gone.remove(&held).unwrap_or(0)
+    }
+
+    fn clear_hot(&mut self, slot: Slot) {
+        self.hot.clear(slot).into_iter().for_each(|was| self.remember(was));
+    }
+
+    fn clear_warm(&mut self, slot: Slot) {
+        self.warm.clear(slot).into_iter().for_each(|was| self.remember(was));
     }
 
     /// Gives a hot slot to an expert that is to come.
     fn give(&mut self, slot: Slot, held: Held) -> Demand {
-        let uses = self.warm.slot_of(held).map_or(0, |(slot, _)| self.warm.uses(slot));
-        Demand { slot, old: self.hot.assign(slot, held, uses) }
+        let known = self.recall(held);
+        let uses = self.warm.slot_of(held).map_or(known, |(slot, _)| self.warm.uses(slot));
+        let old = self.hot.assign(slot, held, uses);
+        if let Some(old) = old {
+            // Until the warm arena takes it, if it does.
+            self.remember(old);
+        }
+        Demand { slot, old }
     }
 
     /// The next that a step waits for. What is on its way to a warm slot is there sooner than it could be read again.
@@ -220,7 +253,10 @@ impl Residency {
     /// Reads the expert that a hot slot waits for; what was there goes to the warm slot `keep`.
     fn read(&mut self, cx: &mut Context<'_>, slot: Slot, keep: Option<(Slot, (Held, u32))>) {
         let keep = keep.map(|(slot, (held, uses))| {
-            self.warm.assign(slot, held, uses);
+            self.recall(held);
+            if let Some(displaced) = self.warm.assign(slot, held, uses) {
+                self.remember(displaced);
+            }
             slot
         });
         self.issue(cx, Path::Heat(slot, Origin::Disk { keep }), 0);
@@ -230,6 +266,7 @@ impl Residency {
     fn promote(&mut self, cx: &mut Context<'_>, slot: Slot, from: Slot, old: Option<(Held, u32)>) {
         match old {
             Some((held, uses)) => {
+                self.recall(held);
                 self.warm.assign(from, held, uses);
             }
             None => self.warm.pin(from),
@@ -271,7 +308,7 @@ impl Residency {
                 {
                     self.warm.arrived(slot);
                 }
-                Origin::Disk { keep: Some(slot) } | Origin::Warm { slot, .. } => self.warm.clear(slot),
+                Origin::Disk { keep: Some(slot) } | Origin::Warm { slot, .. } => self.clear_warm(slot),
                 Origin::Disk { keep: None } => {}
             }
         }
@@ -290,11 +327,11 @@ impl Residency {
                 Outcome::Retried
             }
             (Some(fault), Path::Stage(slot)) => {
-                self.warm.clear(slot);
+                self.clear_warm(slot);
                 Outcome::Lost { key, hot: false, fault }
             }
             (Some(fault), Path::Heat(slot, _)) => {
-                self.hot.clear(slot);
+                self.clear_hot(slot);
                 Outcome::Lost { key, hot: true, fault }
             }
         }
@@ -320,6 +357,10 @@ impl Residency {
         assert_eq!(self.hot.coming(), heats, "whatever comes to a hot slot is loaded or queued");
         assert_eq!(self.warm.coming(), fills, "whatever comes to a warm slot is staged or demoted");
         assert_eq!(self.warm.pinned(), frees, "a warm slot is in use while its expert is promoted");
+        for held in self.gone.keys() {
+            let inside = self.hot.slot_of(*held).or_else(|| self.warm.slot_of(*held));
+            assert_eq!(inside, None, "a count is kept of what is in no arena");
+        }
         for (held, _) in self.warm.held() {
             let hot = self.hot.slot_of(held);
             assert!(hot.is_none_or(|(_, ready)| !ready), "an expert is not in both arenas");
@@ -432,23 +473,26 @@ impl State {
     /// Loads an expert into a free slot, a hot one if there is one. What finds no room is loaded when it is demanded.
     fn load_ahead(&mut self, cx: &mut Context<'_>, held: Held) {
         let shelf = self.shelf(held.0);
-        let Residency { hot, warm, .. } = &mut self.residency;
-        if hot.slot_of(held).is_some() {
+        if self.residency.hot.slot_of(held).is_some() {
             return;
         }
+        let known = self.residency.recall(held);
+        let Residency { hot, warm, .. } = &mut self.residency;
         match (warm.slot_of(held), hot.free(shelf)) {
             (Some((from, true)), Some(slot)) => {
                 hot.assign(slot, held, warm.uses(from));
                 self.residency.promote(cx, slot, from, None);
             }
             (None, Some(slot)) => {
-                hot.assign(slot, held, 0);
+                hot.assign(slot, held, known);
                 self.residency.read(cx, slot, None);
             }
             (None, None) => {
                 if let Some(slot) = warm.free(shelf) {
-                    warm.assign(slot, held, 0);
+                    warm.assign(slot, held, known);
                     self.residency.issue(cx, Path::Stage(slot), 0);
+                } else {
+                    self.residency.remember((held, known));
                 }
             }
             (Some(_), _) => {}

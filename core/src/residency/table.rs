@@ -23,7 +23,7 @@ pub(crate) enum Content {
 pub(crate) struct SlotState {
     pub(crate) content: Content,
     pub(crate) pins: u32,
-    /// How often it was released, halved now and then. Goes with an expert from arena to arena.
+    /// How often it was released, halved now and then. Goes with an expert from arena to arena, and out of them.
     uses: u32,
 }
 
@@ -159,12 +159,12 @@ impl Table {
         self.slots[index(slot.0)].content = Content::Ready(held);
     }
 
-    pub(super) fn clear(&mut self, slot: Slot) {
-        let state = &mut self.slots[index(slot.0)];
-        if let Content::Ready(held) | Content::Coming(held) = state.content {
-            self.by_held.remove(&held);
-        }
-        *state = SlotState::default();
+    /// Empties a slot; returns what was there or to come, with its count of use.
+    pub(super) fn clear(&mut self, slot: Slot) -> Option<(Held, u32)> {
+        let SlotState { content, uses, .. } = core::mem::take(&mut self.slots[index(slot.0)]);
+        let (Content::Ready(held) | Content::Coming(held)) = content else { return None };
+        self.by_held.remove(&held);
+        Some((held, uses))
     }
 
     /// # Panics
