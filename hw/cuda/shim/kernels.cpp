@@ -1,0 +1,73 @@
+// Every kernel, compiled as it stands for the shim, and a table to launch it by name. The only file that is instrumented.
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "../embed.cu"
+#include "../linear.cu"
+#include "../norm.cu"
+#include "../rope.cu"
+#include "planted.cuh"
+
+namespace shim {
+namespace {
+
+template <class T>
+T value_of(const Argument& argument) {
+    if constexpr (std::is_pointer_v<T>) {
+        return argument.is_buffer ? reinterpret_cast<T>(argument.bits) : nullptr;
+    } else if constexpr (std::is_same_v<T, float>) {
+        return __uint_as_float(static_cast<unsigned>(argument.bits));
+    } else {
+        return static_cast<T>(argument.bits);
+    }
+}
+
+template <class... A, std::size_t... I>
+void call_with(void (*kernel)(A...), const Argument* arguments, std::index_sequence<I...>) {
+    kernel(value_of<A>(arguments[I])...);
+}
+
+template <class... A>
+constexpr std::size_t count(void (*)(A...)) {
+    return sizeof...(A);
+}
+
+template <class... A>
+void call(void (*kernel)(A...), const Argument* arguments) {
+    call_with(kernel, arguments, std::index_sequence_for<A...>());
+}
+
+}  // namespace
+
+#define ENTRY(name) {#name, count(name), [](const Argument* arguments) { call(name, arguments); }}
+
+const Kernel kernels[] = {
+    ENTRY(embed_f32),
+    ENTRY(embed_bf16),
+    ENTRY(embed_f16),
+    ENTRY(rms_norm),
+    ENTRY(layer_norm),
+    ENTRY(rope),
+    ENTRY(repack),
+    ENTRY(linear_one_row_f32),
+    ENTRY(linear_one_row_bf16),
+    ENTRY(linear_one_row_f16),
+    ENTRY(linear_few_rows_f32),
+    ENTRY(linear_few_rows_bf16),
+    ENTRY(linear_few_rows_f16),
+    ENTRY(linear_many_rows_f32),
+    ENTRY(linear_many_rows_bf16),
+    ENTRY(linear_many_rows_f16),
+    ENTRY(planted_race),
+    ENTRY(planted_race_of_warp),
+    ENTRY(planted_race_of_blocks),
+    ENTRY(planted_late_write),
+    ENTRY(planted_divergence),
+    ENTRY(planted_overrun),
+    ENTRY(planted_unwritten),
+    ENTRY(planted_none),
+};
+const std::size_t kernels_count = sizeof(kernels) / sizeof(kernels[0]);
+
+}  // namespace shim

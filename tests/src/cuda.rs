@@ -1,0 +1,327 @@
+//! The kernels of CUDA on the CPU: compiles their sources with the shim (`hw/cuda/shim`) and launches them by name.
+//!
+//! The shim is a process of its own, which answers launches on its standard output; `shim.cpp` says what it looks for.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+/// The folder of the kernels.
+pub fn sources() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("hw/cuda")
+}
+
+/// Compiles kernels and shim into `dir`. `None` if there is no C++ compiler.
+///
+/// # Panics
+/// If the compiler finds an error or warns.
+pub fn build(dir: &Path) -> Option<PathBuf> {
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| OsString::from("c++"));
+    Command::new(&compiler).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().ok()?;
+    std::fs::create_dir_all(dir).expect("a folder for the shim");
+    // Another run may build at the same time, or still use what an earlier one built.
+    let own = |name: &str| dir.join(format!("{name}-{}", std::process::id()));
+    let [kernels, shim, program] = [own("kernels.o"), own("shim.o"), own("shim")];
+    let compile = |options: &[&str], source: &str, object: &Path| {
+        let mut command = Command::new(&compiler);
+        command.args([
+            "-std=c++17",
+            "-g0",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-Wno-unknown-pragmas",
+            "-DLITE_LLM_SHIM",
+        ]);
+        command.args(["-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing"]).args(options);
+        command.arg("-c").arg(sources().join("shim").join(source)).arg("-o").arg(object);
+        assert!(command.status().expect("the compiler runs").success(), "{source} does not compile");
+    };
+    // Instrumented for the shim's own hooks; whatever the language leaves undefined, a misaligned load among it, ends the process.
+    let hooks = ["-O1", "-fsanitize=thread,undefined", "-fsanitize-undefined-trap-on-error"];
+    compile(&hooks, "kernels.cpp", &kernels);
+    compile(&["-O2"], "shim.cpp", &shim);
+    let mut link = Command::new(&compiler);
+    link.args([&kernels, &shim]).arg("-lm").arg("-o").arg(&program);
+    assert!(link.status().expect("the compiler runs").success(), "the shim does not link");
+    let known = dir.join("shim");
+    std::fs::rename(&program, &known).expect("the program takes its place");
+    for object in [kernels, shim] {
+        std::fs::remove_file(object).expect("the object is there");
+    }
+    Some(known)
+}
+
+/// A launch of a kernel.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    kernel: String,
+    grid: [u32; 3],
+    threads: u32,
+    arguments: Vec<u8>,
+    count: u32,
+    buffers: Vec<usize>,
+}
+
+impl Launch {
+    /// A kernel in so many blocks of so many threads, as yet without arguments.
+    pub fn new(kernel: &str, grid: [u32; 3], threads: u32) -> Self {
+        let (arguments, buffers) = (Vec::new(), Vec::new());
+        Self { kernel: kernel.to_owned(), grid, threads, arguments, count: 0, buffers }
+    }
+
+    fn argument(mut self, is_buffer: bool, bits: u64, bytes: &[u8]) -> Self {
+        self.arguments.push(u8::from(is_buffer));
+        self.arguments.extend(bits.to_le_bytes());
+        self.arguments.extend(bytes);
+        self.count += 1;
+        self
+    }
+
+    /// An integer.
+    #[must_use]
+    pub fn word(self, value: usize) -> Self {
+        self.argument(false, value as u64, &[])
+    }
+
+    /// A number.
+    #[must_use]
+    pub fn value(self, value: f32) -> Self {
+        self.argument(false, u64::from(value.to_bits()), &[])
+    }
+
+    /// No buffer, where one may be.
+    #[must_use]
+    pub fn null(self) -> Self {
+        self.argument(false, 0, &[])
+    }
+
+    /// A buffer.
+    #[must_use]
+    pub fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.buffers.push(bytes.len());
+        self.argument(true, bytes.len() as u64, bytes)
+    }
+
+    /// A buffer of numbers.
+    #[must_use]
+    pub fn values(self, values: &[f32]) -> Self {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.bytes(&bytes)
+    }
+
+    /// A buffer of numbers, or none.
+    #[must_use]
+    pub fn values_if(self, values: Option<&[f32]>) -> Self {
+        match values {
+            Some(values) => self.values(values),
+            None => self.null(),
+        }
+    }
+
+    /// A buffer of integers.
+    #[must_use]
+    pub fn words(self, words: &[u32]) -> Self {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.bytes(&bytes)
+    }
+
+    /// A buffer of long integers.
+    #[must_use]
+    pub fn longs(self, words: &[u64]) -> Self {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.bytes(&bytes)
+    }
+
+    /// A buffer for so many results, of bytes that no kernel may leave.
+    #[must_use]
+    pub fn room(self, values: usize) -> Self {
+        self.bytes(&vec![0xa5; values * 4])
+    }
+}
+
+/// What the buffers of a launch hold after it, in the order of arguments.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Buffers(Vec<Vec<u8>>);
+
+impl Buffers {
+    /// A buffer as bytes.
+    pub fn bytes(&self, index: usize) -> &[u8] {
+        &self.0[index]
+    }
+
+    /// A buffer as integers.
+    pub fn words(&self, index: usize) -> Vec<u32> {
+        self.0[index].as_chunks::<4>().0.iter().map(|four| u32::from_le_bytes(*four)).collect()
+    }
+
+    /// A buffer as long integers.
+    pub fn longs(&self, index: usize) -> Vec<u64> {
+        self.0[index].as_chunks::<8>().0.iter().map(|eight| u64::from_le_bytes(*eight)).collect()
+    }
+
+    /// A buffer as numbers.
+    pub fn values(&self, index: usize) -> Vec<f32> {
+        self.words(index).into_iter().map(f32::from_bits).collect()
+    }
+}
+
+/// A running shim.
+pub struct Shim {
+    child: Child,
+    requests: Option<ChildStdin>,
+    answers: ChildStdout,
+    /// Every place where threads waited for each other, and whether something was found when they did not.
+    barriers: BTreeMap<String, bool>,
+}
+
+impl Shim {
+    /// Starts what [`build`] built.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn start(program: &Path) -> Self {
+        let mut child = Command::new(program)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the shim starts");
+        let requests = child.stdin.take();
+        let answers = child.stdout.take().expect("its output is piped");
+        Self { child, requests, answers, barriers: BTreeMap::new() }
+    }
+
+    /// Launches a kernel with its threads in one order (0 is ascending, 1 descending, others are shuffled), and where a place
+    /// is given, without the barrier there.
+    ///
+    /// # Errors
+    /// What the shim found.
+    ///
+    /// # Panics
+    /// If the shim ends.
+    pub fn launch(&mut self, launch: &Launch, order: u64, left_out: &str) -> Result<Buffers, String> {
+        let mut request = Vec::new();
+        text(&mut request, &launch.kernel);
+        for word in launch.grid.iter().chain(&[launch.threads, 1, 1]) {
+            request.extend(word.to_le_bytes());
+        }
+        request.extend(order.to_le_bytes());
+        text(&mut request, left_out);
+        request.extend(launch.count.to_le_bytes());
+        request.extend(&launch.arguments);
+        let requests = self.requests.as_mut().expect("the shim runs");
+        requests.write_all(&request).and_then(|()| requests.flush()).expect("the shim takes the launch");
+        let fault = self.read_text(&launch.kernel);
+        for site in self.read_text(&launch.kernel).lines() {
+            self.barriers.entry(site.to_owned()).or_default();
+        }
+        let buffers = launch.buffers.iter().map(|&bytes| self.read(bytes, &launch.kernel)).collect();
+        if fault.is_empty() { Ok(Buffers(buffers)) } else { Err(fault) }
+    }
+
+    /// Launches a kernel in several orders, which have to give the same, and without each of its barriers that has not yet been
+    /// seen to be needed.
+    ///
+    /// # Panics
+    /// If the shim finds something, or orders differ.
+    pub fn check(&mut self, launch: &Launch) -> Buffers {
+        let first = self.launch(launch, 0, "").unwrap_or_else(|fault| panic!("{fault}"));
+        for order in [1, 7] {
+            let again = self.launch(launch, order, "").unwrap_or_else(|fault| panic!("{fault}"));
+            assert!(first == again, "{}: threads in another order give other results", launch.kernel);
+        }
+        let open: Vec<String> =
+            self.barriers.iter().filter(|(_, found)| !**found).map(|(site, _)| site.clone()).collect();
+        for site in open {
+            if self.launch(launch, 1, &site) != Ok(first.clone()) {
+                self.barriers.insert(site, true);
+            }
+        }
+        first
+    }
+
+    /// Ends the shim, having seen that each barrier is needed.
+    ///
+    /// # Panics
+    /// If one can be left out and nothing is found.
+    pub fn finish(self) {
+        let idle: Vec<&String> =
+            self.barriers.iter().filter(|(_, found)| !**found).map(|(site, _)| site).collect();
+        assert!(idle.is_empty(), "nothing is found without the barriers at {idle:?}");
+    }
+
+    fn read(&mut self, bytes: usize, kernel: &str) -> Vec<u8> {
+        let mut read = vec![0; bytes];
+        if let Err(error) = self.answers.read_exact(&mut read) {
+            panic!("{kernel}: the shim ended ({:?}): {error}", self.child.wait());
+        }
+        read
+    }
+
+    fn read_text(&mut self, kernel: &str) -> String {
+        let length = self.read(4, kernel);
+        let length = u32::from_le_bytes(length.try_into().expect("four bytes"));
+        String::from_utf8(self.read(length as usize, kernel)).expect("the shim writes text")
+    }
+}
+
+impl Drop for Shim {
+    fn drop(&mut self) {
+        // The end of its requests ends it.
+        self.requests = None;
+        let _ = self.child.wait();
+    }
+}
+
+fn text(request: &mut Vec<u8>, text: &str) {
+    request.extend((text.len() as u32).to_le_bytes());
+    request.extend(text.as_bytes());
+}
+
+/// Numbers within (-2, 2), an eighth of them zeros of both signs, an eighth subnormals or so small that products underflow.
+#[derive(Debug)]
+pub struct Operands(u64);
+
+impl Operands {
+    /// A sequence by its seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next 32 bits.
+    pub fn word(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 32) as u32
+    }
+
+    /// The next number.
+    pub fn value(&mut self) -> f32 {
+        let bits = self.word();
+        match self.word() % 16 {
+            0 => 0.0,
+            1 => -0.0,
+            2 => f32::from_bits(bits & 0x807f_ffff),
+            3 => f32::from_bits(bits & 0x80ff_ffff | 0x1a00_0000),
+            _ => bits as i32 as f32 / 1_073_741_824.0,
+        }
+    }
+
+    /// Some numbers.
+    pub fn values(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.value()).collect()
+    }
+}
+
+/// Asserts that numbers have the same bits; of what is no number the contract says nothing but that.
+///
+/// # Panics
+/// If they differ.
+pub fn assert_bits(what: &str, found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let same = found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan());
+        assert!(same, "{what}: {found:e} at {at} instead of {expected:e}");
+    }
+}
