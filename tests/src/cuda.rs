@@ -7,17 +7,28 @@ use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
 
 /// The folder of the kernels.
 pub fn sources() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("hw/cuda")
 }
 
-/// Compiles kernels and shim into `dir`. `None` if there is no C++ compiler.
+/// The shim, built once by a process in a folder of `dir`. Where there is no C++ compiler, that is said, and it is `None`.
 ///
 /// # Panics
 /// If the compiler finds an error or warns.
-pub fn build(dir: &Path) -> Option<PathBuf> {
+pub fn shim(dir: &str) -> Option<Shim> {
+    static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let program = PROGRAM.get_or_init(|| build(&Path::new(dir).join("cuda-shim")));
+    if program.is_none() {
+        println!("SKIPPED: the kernels of CUDA on the CPU, for want of a C++ compiler (c++, or CXX)");
+    }
+    program.as_deref().map(Shim::start)
+}
+
+/// Compiles kernels and shim into `dir`. `None` if there is no C++ compiler.
+fn build(dir: &Path) -> Option<PathBuf> {
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| OsString::from("c++"));
     Command::new(&compiler).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().ok()?;
     std::fs::create_dir_all(dir).expect("a folder for the shim");
@@ -178,11 +189,8 @@ pub struct Shim {
 }
 
 impl Shim {
-    /// Starts what [`build`] built.
-    ///
-    /// # Panics
-    /// If it does not start.
-    pub fn start(program: &Path) -> Self {
+    /// Starts the program.
+    fn start(program: &Path) -> Self {
         let mut child = Command::new(program)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -2,19 +2,7 @@
 //! shadow memory that finds accesses which no barrier orders. Each barrier is left out once, which has to be found.
 
 use lite_llm_model::kernels::*;
-use lite_llm_tests::cuda::{Launch, Operands, Shim, assert_bits, build};
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-
-/// The shim, built once, or `None` where there is no C++ compiler.
-fn shim() -> Option<Shim> {
-    static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let program = PROGRAM.get_or_init(|| build(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-shim")));
-    if program.is_none() {
-        println!("SKIPPED: the kernels of CUDA on the CPU, for want of a C++ compiler (c++, or CXX)");
-    }
-    program.as_deref().map(Shim::start)
-}
+use lite_llm_tests::cuda::{Launch, Operands, Shim, assert_bits, shim};
 
 const TYPES: [(DType, &str); 3] = [(DType::F32, "f32"), (DType::Bf16, "bf16"), (DType::F16, "f16")];
 
@@ -26,7 +14,7 @@ fn stored(dtype: DType, values: &[f32]) -> Vec<u8> {
 
 #[test]
 fn planted_faults_are_found() {
-    let Some(mut shim) = shim() else { return };
+    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
     let values: Vec<u32> = (0..64).collect();
     let mut found = |kernel: &str, blocks: u32, threads: u32, order: u64| {
         shim.launch(&Launch::new(kernel, [blocks, 1, 1], threads).words(&values), order, "")
@@ -55,7 +43,7 @@ fn planted_faults_are_found() {
 
 #[test]
 fn rows_are_embedded() {
-    let Some(mut shim) = shim() else { return };
+    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
     let mut operands = Operands::new(1);
     for (dtype, name) in TYPES {
         for hidden in [1, 8, 77, 136] {
@@ -86,7 +74,7 @@ fn rows_are_embedded() {
 
 #[test]
 fn rows_are_normalised() {
-    let Some(mut shim) = shim() else { return };
+    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
     let mut operands = Operands::new(2);
     for n in [1, 15, 16, 72, 1024, 1061, 2 * 1024 + 5, 9 * 1024 + 1] {
         let (x, weight, bias) = (operands.values(2 * n), operands.values(n), operands.values(n));
@@ -117,7 +105,7 @@ fn rows_are_normalised() {
 
 #[test]
 fn positions_are_rotated() {
-    let Some(mut shim) = shim() else { return };
+    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
     let mut operands = Operands::new(3);
     for (heads, head_dim, dims) in [(1, 2, 2), (3, 72, 64), (2, 128, 128), (5, 9, 6)] {
         let table = RopeTable::new(&rope::inverse_frequencies(10_000.0, dims), 1.25, 40);
@@ -222,7 +210,7 @@ fn expected_products(matrices: &[&Matrix], x: &[f32], rows: &[usize]) -> Vec<f32
 
 #[test]
 fn products_of_few_rows_are_the_definition() {
-    let Some(mut shim) = shim() else { return };
+    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
     let mut operands = Operands::new(4);
     for (dtype, name) in TYPES {
         for (outputs, inputs, bias) in
@@ -248,7 +236,7 @@ fn products_of_few_rows_are_the_definition() {
 
 #[test]
 fn products_of_many_rows_are_the_definition() {
-    let Some(mut shim) = shim() else { return };
+    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
     let mut operands = Operands::new(5);
     for (dtype, name) in TYPES {
         for (outputs, inputs, bias, rows) in [(70, 1061, true, [70, 5]), (3, 20, false, [1, 64])] {

@@ -3,6 +3,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../attention.cu"
 #include "../embed.cu"
 #include "../linear.cu"
 #include "../norm.cu"
@@ -59,6 +60,16 @@ const Kernel kernels[] = {
     ENTRY(linear_many_rows_f32),
     ENTRY(linear_many_rows_bf16),
     ENTRY(linear_many_rows_f16),
+    ENTRY(write_cache_f32),
+    ENTRY(attention_scores_f32),
+    ENTRY(attention_mix_f32),
+    ENTRY(write_cache_bf16),
+    ENTRY(attention_scores_bf16),
+    ENTRY(attention_mix_bf16),
+    ENTRY(write_cache_f16),
+    ENTRY(attention_scores_f16),
+    ENTRY(attention_mix_f16),
+    ENTRY(attention_sum),
     ENTRY(planted_race),
     ENTRY(planted_race_of_warp),
     ENTRY(planted_race_of_blocks),
