@@ -250,13 +250,15 @@ impl Shim {
         first
     }
 
-    /// Ends the shim, having seen that each barrier is needed.
+    /// Ends the shim, having seen that each barrier of a source is needed.
     ///
     /// # Panics
-    /// If one can be left out and nothing is found.
-    pub fn finish(self) {
-        let idle: Vec<&String> =
-            self.barriers.iter().filter(|(_, found)| !**found).map(|(site, _)| site).collect();
+    /// If one can be left out and nothing is found, or there was none.
+    pub fn finish(self, source: &str) {
+        let of_source = |site: &str| site.split(':').next() == Some(source);
+        let own: Vec<_> = self.barriers.iter().filter(|(site, _)| of_source(site)).collect();
+        let idle: Vec<&String> = own.iter().filter(|(_, found)| !**found).map(|(site, _)| *site).collect();
+        assert!(!own.is_empty(), "no thread waited in {source}");
         assert!(idle.is_empty(), "nothing is found without the barriers at {idle:?}");
     }
 

@@ -6,8 +6,10 @@
 #include "../attention.cu"
 #include "../embed.cu"
 #include "../linear.cu"
+#include "../moe.cu"
 #include "../norm.cu"
 #include "../rope.cu"
+#include "../sample.cu"
 #include "planted.cuh"
 
 namespace shim {
@@ -70,6 +72,14 @@ const Kernel kernels[] = {
     ENTRY(attention_scores_f16),
     ENTRY(attention_mix_f16),
     ENTRY(attention_sum),
+    ENTRY(route),
+    ENTRY(swiglu),
+    ENTRY(clamped_swiglu),
+    ENTRY(add),
+    ENTRY(combine),
+    ENTRY(divide),
+    ENTRY(penalise),
+    ENTRY(argmax),
     ENTRY(planted_race),
     ENTRY(planted_race_of_warp),
     ENTRY(planted_race_of_blocks),

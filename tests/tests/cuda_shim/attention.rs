@@ -1,8 +1,9 @@
-//! Attention over the paged cache by the kernels of CUDA, as `cuda_shim.rs` has it of the others: a cache that kernels wrote, rows
+//! Attention over the paged cache by the kernels of CUDA, over a cache that kernels wrote, rows
 //! of several sequences, decode and prefill.
 
+use crate::ready;
 use lite_llm_model::kernels::*;
-use lite_llm_tests::cuda::{Launch, Operands, Shim, assert_bits, shim};
+use lite_llm_tests::cuda::{Launch, Operands, Shim, assert_bits};
 
 /// What attends to what.
 struct Case {
@@ -155,7 +156,7 @@ fn name(dtype: DType) -> &'static str {
 
 #[test]
 fn attention_over_pages_is_the_definition() {
-    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
+    let Some(mut shim) = ready() else { return };
     let mut operands = Operands::new(11);
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
         let shape = |kv_heads, key_dim, value_dim, values_in_keys| KvShape {
@@ -175,5 +176,5 @@ fn attention_over_pages_is_the_definition() {
             case.check(&mut shim, &mut operands);
         }
     }
-    shim.finish();
+    shim.finish("attention.cu");
 }

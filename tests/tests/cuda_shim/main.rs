@@ -1,8 +1,17 @@
 //! The kernels of CUDA give the bits of the CPU's scalar ones: compiled for the CPU, in several orders of their threads, under a
 //! shadow memory that finds accesses which no barrier orders. Each barrier is left out once, which has to be found.
 
+mod attention;
+mod moe;
+mod sampling;
+
 use lite_llm_model::kernels::*;
 use lite_llm_tests::cuda::{Launch, Operands, Shim, assert_bits, shim};
+
+/// The shim, if it can be had.
+fn ready() -> Option<Shim> {
+    shim(env!("CARGO_TARGET_TMPDIR"))
+}
 
 const TYPES: [(DType, &str); 3] = [(DType::F32, "f32"), (DType::Bf16, "bf16"), (DType::F16, "f16")];
 
@@ -14,7 +23,7 @@ fn stored(dtype: DType, values: &[f32]) -> Vec<u8> {
 
 #[test]
 fn planted_faults_are_found() {
-    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
+    let Some(mut shim) = ready() else { return };
     let values: Vec<u32> = (0..64).collect();
     let mut found = |kernel: &str, blocks: u32, threads: u32, order: u64| {
         shim.launch(&Launch::new(kernel, [blocks, 1, 1], threads).words(&values), order, "")
@@ -43,7 +52,7 @@ fn planted_faults_are_found() {
 
 #[test]
 fn rows_are_embedded() {
-    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
+    let Some(mut shim) = ready() else { return };
     let mut operands = Operands::new(1);
     for (dtype, name) in TYPES {
         for hidden in [1, 8, 77, 136] {
@@ -69,12 +78,11 @@ fn rows_are_embedded() {
         convert::widen(Isa::Scalar, dtype, &table, &mut expected);
         assert_bits(name, &found.values(2), &expected);
     }
-    shim.finish();
 }
 
 #[test]
 fn rows_are_normalised() {
-    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
+    let Some(mut shim) = ready() else { return };
     let mut operands = Operands::new(2);
     for n in [1, 15, 16, 72, 1024, 1061, 2 * 1024 + 5, 9 * 1024 + 1] {
         let (x, weight, bias) = (operands.values(2 * n), operands.values(n), operands.values(n));
@@ -100,12 +108,12 @@ fn rows_are_normalised() {
             }
         }
     }
-    shim.finish();
+    shim.finish("contract.cuh");
 }
 
 #[test]
 fn positions_are_rotated() {
-    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
+    let Some(mut shim) = ready() else { return };
     let mut operands = Operands::new(3);
     for (heads, head_dim, dims) in [(1, 2, 2), (3, 72, 64), (2, 128, 128), (5, 9, 6)] {
         let table = RopeTable::new(&rope::inverse_frequencies(10_000.0, dims), 1.25, 40);
@@ -134,7 +142,6 @@ fn positions_are_rotated() {
             assert_bits("rope", &found.values(0), &expected);
         }
     }
-    shim.finish();
 }
 
 /// A matrix in the packed layout.
@@ -210,7 +217,7 @@ fn expected_products(matrices: &[&Matrix], x: &[f32], rows: &[usize]) -> Vec<f32
 
 #[test]
 fn products_of_few_rows_are_the_definition() {
-    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
+    let Some(mut shim) = ready() else { return };
     let mut operands = Operands::new(4);
     for (dtype, name) in TYPES {
         for (outputs, inputs, bias) in
@@ -231,12 +238,12 @@ fn products_of_few_rows_are_the_definition() {
             }
         }
     }
-    shim.finish();
+    shim.finish("linear.cu");
 }
 
 #[test]
 fn products_of_many_rows_are_the_definition() {
-    let Some(mut shim) = shim(env!("CARGO_TARGET_TMPDIR")) else { return };
+    let Some(mut shim) = ready() else { return };
     let mut operands = Operands::new(5);
     for (dtype, name) in TYPES {
         for (outputs, inputs, bias, rows) in [(70, 1061, true, [70, 5]), (3, 20, false, [1, 64])] {
@@ -248,5 +255,5 @@ fn products_of_many_rows_are_the_definition() {
             assert_bits(&format!("{name} {inputs}"), &found, &expected_products(&matrices, &x, &rows));
         }
     }
-    shim.finish();
+    shim.finish("linear.cu");
 }

@@ -1,0 +1,269 @@
+// Rules 4 and 6: routers, gates and the combination of experts.
+#include "contract.cuh"
+
+// A router has at most so many outputs, groups and experts of a position: a lane of a warp owns 32 candidates, a group, a choice.
+constexpr u32 EXPERTS_MAX = 1024;
+constexpr u32 CHOSEN_MAX = WARP;
+// No expert has this number, and no group as ties know it; it stands behind the experts.
+constexpr u32 NONE = 0x7fffffffu;
+
+enum Score : u32 { SOFTMAX, SOFTMAX_OF_SELECTED, SIGMOID };
+
+// The first 64 bits of ChaCha with eight rounds: the draw of core/src/random.rs for a tie.
+struct Ties {
+    u64 seed;
+    u32 layer;
+    u32 position;
+
+    static __device__ __forceinline__ u32 turned(u32 x, u32 by) { return x << by | x >> (32 - by); }
+    static __device__ __forceinline__ void quarter(u32& a, u32& b, u32& c, u32& d) {
+        a += b, d = turned(d ^ a, 16);
+        c += d, b = turned(b ^ c, 12);
+        a += b, d = turned(d ^ a, 8);
+        c += d, b = turned(b ^ c, 7);
+    }
+    __device__ __noinline__ u64 hash(u32 candidate) const {
+        const u32 purpose = 3;
+        u32 s[16] = {0x61707865u, 0x3320646eu, 0x79622d32u, 0x6b206574u, u32(seed), u32(seed >> 32), candidate, layer,
+                     purpose,     0,           0,           0,           0,         0,               position,  0};
+        for (u32 round = 0; round < 4; round++) {
+            quarter(s[0], s[4], s[8], s[12]);
+            quarter(s[1], s[5], s[9], s[13]);
+            quarter(s[2], s[6], s[10], s[14]);
+            quarter(s[3], s[7], s[11], s[15]);
+            quarter(s[0], s[5], s[10], s[15]);
+            quarter(s[1], s[6], s[11], s[12]);
+            quarter(s[2], s[7], s[8], s[13]);
+            quarter(s[3], s[4], s[9], s[14]);
+        }
+        return u64(s[1] + 0x3320646eu) << 32 | (s[0] + 0x61707865u);
+    }
+    // Whether a candidate stands before another; nobody stands last.
+    __device__ __forceinline__ bool before(float a, u32 id_a, float b, u32 id_b) const {
+        if (id_a == NONE || id_b == NONE) return id_a != NONE;
+        if (a != b) return a > b;
+        const u64 hash_a = hash(id_a), hash_b = hash(id_b);
+        return hash_a != hash_b ? hash_a < hash_b : id_a < id_b;
+    }
+    // The first of a warp's candidates, in all lanes.
+    __device__ __forceinline__ void first_of_warp(float& score, u32& id) const {
+#pragma unroll
+        for (u32 lanes = WARP / 2; lanes > 0; lanes /= 2) {
+            const float other = __shfl_xor_sync(ALL, score, lanes);
+            const u32 other_id = __shfl_xor_sync(ALL, id, lanes);
+            if (other_id != id && before(other, other_id, score, id)) score = other, id = other_id;
+        }
+    }
+};
+
+// Which groups of experts stay: a bit for each. A lane has a group.
+__device__ __forceinline__ u32 kept_groups(const Ties& ties, const float* scores, const u32* eligible, u32 width, u32 groups,
+                                           u32 keep, u32 by_two) {
+    const u32 lane = threadIdx.x, size = width / groups > 0 ? width / groups : 1;
+    float best = -infinity(), second = -infinity();
+    for (u32 id = lane * size; lane < groups && id < smaller(width, (lane + 1) * size); id++) {
+        const float score = scores[id];
+        if (!eligible[id]) continue;
+        if (score > best) {
+            second = best, best = score;
+        } else if (score > second) {
+            second = score;
+        }
+    }
+    // Groups take their ties from numbers above those of experts.
+    u32 number = best > -infinity() ? ALL - lane : NONE, kept = 0;
+    const float score = by_two ? best + (second > -infinity() ? second : 0.0f) : best;
+    for (u32 round = 0; round < keep; round++) {
+        float first = score;
+        u32 id = number;
+        ties.first_of_warp(first, id);
+        if (id == NONE) break;
+        if (id == number) number = NONE;
+        kept |= 1u << (ALL - id);
+    }
+    return kept;
+}
+
+// The k first candidates, one a lane, in their order; NONE where there are no more.
+__device__ __forceinline__ u32 chosen_of(const Ties& ties, const float* scores, const u32* eligible, u32 width, u32 k, u32 kept,
+                                         u32 size) {
+    const u32 lane = threadIdx.x;
+    u32 taken = 0, chosen = NONE;
+    for (u32 round = 0; round < k; round++) {
+        float score = 0.0f;
+        u32 id = NONE;
+        for (u32 at = lane; at < width; at += WARP) {
+            const u32 group = size == 0 ? 0 : at / size;
+            const bool open = eligible[at] && group < WARP && (kept >> group & 1u) && !(taken >> (at / WARP) & 1u);
+            if (open && ties.before(scores[at], at, score, id)) score = scores[at], id = at;
+        }
+        ties.first_of_warp(score, id);
+        if (id == NONE) break;
+        if (id % WARP == lane) taken |= 1u << (id / WARP);
+        if (round == lane) chosen = id;
+    }
+    return chosen;
+}
+
+// Softmax of a row in shared memory by one warp, as the CPU's: its sum is a dot product with ones.
+__device__ __forceinline__ void softmax(float* values, u32 n, float* sums) {
+    float most = -infinity();
+    for (u32 i = threadIdx.x; i < n; i += WARP) most = values[i] > most ? values[i] : most;
+#pragma unroll
+    for (u32 lanes = WARP / 2; lanes > 0; lanes /= 2) {
+        const float other = __shfl_xor_sync(ALL, most, lanes);
+        most = other > most ? other : most;
+    }
+    for (u32 i = threadIdx.x; i < n; i += WARP) values[i] = exponential(values[i] - most);
+    __syncwarp();
+    const float sum = block_dot(n, sums, [=](u32 k) { return values[k]; }, [](u32) { return 1.0f; });
+    for (u32 i = threadIdx.x; i < n; i += WARP) values[i] = values[i] / sum;
+}
+
+// Routes positions by the outputs of a router (positions x width): a warp for each. `experts` and `weights` are positions x k, by
+// number ascending, NONE where fewer are eligible; a position with an output that is not finite gets a fault instead. `correction`
+// is of sigmoids alone. `groups` is 0 where there is no limit; `keep` of them stay, scored by their largest or their two largest.
+KERNEL __launch_bounds__(WARP) route(const float* __restrict__ logits, const u32* __restrict__ eligible,
+                                     const float* __restrict__ correction, const u32* __restrict__ positions,
+                                     u32* __restrict__ experts, float* __restrict__ weights, u32* __restrict__ faults, u32 width,
+                                     u32 k, u32 score, u32 normalise, float scaling, u32 groups, u32 keep, u32 by_two, u64 seed,
+                                     u32 layer) {
+    SHARED(float, scores, EXPERTS_MAX);
+    SHARED(float, corrected, EXPERTS_MAX);
+    SHARED(u32, open, EXPERTS_MAX);
+    SHARED(u32, sorted, CHOSEN_MAX);
+    SHARED(float, shares, CHOSEN_MAX);
+    SHARED(float, sums, WARP / LANES);
+    const u32 lane = threadIdx.x, row = blockIdx.x;
+    const Ties ties = {seed, layer, positions[row]};
+    u32 fault = 0;
+    for (u32 i = lane; i < width; i += WARP) {
+        const float logit = logits[u64(row) * width + i];
+        fault |= is_finite(logit) ? 0u : 1u;
+        open[i] = eligible[i];
+        scores[i] = score == SIGMOID ? sigmoid(logit) : score == SOFTMAX && !eligible[i] ? -infinity() : logit;
+        corrected[i] = score == SIGMOID ? scores[i] + correction[i] : scores[i];
+    }
+#pragma unroll
+    for (u32 lanes = WARP / 2; lanes > 0; lanes /= 2) fault |= __shfl_xor_sync(ALL, fault, lanes);
+    if (lane == 0) faults[row] = fault;
+    if (fault) return;
+    if (score == SOFTMAX) softmax(scores, width, sums);
+    // From here on lanes read what others wrote.
+    __syncwarp();
+    const float* const by = score == SIGMOID ? corrected : scores;
+    const bool limited = groups != 0 && keep < groups;
+    const u32 kept = limited ? kept_groups(ties, by, open, width, groups, keep, by_two) : 1u;
+    const u32 size = !limited ? 0 : width / groups > 0 ? width / groups : 1;
+    const u32 chosen = chosen_of(ties, by, open, width, k, kept, size);
+    // By number: a lane's place is how many stand before it.
+    u32 place = 0, count = 0;
+    for (u32 i = 0; i < k; i++) {
+        const u32 other = __shfl_sync(ALL, chosen, i);
+        place += other < chosen || (other == chosen && i < lane) ? 1 : 0;
+        count += other == NONE ? 0 : 1;
+    }
+    if (lane < k) {
+        sorted[place] = chosen;
+        if (chosen != NONE) shares[place] = scores[chosen];
+    }
+    __syncwarp();
+    if (score == SOFTMAX_OF_SELECTED) {
+        softmax(shares, count, sums);
+        __syncwarp();
+    }
+    float sum = 0.0f;
+    for (u32 i = 0; i < count; i++) sum += shares[i];
+    sum += score == SIGMOID ? 1e-20f : 0.0f;
+    if (lane >= k) return;
+    experts[u64(row) * k + lane] = sorted[lane];
+    float weight = 0.0f;
+    if (lane < count) weight = (normalise ? shares[lane] / sum : shares[lane]) * scaling;
+    weights[u64(row) * k + lane] = weight;
+}
+
+// What is done to four values at once where there are four.
+template <class F>
+__device__ __forceinline__ void by_fours(u32 n, F f) {
+    const u32 step = gridDim.x * blockDim.x * 4;
+    for (u32 at = (blockIdx.x * blockDim.x + threadIdx.x) * 4; at < n; at += step) f(at, smaller(4, n - at));
+}
+
+__device__ __forceinline__ float4 four_of(const float* from, u32 at, u32 count) {
+    if (count == 4) return load_float4(from + at);
+    return make_float4(from[at], count > 1 ? from[at + 1] : 0.0f, count > 2 ? from[at + 2] : 0.0f, 0.0f);
+}
+
+__device__ __forceinline__ void put_four(float* to, u32 at, u32 count, float4 four) {
+    if (count == 4) {
+        *reinterpret_cast<float4*>(to + at) = four;
+        return;
+    }
+    to[at] = four.x;
+    if (count > 1) to[at + 1] = four.y;
+    if (count > 2) to[at + 2] = four.z;
+}
+
+// out = silu(gate) * up.
+KERNEL swiglu(const float* __restrict__ gates, const float* __restrict__ ups, float* __restrict__ out, u32 n) {
+    by_fours(n, [=](u32 at, u32 count) {
+        const float4 gate = four_of(gates, at, count), up = four_of(ups, at, count);
+        put_four(out, at, count,
+                 make_float4(silu(gate.x) * up.x, silu(gate.y) * up.y, silu(gate.z) * up.z, silu(gate.w) * up.w));
+    });
+}
+
+__device__ __forceinline__ float clamped(float gate, float up, float alpha, float limit) {
+    gate = gate > limit ? limit : gate;
+    up = up > limit ? limit : up;
+    up = up < -limit ? -limit : up;
+    return (up + 1.0f) * (gate * sigmoid(alpha * gate));
+}
+
+// out = (up + 1) * (gate * sigmoid(alpha * gate)), within the limit.
+KERNEL clamped_swiglu(const float* __restrict__ gates, const float* __restrict__ ups, float* __restrict__ out, u32 n,
+                      float alpha, float limit) {
+    by_fours(n, [=](u32 at, u32 count) {
+        const float4 gate = four_of(gates, at, count), up = four_of(ups, at, count);
+        put_four(out, at, count,
+                 make_float4(clamped(gate.x, up.x, alpha, limit), clamped(gate.y, up.y, alpha, limit),
+                             clamped(gate.z, up.z, alpha, limit), clamped(gate.w, up.w, alpha, limit)));
+    });
+}
+
+// x = x + y * multiplier: what a block gives to the residual stream.
+KERNEL add(float* x, const float* __restrict__ y, float multiplier, u32 n) {
+    by_fours(n, [=](u32 at, u32 count) {
+        const float4 a = four_of(x, at, count), b = four_of(y, at, count);
+        put_four(x, at, count,
+                 make_float4(a.x + b.x * multiplier, a.y + b.y * multiplier, a.z + b.z * multiplier, a.w + b.w * multiplier));
+    });
+}
+
+__device__ __forceinline__ float4 fused_four(float weight, float4 y, float4 sum) {
+    return make_float4(fused(weight, y.x, sum.x), fused(weight, y.y, sum.y), fused(weight, y.z, sum.z), fused(weight, y.w, sum.w));
+}
+
+// Adds the weighted results of a position's experts to the residual stream, ascending, the shared expert last. `users` says which
+// row of `results` each of k places is, NONE from where there is no expert. `shared` may be null, and `gates`, the outputs of its
+// gate, where it has none. Blocks of x share the columns, y is the position.
+KERNEL combine(float* x, const float* __restrict__ results, const u32* __restrict__ users, const float* __restrict__ weights,
+               const float* __restrict__ shared, const float* __restrict__ gates, float multiplier, u32 hidden, u32 k) {
+    const u32 row = blockIdx.y;
+    // Rows begin at multiples of sixteen bytes, or values are taken one by one.
+    const u32 most = hidden % 4 == 0 ? 4 : 1;
+    for (u32 at = (blockIdx.x * blockDim.x + threadIdx.x) * most; at < hidden; at += gridDim.x * blockDim.x * most) {
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (u32 i = 0; i < k && users[row * k + i] != NONE; i++) {
+            sum = fused_four(weights[row * k + i], four_of(results + u64(users[row * k + i]) * hidden, at, most), sum);
+        }
+        if (shared != nullptr) {
+            const float gate = gates == nullptr ? 1.0f : sigmoid(gates[row]);
+            sum = fused_four(gate, four_of(shared + u64(row) * hidden, at, most), sum);
+        }
+        const float4 old = four_of(x + u64(row) * hidden, at, most);
+        put_four(x + u64(row) * hidden, at, most,
+                 make_float4(old.x + sum.x * multiplier, old.y + sum.y * multiplier, old.z + sum.z * multiplier,
+                             old.w + sum.w * multiplier));
+    }
+}

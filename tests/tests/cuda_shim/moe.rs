@@ -1,0 +1,228 @@
+//! Routers, gates and the combination of experts.
+
+use crate::ready;
+use lite_llm_core::routing::{GroupLimit, GroupScore, Ties, select};
+use lite_llm_model::kernels::math::{sigmoid, sigmoid_in_place, softmax_in_place};
+use lite_llm_model::kernels::*;
+use lite_llm_tests::cuda::{Launch, Operands, Shim, assert_bits};
+
+/// What stands for no expert.
+const NONE: u32 = 0x7fff_ffff;
+
+/// How outputs of a router become scores; the kernel knows them by number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Score {
+    Softmax,
+    SoftmaxOfSelected,
+    Sigmoid,
+}
+
+/// A router.
+struct Router {
+    score: Score,
+    width: usize,
+    top_k: usize,
+    normalise: bool,
+    limit: Option<GroupLimit>,
+    eligible: Vec<bool>,
+    correction: Vec<f32>,
+}
+
+const SEED: u64 = 0x0123_4567_89ab_cdef;
+const LAYER: u32 = 5;
+const SCALING: f32 = 2.5;
+
+impl Router {
+    /// The experts and weights of a position, made of the model's own parts as its router makes them.
+    fn expected(&self, position: u32, logits: &[f32]) -> (Vec<u32>, Vec<f32>) {
+        let ties = Ties { seed: SEED, layer: LAYER, position };
+        let mut scores = logits.to_vec();
+        let eligible = |expert: u32| self.eligible[expert as usize];
+        let choose = |scores: &[f32]| {
+            let mut chosen = select(ties, scores, eligible, self.limit, self.top_k);
+            chosen.sort_unstable();
+            chosen
+        };
+        let weights =
+            |experts: &[u32], scores: &[f32]| experts.iter().map(|&expert| scores[expert as usize]).collect();
+        let (experts, mut weights): (_, Vec<f32>) = match self.score {
+            Score::Softmax => {
+                for (score, eligible) in scores.iter_mut().zip(&self.eligible) {
+                    *score = if *eligible { *score } else { f32::NEG_INFINITY };
+                }
+                softmax_in_place(Isa::Scalar, &mut scores);
+                let experts = choose(&scores);
+                let weights = weights(&experts, &scores);
+                (experts, weights)
+            }
+            Score::SoftmaxOfSelected => {
+                let experts = choose(&scores);
+                let mut weights: Vec<f32> = weights(&experts, &scores);
+                softmax_in_place(Isa::Scalar, &mut weights);
+                (experts, weights)
+            }
+            Score::Sigmoid => {
+                sigmoid_in_place(Isa::Scalar, &mut scores);
+                let corrected: Vec<f32> =
+                    scores.iter().zip(&self.correction).map(|(score, more)| score + more).collect();
+                let experts = choose(&corrected);
+                let weights = weights(&experts, &scores);
+                (experts, weights)
+            }
+        };
+        if self.normalise {
+            let more = if self.score == Score::Sigmoid { 1e-20 } else { 0.0 };
+            let sum = weights.iter().fold(0.0, |sum: f32, weight| sum + weight) + more;
+            weights.iter_mut().for_each(|weight| *weight /= sum);
+        }
+        weights.iter_mut().for_each(|weight| *weight *= SCALING);
+        (experts, weights)
+    }
+
+    fn check(&self, shim: &mut Shim, logits: &[f32]) {
+        let rows = logits.len() / self.width;
+        let positions: Vec<u32> = (0..rows as u32).map(|row| row * 977).collect();
+        let eligible: Vec<u32> = self.eligible.iter().map(|&eligible| u32::from(eligible)).collect();
+        let launch = Launch::new("route", [rows as u32, 1, 1], 32).values(logits).words(&eligible);
+        let launch = launch.values(&self.correction).words(&positions);
+        let launch = launch.room(rows * self.top_k).room(rows * self.top_k).room(rows);
+        let launch = launch
+            .word(self.width)
+            .word(self.top_k)
+            .word(self.score as usize)
+            .word(usize::from(self.normalise));
+        let (groups, keep, by_two) = self
+            .limit
+            .map_or((0, 0, false), |limit| (limit.groups, limit.keep, limit.score == GroupScore::SumOfTop2));
+        let launch = launch.value(SCALING).word(groups).word(keep).word(usize::from(by_two));
+        let found = shim.check(&launch.word(SEED as usize).word(LAYER as usize));
+        let (experts, weights, faults) = (found.words(4), found.values(5), found.words(6));
+        for row in 0..rows {
+            let logits = &logits[row * self.width..][..self.width];
+            let finite = logits.iter().all(|logit| logit.is_finite());
+            assert_eq!(faults[row], u32::from(!finite));
+            if !finite {
+                continue;
+            }
+            let (mut of, mut by) = self.expected(positions[row], logits);
+            of.resize(self.top_k, NONE);
+            by.resize(self.top_k, 0.0);
+            let what = format!("{:?} of {} with {:?}", self.score, self.width, self.limit);
+            assert_eq!(experts[row * self.top_k..][..self.top_k], of, "{what}");
+            assert_bits(&what, &weights[row * self.top_k..][..self.top_k], &by);
+        }
+    }
+}
+
+#[test]
+fn experts_are_selected_and_weighed() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(21);
+    let limits = [
+        None,
+        Some((4, 2, GroupScore::Max)),
+        Some((4, 3, GroupScore::SumOfTop2)),
+        Some((4, 4, GroupScore::Max)),
+    ];
+    for score in [Score::Softmax, Score::SoftmaxOfSelected, Score::Sigmoid] {
+        for (width, top_k) in [(8, 2), (60, 4), (160, 8), (1024, 32)] {
+            for (at, limit) in limits.into_iter().enumerate() {
+                let mut correction = operands.values(width);
+                // Few values, so that there are many ties.
+                let mut logits: Vec<f32> =
+                    (0..4 * width).map(|_| (operands.word() % 5) as f32 * 0.75 - 1.5).collect();
+                if at % 2 == 1 {
+                    logits = operands.values(4 * width).iter().map(|logit| logit * 8.0).collect();
+                } else {
+                    correction.fill(0.25);
+                }
+                // Zeros of both signs are one score; a position has no number.
+                logits[0] = -0.0;
+                logits[3] = 0.0;
+                logits[2 * width + 5] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][at % 3];
+                let sparse = width == 8;
+                let eligible =
+                    (0..width).map(|expert| if sparse { expert == 6 } else { expert % 7 != 3 }).collect();
+                let limit = limit.map(|(groups, keep, score)| GroupLimit { groups, keep, score });
+                let router = Router { score, width, top_k, normalise: at != 1, limit, eligible, correction };
+                router.check(&mut shim, &logits);
+            }
+        }
+    }
+    shim.finish("moe.cu");
+}
+
+#[test]
+fn gates_are_the_definition() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(22);
+    for n in [1, 2, 3, 4, 131, 1000] {
+        let mut gates: Vec<f32> = operands.values(n).iter().map(|gate| gate * 60.0).collect();
+        let mut ups = operands.values(n);
+        // The ends of the exponential, and beyond.
+        for (gate, edge) in
+            gates.iter_mut().rev().zip([f32::INFINITY, f32::NEG_INFINITY, 88.8, -104.1, 1e30, f32::NAN])
+        {
+            *gate = edge;
+        }
+        ups[0] = f32::INFINITY;
+        let launch = |kernel| Launch::new(kernel, [2, 1, 1], 64);
+        let found = shim.check(&launch("swiglu").values(&gates).values(&ups).room(n).word(n)).values(2);
+        let mut expected = vec![0.0; n];
+        swiglu(Isa::Scalar, &gates, &ups, &mut expected);
+        assert_bits("swiglu", &found, &expected);
+        let launch = launch("clamped_swiglu").values(&gates).values(&ups).room(n).word(n);
+        let found = shim.check(&launch.value(1.702).value(7.0)).values(2);
+        clamped_swiglu(Isa::Scalar, &gates, &ups, 1.702, 7.0, &mut expected);
+        assert_bits("clamped_swiglu", &found, &expected);
+        let (x, y) = (operands.values(n), operands.values(n));
+        let launch = Launch::new("add", [2, 1, 1], 64).values(&x).values(&y).value(0.22).word(n);
+        let expected: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y * 0.22).collect();
+        assert_bits("add", &shim.check(&launch).values(0), &expected);
+    }
+    // A sample of all values.
+    let gates: Vec<f32> = (0..=u32::MAX).step_by(65_521).map(f32::from_bits).collect();
+    let ones = vec![1.0; gates.len()];
+    let launch = Launch::new("swiglu", [8, 1, 1], 256)
+        .values(&gates)
+        .values(&ones)
+        .room(gates.len())
+        .word(gates.len());
+    let mut expected = vec![0.0; gates.len()];
+    swiglu(Isa::Scalar, &gates, &ones, &mut expected);
+    assert_bits("swiglu", &shim.launch(&launch, 0, "").unwrap().values(2), &expected);
+}
+
+#[test]
+fn results_are_combined_in_order() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(23);
+    for (hidden, has_shared, has_gates) in
+        [(1, false, false), (36, true, true), (131, true, false), (200, false, false)]
+    {
+        let (rows, top_k, all) = (3, 4, 9);
+        let (x, results) = (operands.values(rows * hidden), operands.values(all * hidden));
+        let (shared, gates) = (operands.values(rows * hidden), operands.values(rows));
+        let weights = operands.values(rows * top_k);
+        let users = [8, 0, 3, 1, 2, NONE, NONE, NONE, 7, 4, 5, NONE];
+        let launch =
+            Launch::new("combine", [2, rows as u32, 1], 32).values(&x).values(&results).words(&users);
+        let launch = launch.values(&weights).values_if(has_shared.then_some(&shared[..]));
+        let launch = launch.values_if(has_gates.then_some(&gates[..])).value(0.75).word(hidden).word(top_k);
+        let mut expected = x;
+        for (row, x) in expected.chunks_mut(hidden).enumerate() {
+            let mut sum = vec![0.0; hidden];
+            for (user, weight) in users[row * top_k..][..top_k].iter().zip(&weights[row * top_k..]) {
+                if *user != NONE {
+                    axpy(Isa::Scalar, *weight, &results[*user as usize * hidden..][..hidden], &mut sum);
+                }
+            }
+            if has_shared {
+                let gate = if has_gates { sigmoid(gates[row]) } else { 1.0 };
+                axpy(Isa::Scalar, gate, &shared[row * hidden..][..hidden], &mut sum);
+            }
+            x.iter_mut().zip(sum).for_each(|(x, sum)| *x += sum * 0.75);
+        }
+        assert_bits("combine", &shim.check(&launch).values(0), &expected);
+    }
+}
