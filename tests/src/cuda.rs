@@ -22,47 +22,91 @@ pub fn shim(dir: &str) -> Option<Shim> {
     static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
     let program = PROGRAM.get_or_init(|| build(&Path::new(dir).join("cuda-shim")));
     if program.is_none() {
-        println!("SKIPPED: the kernels of CUDA on the CPU, for want of a C++ compiler (c++, or CXX)");
+        say_skipped("the kernels of CUDA on the CPU, for want of a C++ compiler (c++, or CXX)");
     }
     program.as_deref().map(Shim::start)
 }
 
+/// Says what was skipped where it is seen: what a passing test prints is not.
+pub fn say_skipped(what: &str) {
+    // Whoever closed standard error does not want to hear it.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {what}");
+}
+
+/// The C++ compiler, if there is one.
+fn compiler() -> Option<OsString> {
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| OsString::from("c++"));
+    let version =
+        Command::new(&compiler).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+    version.ok().map(|_| compiler)
+}
+
+/// A command of the compiler, with the options that all have.
+fn compile(compiler: &OsString) -> Command {
+    let mut command = Command::new(compiler);
+    command.args(["-std=c++17", "-g0", "-Wall", "-Wextra", "-Werror", "-U_FORTIFY_SOURCE"]);
+    command
+}
+
+fn succeed(command: &mut Command) {
+    let status = command.status().expect("the compiler runs");
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+/// Another run may build at the same time, or still use what an earlier one built: each writes files of its own.
+fn own(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}-{}", std::process::id()))
+}
+
+/// Puts what was built where it is known.
+fn put(built: &Path, dir: &Path, name: &str) -> PathBuf {
+    let known = dir.join(name);
+    std::fs::rename(built, &known).expect("the program takes its place");
+    known
+}
+
 /// Compiles kernels and shim into `dir`. `None` if there is no C++ compiler.
 fn build(dir: &Path) -> Option<PathBuf> {
-    let compiler = std::env::var_os("CXX").unwrap_or_else(|| OsString::from("c++"));
-    Command::new(&compiler).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().ok()?;
+    let compiler = compiler()?;
     std::fs::create_dir_all(dir).expect("a folder for the shim");
-    // Another run may build at the same time, or still use what an earlier one built.
-    let own = |name: &str| dir.join(format!("{name}-{}", std::process::id()));
-    let [kernels, shim, program] = [own("kernels.o"), own("shim.o"), own("shim")];
-    let compile = |options: &[&str], source: &str, object: &Path| {
-        let mut command = Command::new(&compiler);
+    let [kernels, shim, program] = ["kernels.o", "shim.o", "shim"].map(|name| own(dir, name));
+    let object = |options: &[&str], source: &str, object: &Path| {
+        let mut command = compile(&compiler);
         command.args([
-            "-std=c++17",
-            "-g0",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
             "-Wno-unknown-pragmas",
             "-DLITE_LLM_SHIM",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
         ]);
-        command.args(["-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing"]).args(options);
-        command.arg("-c").arg(sources().join("shim").join(source)).arg("-o").arg(object);
-        assert!(command.status().expect("the compiler runs").success(), "{source} does not compile");
+        succeed(
+            command.args(options).arg("-c").arg(sources().join("shim").join(source)).arg("-o").arg(object),
+        );
     };
     // Instrumented for the shim's own hooks; whatever the language leaves undefined, a misaligned load among it, ends the process.
     let hooks = ["-O1", "-fsanitize=thread,undefined", "-fsanitize-undefined-trap-on-error"];
-    compile(&hooks, "kernels.cpp", &kernels);
-    compile(&["-O2"], "shim.cpp", &shim);
-    let mut link = Command::new(&compiler);
-    link.args([&kernels, &shim]).arg("-lm").arg("-o").arg(&program);
-    assert!(link.status().expect("the compiler runs").success(), "the shim does not link");
-    let known = dir.join("shim");
-    std::fs::rename(&program, &known).expect("the program takes its place");
+    object(&hooks, "kernels.cpp", &kernels);
+    object(&["-O2"], "shim.cpp", &shim);
+    succeed(Command::new(&compiler).args([&kernels, &shim]).arg("-lm").arg("-o").arg(&program));
     for object in [kernels, shim] {
         std::fs::remove_file(object).expect("the object is there");
     }
-    Some(known)
+    Some(put(&program, dir, "shim"))
+}
+
+/// Compiles into a folder of `dir` the program that compiles kernels with NVRTC. `None` if there is no C++ compiler.
+///
+/// # Panics
+/// If the compiler finds an error or warns.
+pub fn compile_nvrtc(dir: &Path) -> Option<PathBuf> {
+    static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let built = PROGRAM.get_or_init(|| {
+        let (compiler, dir) = (compiler()?, dir.join("cuda-nvrtc"));
+        std::fs::create_dir_all(&dir).expect("a folder for the program");
+        let program = own(&dir, "nvrtc");
+        succeed(compile(&compiler).arg(sources().join("nvrtc.cpp")).arg("-ldl").arg("-o").arg(&program));
+        Some(put(&program, &dir, "nvrtc"))
+    });
+    built.clone()
 }
 
 /// A launch of a kernel.

@@ -1,0 +1,80 @@
+//! Every kernel of CUDA compiles with NVRTC for the architectures that are named here, without a warning, by the options of the
+//! numeric contract and to nothing that it forbids. `hw/cuda/fetch-nvrtc` fetches the library; where it was not, this says so.
+
+use lite_llm_tests::cuda::{compile_nvrtc, say_skipped, sources};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90", "sm_100"];
+/// Rule 1: nothing is contracted or flushed, divisions and square roots are rounded as IEEE 754 says.
+const OPTIONS: [&str; 5] =
+    ["--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"];
+
+/// The library and what loads it, if there are both.
+fn ready() -> Option<(PathBuf, PathBuf)> {
+    let builds = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let library = builds.parent()?.join("nvrtc/libnvrtc.so.12");
+    let program = if library.exists() { compile_nvrtc(builds) } else { None };
+    if program.is_none() {
+        say_skipped(&format!(
+            "kernels of CUDA with NVRTC, for want of {} or a C++ compiler",
+            library.display()
+        ));
+    }
+    Some((library, program?))
+}
+
+fn compile((library, program): &(PathBuf, PathBuf), options: &[&str], files: &[PathBuf]) -> (bool, String) {
+    let mut command = Command::new(program);
+    command.arg(library).args(options).arg(format!("-I{}", sources().display())).arg("--").args(files);
+    let Output { status, stdout, stderr } = command.output().expect("the program runs");
+    let said = [stdout, stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+    assert!(matches!(status.code(), Some(0 | 1)), "{status}: {said}");
+    (status.success(), said)
+}
+
+fn kernels() -> Vec<PathBuf> {
+    let files = std::fs::read_dir(sources())
+        .expect("the folder of kernels")
+        .map(|entry| entry.expect("an entry").path());
+    let mut files: Vec<PathBuf> =
+        files.filter(|path| path.extension().is_some_and(|extension| extension == "cu")).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn every_kernel_compiles_for_every_architecture() {
+    let Some(nvrtc) = ready() else { return };
+    let files = kernels();
+    assert!(!files.is_empty());
+    std::thread::scope(|scope| {
+        for architecture in ARCHITECTURES {
+            let (nvrtc, files) = (&nvrtc, &files);
+            scope.spawn(move || {
+                let mut options = vec!["--gpu-architecture", architecture];
+                options.extend(OPTIONS);
+                let (good, said) = compile(nvrtc, &options, files);
+                assert!(good, "{architecture}: {said}");
+                assert_eq!(said.matches(": compiled, ").count(), files.len(), "{architecture}: {said}");
+            });
+        }
+    });
+}
+
+#[test]
+fn warnings_and_other_arithmetic_are_failures() {
+    let Some(nvrtc) = ready() else { return };
+    let norm = [sources().join("norm.cu")];
+    for (instead, of) in [("--ftz=true", "--ftz=false"), ("--prec-div=false", "--prec-div=true")] {
+        let options = OPTIONS.map(|option| if option == of { instead } else { option });
+        let (good, said) = compile(&nvrtc, &options, &norm);
+        assert!(!good && said.contains("forbidden: "), "{said}");
+    }
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let file = dir.path().join("unused.cu");
+    let source = "#include \"words.cuh\"\nKERNEL unused(u32* out) { u32 nobody = 7; *out = 1; }\n";
+    std::fs::write(&file, source).expect("the source is written");
+    let (good, said) = compile(&nvrtc, &OPTIONS, &[file]);
+    assert!(!good && said.contains("warning"), "{said}");
+}
