@@ -5,6 +5,7 @@
 
 #include "../attention.cu"
 #include "../embed.cu"
+#include "../grouped.cu"
 #include "../linear.cu"
 #include "../moe.cu"
 #include "../norm.cu"
@@ -80,6 +81,15 @@ const Kernel kernels[] = {
     ENTRY(divide),
     ENTRY(penalise),
     ENTRY(argmax),
+    ENTRY(quantise),
+    ENTRY(embed_q8),
+    ENTRY(linear_one_row_q8),
+    ENTRY(linear_few_rows_q8),
+    ENTRY(linear_many_rows_q8),
+    ENTRY(embed_q4),
+    ENTRY(linear_one_row_q4),
+    ENTRY(linear_few_rows_q4),
+    ENTRY(linear_many_rows_q4),
     ENTRY(planted_race),
     ENTRY(planted_race_of_warp),
     ENTRY(planted_race_of_blocks),

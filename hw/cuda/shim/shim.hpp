@@ -39,6 +39,12 @@ static inline unsigned __float_as_uint(float value) {
 }
 static inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 static inline float __fsqrt_rn(float x) { return __builtin_sqrtf(x); }
+static inline int __dp4a(int a, int b, int sum) {
+    for (int i = 0; i < 32; i += 8) {
+        sum += static_cast<std::int8_t>(a >> i & 0xff) * static_cast<std::int8_t>(b >> i & 0xff);
+    }
+    return sum;
+}
 static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }

@@ -3,6 +3,7 @@
 
 mod attention;
 mod moe;
+mod products;
 mod sampling;
 
 use lite_llm_model::kernels::*;
@@ -142,118 +143,4 @@ fn positions_are_rotated() {
             assert_bits("rope", &found.values(0), &expected);
         }
     }
-}
-
-/// A matrix in the packed layout.
-struct Matrix {
-    storage: Storage,
-    outputs: usize,
-    inputs: usize,
-    packed: Vec<u8>,
-    bias: Option<Vec<f32>>,
-}
-
-impl Matrix {
-    fn plain(dtype: DType, outputs: usize, inputs: usize, has_bias: bool, operands: &mut Operands) -> Self {
-        let mut packed = vec![0; packed_len(dtype, outputs, inputs).unwrap()];
-        pack(dtype, outputs, inputs, &stored(dtype, &operands.values(outputs * inputs)), &mut packed);
-        let bias = has_bias.then(|| operands.values(outputs));
-        Self { storage: dtype.into(), outputs, inputs, packed, bias }
-    }
-
-    fn product(&self, x: &[f32]) -> Vec<f32> {
-        let rows = x.len() / self.inputs;
-        let mut out = vec![0.0; rows * self.outputs];
-        let view = PackedView::new(self.storage, self.outputs, self.inputs, &self.packed).unwrap();
-        linear(&Pool::new(1), Isa::Scalar, x, rows, &view, self.bias.as_deref(), &mut out);
-        out
-    }
-}
-
-/// Several products in one grid, as experts are: bytes of all matrices, where each has its weights and bias, which rows are whose.
-fn products(
-    shim: &mut Shim,
-    kernel: &str,
-    grid: [u32; 2],
-    matrices: &[&Matrix],
-    x: &[f32],
-    rows: &[usize],
-) -> Vec<f32> {
-    let (outputs, inputs) = (matrices[0].outputs, matrices[0].inputs);
-    let (mut arena, mut weights_at, mut biases_at, mut first_row) = (vec![], vec![], vec![], vec![0]);
-    for (matrix, rows) in matrices.iter().zip(rows) {
-        weights_at.push(arena.len() as u64);
-        arena.extend(&matrix.packed);
-        biases_at.push(arena.len() as u64);
-        arena.extend(matrix.bias.iter().flatten().flat_map(|value| value.to_le_bytes()));
-        arena.resize(arena.len().next_multiple_of(16), 0xee);
-        first_row.push(first_row.last().unwrap() + *rows as u32);
-    }
-    let all = *first_row.last().unwrap() as usize;
-    // Rows are picked from the end, as if a router had chosen.
-    let picked: Vec<u32> = (0..all as u32).rev().collect();
-    let chunks = inputs.div_ceil(1024);
-    let launch = Launch::new("repack", [chunks as u32, all as u32, 1], 256).values(x).words(&picked);
-    let repacked = shim.check(&launch.room(all * chunks * 1024).word(inputs)).values(2);
-    let launch = Launch::new(kernel, [grid[0], grid[1], matrices.len() as u32], 256).values(&repacked);
-    let launch = launch.bytes(&arena).longs(&weights_at);
-    let has_bias = matrices[0].bias.is_some();
-    let launch = if has_bias { launch.bytes(&arena).longs(&biases_at) } else { launch.null().null() };
-    let launch = launch.words(&first_row).room(all * outputs).word(inputs).word(outputs);
-    shim.check(&launch).values(if has_bias { 6 } else { 4 })
-}
-
-/// What products of picked rows have to be.
-fn expected_products(matrices: &[&Matrix], x: &[f32], rows: &[usize]) -> Vec<f32> {
-    let inputs = matrices[0].inputs;
-    let mut picked = x.chunks(inputs).rev();
-    let mut expected = vec![];
-    for (matrix, rows) in matrices.iter().zip(rows) {
-        let x: Vec<f32> = picked.by_ref().take(*rows).flatten().copied().collect();
-        expected.extend(matrix.product(&x));
-    }
-    expected
-}
-
-#[test]
-fn products_of_few_rows_are_the_definition() {
-    let Some(mut shim) = ready() else { return };
-    let mut operands = Operands::new(4);
-    for (dtype, name) in TYPES {
-        for (outputs, inputs, bias) in
-            [(1, 1, false), (17, 100, true), (33, 1061, false), (16, 9 * 1024 + 40, true)]
-        {
-            let own = |operands: &mut Operands| Matrix::plain(dtype, outputs, inputs, bias, operands);
-            let matrices = [&own(&mut operands), &own(&mut operands)];
-            for (kernel, high, rows) in [("one_row", 1, [1, 1]), ("few_rows", 2, [6, 3])] {
-                let x = operands.values(rows.iter().sum::<usize>() * inputs);
-                let grid = [outputs.div_ceil(16) as u32, high];
-                let found =
-                    products(&mut shim, &format!("linear_{kernel}_{name}"), grid, &matrices, &x, &rows);
-                assert_bits(
-                    &format!("{kernel} {name} {inputs}"),
-                    &found,
-                    &expected_products(&matrices, &x, &rows),
-                );
-            }
-        }
-    }
-    shim.finish("linear.cu");
-}
-
-#[test]
-fn products_of_many_rows_are_the_definition() {
-    let Some(mut shim) = ready() else { return };
-    let mut operands = Operands::new(5);
-    for (dtype, name) in TYPES {
-        for (outputs, inputs, bias, rows) in [(70, 1061, true, [70, 5]), (3, 20, false, [1, 64])] {
-            let own = |operands: &mut Operands| Matrix::plain(dtype, outputs, inputs, bias, operands);
-            let matrices = [&own(&mut operands), &own(&mut operands)];
-            let x = operands.values(rows.iter().sum::<usize>() * inputs);
-            let grid = [outputs.div_ceil(64) as u32, 2];
-            let found = products(&mut shim, &format!("linear_many_rows_{name}"), grid, &matrices, &x, &rows);
-            assert_bits(&format!("{name} {inputs}"), &found, &expected_products(&matrices, &x, &rows));
-        }
-    }
-    shim.finish("linear.cu");
 }

@@ -1,0 +1,249 @@
+//! Matrix products, of floats and of integers.
+
+use crate::{TYPES, ready, stored};
+use lite_llm_model::kernels::*;
+use lite_llm_tests::cuda::{Launch, Operands, Shim, assert_bits};
+
+/// A matrix in the packed layout.
+struct Matrix {
+    storage: Storage,
+    outputs: usize,
+    inputs: usize,
+    packed: Vec<u8>,
+    bias: Option<Vec<f32>>,
+}
+
+impl Matrix {
+    fn plain(dtype: DType, outputs: usize, inputs: usize, has_bias: bool, operands: &mut Operands) -> Self {
+        let mut packed = vec![0; packed_len(dtype, outputs, inputs).unwrap()];
+        pack(dtype, outputs, inputs, &stored(dtype, &operands.values(outputs * inputs)), &mut packed);
+        let bias = has_bias.then(|| operands.values(outputs));
+        Self { storage: dtype.into(), outputs, inputs, packed, bias }
+    }
+
+    fn grouped(
+        kind: Quantised,
+        outputs: usize,
+        inputs: usize,
+        has_bias: bool,
+        operands: &mut Operands,
+    ) -> Self {
+        let mut packed = vec![0; packed_len(kind, outputs, inputs).unwrap()];
+        pack_groups(kind, outputs, inputs, &rows_of(kind, outputs, inputs, operands), &mut packed);
+        let bias = has_bias.then(|| operands.values(outputs));
+        Self { storage: kind.into(), outputs, inputs, packed, bias }
+    }
+
+    fn product(&self, x: &[f32]) -> Vec<f32> {
+        let rows = x.len() / self.inputs;
+        let mut out = vec![0.0; rows * self.outputs];
+        let view = PackedView::new(self.storage, self.outputs, self.inputs, &self.packed).unwrap();
+        linear(&Pool::new(1), Isa::Scalar, x, rows, &view, self.bias.as_deref(), &mut out);
+        out
+    }
+}
+
+/// Quantised rows.
+fn rows_of(kind: Quantised, outputs: usize, inputs: usize, operands: &mut Operands) -> Vec<u8> {
+    let mut rows = vec![0; outputs * kind.row_bytes(inputs)];
+    for row in rows.chunks_mut(kind.row_bytes(inputs)) {
+        quantise::quantise_row(kind, &operands.values(inputs), row).unwrap();
+    }
+    rows
+}
+
+/// Several products in one grid, as experts are: bytes of all matrices, where each has its weights and bias, which rows are whose.
+fn products(
+    shim: &mut Shim,
+    form: &str,
+    grid: [u32; 2],
+    matrices: &[&Matrix],
+    x: &[f32],
+    rows: &[usize],
+) -> Vec<f32> {
+    let (outputs, inputs) = (matrices[0].outputs, matrices[0].inputs);
+    let (mut arena, mut weights_at, mut biases_at, mut first_row) = (vec![], vec![], vec![], vec![0]);
+    for (matrix, rows) in matrices.iter().zip(rows) {
+        weights_at.push(arena.len() as u64);
+        arena.extend(&matrix.packed);
+        biases_at.push(arena.len() as u64);
+        arena.extend(matrix.bias.iter().flatten().flat_map(|value| value.to_le_bytes()));
+        arena.resize(arena.len().next_multiple_of(16), 0xee);
+        first_row.push(first_row.last().unwrap() + *rows as u32);
+    }
+    let all = *first_row.last().unwrap() as usize;
+    // Rows are picked from the end, as if a router had chosen.
+    let picked: Vec<u32> = (0..all as u32).rev().collect();
+    let (x, words) = repacked(shim, matrices[0].storage, x, &picked, inputs);
+    let kernel = format!("linear_{form}_{}", name(matrices[0].storage));
+    let launch = Launch::new(&kernel, [grid[0], grid[1], matrices.len() as u32], 256).values(&x);
+    let launch = launch.bytes(&arena).longs(&weights_at);
+    let has_bias = matrices[0].bias.is_some();
+    let launch = if has_bias { launch.bytes(&arena).longs(&biases_at) } else { launch.null().null() };
+    let launch = launch.words(&first_row).room(all * outputs).word(inputs).word(outputs);
+    let launch = if words.is_empty() { launch } else { launch.words(&words) };
+    shim.check(&launch).values(if has_bias { 6 } else { 4 })
+}
+
+/// Picked rows in the form that products want: in their order, or as scales and integers.
+fn repacked(
+    shim: &mut Shim,
+    storage: Storage,
+    x: &[f32],
+    picked: &[u32],
+    inputs: usize,
+) -> (Vec<f32>, Vec<u32>) {
+    if matches!(storage, Storage::Grouped(_)) {
+        let groups = picked.len() * inputs.div_ceil(32);
+        let grid = [inputs.div_ceil(32).div_ceil(8) as u32, picked.len() as u32, 1];
+        let launch = Launch::new("quantise", grid, 256).values(x).words(picked).room(groups * 8).room(groups);
+        let found = shim.check(&launch.word(inputs));
+        return (found.values(3), found.words(2));
+    }
+    let chunks = inputs.div_ceil(1024);
+    let launch = Launch::new("repack", [chunks as u32, picked.len() as u32, 1], 256).values(x).words(picked);
+    (shim.check(&launch.room(picked.len() * chunks * 1024).word(inputs)).values(2), vec![])
+}
+
+fn name(storage: Storage) -> &'static str {
+    match storage {
+        Storage::Plain(DType::F32) => "f32",
+        Storage::Plain(DType::Bf16) => "bf16",
+        Storage::Plain(DType::F16) => "f16",
+        Storage::Grouped(Quantised::Q8) => "q8",
+        Storage::Grouped(Quantised::Q4) => "q4",
+        Storage::Mxfp4 | Storage::E4m3 => unreachable!("there are no kernels for it"),
+    }
+}
+
+/// What products of picked rows have to be.
+fn expected_products(matrices: &[&Matrix], x: &[f32], rows: &[usize]) -> Vec<f32> {
+    let inputs = matrices[0].inputs;
+    let mut picked = x.chunks(inputs).rev();
+    let mut expected = vec![];
+    for (matrix, rows) in matrices.iter().zip(rows) {
+        let x: Vec<f32> = picked.by_ref().take(*rows).flatten().copied().collect();
+        expected.extend(matrix.product(&x));
+    }
+    expected
+}
+
+/// Two matrices of a kind by one form of the kernels.
+fn check(shim: &mut Shim, matrices: [&Matrix; 2], form: &str, grid: [u32; 2], rows: [usize; 2], x: &[f32]) {
+    let found = products(shim, form, grid, &matrices, x, &rows);
+    let what = format!("{form} {:?} {} x {}", matrices[0].storage, matrices[0].outputs, matrices[0].inputs);
+    assert_bits(&what, &found, &expected_products(&matrices, x, &rows));
+}
+
+#[test]
+fn products_of_few_rows_are_the_definition() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(4);
+    for (dtype, _) in TYPES {
+        for (outputs, inputs, bias) in
+            [(1, 1, false), (17, 100, true), (33, 1061, false), (16, 9 * 1024 + 40, true)]
+        {
+            let own = |operands: &mut Operands| Matrix::plain(dtype, outputs, inputs, bias, operands);
+            let matrices = [&own(&mut operands), &own(&mut operands)];
+            for (form, high, rows) in [("one_row", 1, [1, 1]), ("few_rows", 2, [6, 3])] {
+                let x = operands.values(rows.iter().sum::<usize>() * inputs);
+                check(&mut shim, matrices, form, [outputs.div_ceil(16) as u32, high], rows, &x);
+            }
+        }
+    }
+    shim.finish("linear.cu");
+}
+
+#[test]
+fn products_of_many_rows_are_the_definition() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(5);
+    for (dtype, _) in TYPES {
+        for (outputs, inputs, bias, rows) in [(70, 1061, true, [70, 5]), (3, 20, false, [1, 64])] {
+            let own = |operands: &mut Operands| Matrix::plain(dtype, outputs, inputs, bias, operands);
+            let matrices = [&own(&mut operands), &own(&mut operands)];
+            let x = operands.values(rows.iter().sum::<usize>() * inputs);
+            check(&mut shim, matrices, "many_rows", [outputs.div_ceil(64) as u32, 2], rows, &x);
+        }
+    }
+    shim.finish("linear.cu");
+}
+
+#[test]
+fn products_that_overflow_are_the_definition() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(6);
+    let (outputs, inputs) = (20, 1100);
+    let huge = |operands: &mut Operands, count: usize| -> Vec<f32> {
+        // Sums that become infinite and, of both signs, no number.
+        operands.values(count).iter().map(|value| value * 1e19).collect()
+    };
+    let mut packed = vec![0; packed_len(DType::F32, outputs, inputs).unwrap()];
+    pack(
+        DType::F32,
+        outputs,
+        inputs,
+        &stored(DType::F32, &huge(&mut operands, outputs * inputs)),
+        &mut packed,
+    );
+    let matrix = Matrix { storage: DType::F32.into(), outputs, inputs, packed, bias: None };
+    let mut x = huge(&mut operands, 4 * inputs);
+    x[7] = f32::INFINITY;
+    x[2 * inputs + 30] = f32::NAN;
+    check(&mut shim, [&matrix, &matrix], "few_rows", [2, 1], [3, 1], &x);
+    check(&mut shim, [&matrix, &matrix], "many_rows", [1, 1], [3, 1], &x);
+}
+
+#[test]
+fn products_of_integers_are_the_definition() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(7);
+    for kind in [Quantised::Q8, Quantised::Q4] {
+        for (outputs, inputs, bias) in [(1, 1, false), (33, 96, true), (70, 2500, false)] {
+            let own = |operands: &mut Operands| Matrix::grouped(kind, outputs, inputs, bias, operands);
+            let matrices = [&own(&mut operands), &own(&mut operands)];
+            for (form, high, rows) in
+                [("one_row", 1, [1, 1]), ("few_rows", 2, [6, 3]), ("many_rows", 2, [70, 5])]
+            {
+                if form == "many_rows" && inputs > 2000 && kind == Quantised::Q4 {
+                    continue;
+                }
+                let mut x = operands.values(rows.iter().sum::<usize>() * inputs);
+                // Groups of zeros and of subnormals; rows with something that is no number.
+                let zeros = 32.min(inputs);
+                x[..zeros].fill(-0.0);
+                let last = x.len() - inputs;
+                x[last..last + zeros].fill(f32::from_bits(3));
+                x[inputs / 2] = 5e-44;
+                if rows[0] == 6 {
+                    x[inputs + inputs / 2] = f32::NEG_INFINITY;
+                    x[4 * inputs] = f32::NAN;
+                }
+                let wide = if form == "many_rows" { 64 } else { 16 };
+                check(&mut shim, matrices, form, [outputs.div_ceil(wide) as u32, high], rows, &x);
+            }
+        }
+    }
+    shim.finish("grouped.cu");
+}
+
+#[test]
+fn rows_of_integers_are_embedded() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(8);
+    for kind in [Quantised::Q8, Quantised::Q4] {
+        for hidden in [1, 64, 77] {
+            let table = rows_of(kind, 9, hidden, &mut operands);
+            let tokens = [3, 0, 8, 3];
+            let launch = Launch::new(&format!("embed_{}", name(kind.into())), [4, 1, 1], 64).bytes(&table);
+            let found = shim.check(&launch.words(&tokens).room(4 * hidden).word(hidden).value(1.7));
+            let mut expected = vec![0.0; 4 * hidden];
+            for (token, out) in tokens.iter().zip(expected.chunks_mut(hidden)) {
+                let size = kind.row_bytes(hidden);
+                quantise::dequantise_row(kind, &table[*token as usize * size..][..size], out);
+                out.iter_mut().for_each(|value| *value *= 1.7);
+            }
+            assert_bits("embedding", &found.values(2), &expected);
+        }
+    }
+}
