@@ -178,3 +178,30 @@ fn attention_over_pages_is_the_definition() {
     }
     shim.finish("attention.cu");
 }
+
+#[test]
+fn values_are_rounded_to_storage() {
+    let Some(mut shim) = ready() else { return };
+    let mut values = vec![];
+    for bits in (0..=u32::MAX).step_by(32_749) {
+        // As it is, half-way between two of bfloat16 and of binary16, and half-way between two subnormals of binary16.
+        values.extend([bits, bits & 0xffff_0000 | 0x8000, bits & 0xffff_e000 | 0x1000].map(f32::from_bits));
+        let halves = (bits >> 16 & 0x7ff) as f32 + 0.5;
+        values.push(halves * f32::from_bits((127 - 24) << 23) * if bits & 1 == 0 { 1.0 } else { -1.0 });
+    }
+    values.retain(|value| !value.is_nan());
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
+        let shape =
+            KvShape { kv_heads: 1, key_dim: values.len() / 64, value_dim: 1, values_in_keys: false, dtype };
+        let mut expected = vec![0; shape.key_page_bytes()];
+        for (position, keys) in (0..64).zip(values.chunks_exact(shape.key_dim)) {
+            shape.write_keys(position, keys, &mut expected);
+        }
+        let positions: Vec<u32> = (0..64).collect();
+        let launch = Launch::new(&format!("write_cache_{}", name(dtype)), [64, 1, 1], 64).values(&values);
+        let launch = launch.words(&positions).words(&[0; 64]).bytes(&vec![0; expected.len()]);
+        let launch = launch.word(expected.len()).word(0).word(1).word(shape.key_dim);
+        let found = shim.launch(&launch, 0, "").unwrap();
+        assert!(found.bytes(3) == expected, "the cache of {dtype:?} differs");
+    }
+}

@@ -171,6 +171,7 @@ fn gates_are_the_definition() {
         let mut expected = vec![0.0; n];
         swiglu(Isa::Scalar, &gates, &ups, &mut expected);
         assert_bits("swiglu", &found, &expected);
+        ups.iter_mut().for_each(|up| *up *= 8.0);
         let launch = launch("clamped_swiglu").values(&gates).values(&ups).room(n).word(n);
         let found = shim.check(&launch.value(1.702).value(7.0)).values(2);
         clamped_swiglu(Isa::Scalar, &gates, &ups, 1.702, 7.0, &mut expected);
@@ -180,8 +181,9 @@ fn gates_are_the_definition() {
         let expected: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y * 0.22).collect();
         assert_bits("add", &shim.check(&launch).values(0), &expected);
     }
-    // A sample of all values.
-    let gates: Vec<f32> = (0..=u32::MAX).step_by(65_521).map(f32::from_bits).collect();
+    // A sample of all values, and many where a coefficient of the exponential that is off by a little shows.
+    let mut gates: Vec<f32> = (0..=u32::MAX).step_by(65_521).map(f32::from_bits).collect();
+    gates.extend((0..1 << 20).map(|_| operands.word() as f32 * -7e-9));
     let ones = vec![1.0; gates.len()];
     let launch = Launch::new("swiglu", [8, 1, 1], 256)
         .values(&gates)

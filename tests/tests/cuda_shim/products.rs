@@ -194,6 +194,41 @@ fn products_that_overflow_are_the_definition() {
     check(&mut shim, [&matrix, &matrix], "many_rows", [1, 1], [3, 1], &x);
 }
 
+/// Products so small that a sum is a zero: its sign tells whether inputs were padded.
+#[test]
+fn products_that_underflow_are_the_definition() {
+    let Some(mut shim) = ready() else { return };
+    for inputs in [16, 20, 32] {
+        let mut packed = vec![0; packed_len(DType::F32, 2, inputs).unwrap()];
+        pack(DType::F32, 2, inputs, &stored(DType::F32, &vec![1e-30; 2 * inputs]), &mut packed);
+        let matrix = Matrix { storage: DType::F32.into(), outputs: 2, inputs, packed, bias: None };
+        let mut x = vec![-1e-30; 4 * inputs];
+        x[3 * inputs..].fill(1e-30);
+        assert_eq!(matrix.product(&x)[0].is_sign_negative(), inputs % 16 == 0);
+        check(&mut shim, [&matrix, &matrix], "few_rows", [1, 1], [3, 1], &x);
+        check(&mut shim, [&matrix, &matrix], "many_rows", [1, 1], [3, 1], &x);
+    }
+}
+
+/// A scale so small that it is rounded down by a third: integers beyond 127 are clamped.
+#[test]
+fn integers_of_subnormals_are_clamped() {
+    let Some(mut shim) = ready() else { return };
+    let (outputs, inputs) = (3, 32);
+    let mut rows = vec![0; outputs * Quantised::Q8.row_bytes(inputs)];
+    for row in rows.chunks_mut(Quantised::Q8.row_bytes(inputs)) {
+        quantise::quantise_row(Quantised::Q8, &vec![3e5; inputs], row).unwrap();
+    }
+    let mut packed = vec![0; packed_len(Quantised::Q8, outputs, inputs).unwrap()];
+    pack_groups(Quantised::Q8, outputs, inputs, &rows, &mut packed);
+    let matrix = Matrix { storage: Quantised::Q8.into(), outputs, inputs, packed, bias: None };
+    let mut x = vec![0.0; 2 * inputs];
+    x[0] = f32::from_bits(190);
+    x[inputs] = -f32::from_bits(189);
+    assert!(matrix.product(&x)[0] > 0.0);
+    check(&mut shim, [&matrix, &matrix], "one_row", [1, 1], [1, 1], &x);
+}
+
 #[test]
 fn products_of_integers_are_the_definition() {
     let Some(mut shim) = ready() else { return };
