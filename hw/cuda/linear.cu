@@ -20,29 +20,88 @@ KERNEL __launch_bounds__(LINEAR_THREADS) repack(const float* __restrict__ x, con
     for (u32 at = threadIdx.x; at < CHUNK; at += blockDim.x) out[at] = chunk[at / STEPS * (STEPS + 1) + at % STEPS];
 }
 
-// Half an entry, and which outputs of the tile it is: the first of four and of four more.
+// Storages: of an entry of a chunk, which of `steps` a lane, a half has eight outputs: four from `low` on and four from `high` on.
 template <class T>
-struct HalfEntry {
-    static constexpr u32 BYTES = TILE * T::BYTES;
-    static __device__ __forceinline__ void load(const byte* entry, u32 half, float* out) {
+struct Plain {
+    static constexpr u32 ENTRY = TILE * T::BYTES;
+    static __device__ __forceinline__ u32 factor_bytes(u32) { return 0; }
+    static __device__ __forceinline__ u32 low(u32 half) { return T::BYTES == 4 ? half * 8 : half * 4; }
+    static __device__ __forceinline__ u32 high(u32 half) { return T::BYTES == 4 ? half * 8 + 4 : half * 4 + 8; }
+    static __device__ __forceinline__ void load(const byte* chunk, u32 steps, u32 lane, u32 step, u32 half, float* out) {
+        const byte* const entry = chunk + (lane * steps + step) * ENTRY + half * (ENTRY / 2);
         if (T::BYTES == 4) {
-            T::eight(entry + half * 32, out);
+            T::eight(entry, out);
         } else {
             // A word holds an output and the one eight further.
             float mixed[8];
-            T::eight(entry + half * 16, mixed);
+            T::eight(entry, mixed);
 #pragma unroll
             for (u32 i = 0; i < 4; i++) out[i] = mixed[2 * i], out[4 + i] = mixed[2 * i + 1];
         }
     }
-    static __device__ __forceinline__ u32 low(u32 half) { return T::BYTES == 4 ? half * 8 : half * 4; }
-    static __device__ __forceinline__ u32 high(u32 half) { return T::BYTES == 4 ? half * 8 + 4 : half * 4 + 8; }
 };
 
+// Four bits a weight, and for each 32 inputs and each output half of the power of two that they are multiplied with.
+struct Mxfp4 {
+    static constexpr u32 ENTRY = TILE / 2, BLOCK = 32;
+    static __device__ __forceinline__ u32 factor_bytes(u32 entries) { return pieces(entries, BLOCK) * TILE * 2; }
+    static __device__ __forceinline__ u32 low(u32 half) { return half * 4; }
+    static __device__ __forceinline__ u32 high(u32 half) { return half * 4 + 8; }
+    // Twice the value of four bits, exactly: one of sign, two of exponent, one of fraction.
+    static __device__ __forceinline__ float doubled(u32 code) {
+        const float magnitude = __uint_as_float((code & 7u) << 22) * power_of_two(127);
+        return __uint_as_float(__float_as_uint(magnitude) | (code & 8u) << 28);
+    }
+    static __device__ __forceinline__ void load(const byte* chunk, u32 steps, u32 lane, u32 step, u32 half, float* out) {
+        const byte* const entry = chunk + factor_bytes(steps * LANES) + (lane * steps + step) * ENTRY + half * 4;
+        const u32 codes = *reinterpret_cast<const u32*>(entry);
+        const byte* const factors = chunk + (step * LANES + lane) / BLOCK * TILE * 2 + half * 8;
+        const uint2 lows = *reinterpret_cast<const uint2*>(factors), highs = *reinterpret_cast<const uint2*>(factors + 16);
+        float by[8];
+        Bf16::pair(lows.x, by[0], by[1]);
+        Bf16::pair(lows.y, by[2], by[3]);
+        Bf16::pair(highs.x, by[4], by[5]);
+        Bf16::pair(highs.y, by[6], by[7]);
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            out[i] = doubled(codes >> (8 * i)) * by[i];
+            out[4 + i] = doubled(codes >> (8 * i + 4)) * by[4 + i];
+        }
+    }
+};
+
+// A byte a weight, and a factor for each 128 inputs: the published one times 256. A code that is no number has such a factor.
+struct E4m3 {
+    static constexpr u32 ENTRY = TILE, BLOCK = 128;
+    static __device__ __forceinline__ u32 factor_bytes(u32 entries) { return pieces(entries, BLOCK) * 4; }
+    static __device__ __forceinline__ u32 low(u32 half) { return half * 8; }
+    static __device__ __forceinline__ u32 high(u32 half) { return half * 8 + 4; }
+    // The value of a byte by 256, exactly: one of sign, four of exponent, three of fraction.
+    static __device__ __forceinline__ float by_256(u32 code) {
+        const float magnitude = __uint_as_float((code & 0x7fu) << 20) * power_of_two(112);
+        return __uint_as_float(__float_as_uint(magnitude) | (code & 0x80u) << 24);
+    }
+    static __device__ __forceinline__ void load(const byte* chunk, u32 steps, u32 lane, u32 step, u32 half, float* out) {
+        const byte* const entry = chunk + factor_bytes(steps * LANES) + (lane * steps + step) * ENTRY + half * 8;
+        // Factors are words, so that entries begin at multiples of four bytes only.
+        const u32 first = reinterpret_cast<const u32*>(entry)[0], second = reinterpret_cast<const u32*>(entry)[1];
+        const float factor = reinterpret_cast<const float*>(chunk)[(step * LANES + lane) / BLOCK];
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            out[i] = by_256(first >> (8 * i)) * factor;
+            out[4 + i] = by_256(second >> (8 * i)) * factor;
+        }
+    }
+};
+
+__device__ __forceinline__ void add_step(float x, const float* w, float* acc) {
+#pragma unroll
+    for (u32 o = 0; o < 8; o++) acc[o] = fused(x, w[o], acc[o]);
+}
+
 // Few rows: a block has a tile of outputs (x) and `ROWS` rows (y), a warp a chunk, a thread a lane of eight outputs.
-template <class T, u32 ROWS>
+template <class S, u32 ROWS>
 __device__ __forceinline__ void few_rows(const Products& of) {
-    typedef HalfEntry<T> Half;
     SHARED(float, folds, LINEAR_WARPS* LANES*(TILE + 1));
     SHARED(float, sums, LINEAR_WARPS* ROWS* TILE);
     const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP / 2, half = threadIdx.x % 2;
@@ -54,27 +113,31 @@ __device__ __forceinline__ void few_rows(const Products& of) {
         const u32 chunk = first + warp;
         if (chunk < chunks) {
             const u32 steps = of.steps(chunk);
-            const byte* const entries = of.entries(Half::BYTES, tile, chunk, lane);
+            const byte* const weights = of.chunk_of<S>(tile, chunk);
             float acc[ROWS][8] = {};
+            u32 step = 0;
+            // Whole fours without a condition between their loads, so that all of them are on their way together.
 #pragma unroll 2
-            for (u32 step = 0; step < steps; step += 4) {
-                float x[ROWS][4];
+            for (; step + 4 <= steps; step += 4) {
+                float w[4][8];
+                float4 x[ROWS];
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) S::load(weights, steps, lane, step + i, half, w[i]);
+#pragma unroll
+                for (u32 r = 0; r < ROWS; r++) x[r] = load_float4(of.lane(smaller(row + r, rows - 1), chunk, lane) + step);
 #pragma unroll
                 for (u32 r = 0; r < ROWS; r++) {
-                    const float4 four = load_float4(of.lane(smaller(row + r, rows - 1), chunk, lane) + step);
-                    x[r][0] = four.x, x[r][1] = four.y, x[r][2] = four.z, x[r][3] = four.w;
+                    add_step(x[r].x, w[0], acc[r]);
+                    add_step(x[r].y, w[1], acc[r]);
+                    add_step(x[r].z, w[2], acc[r]);
+                    add_step(x[r].w, w[3], acc[r]);
                 }
+            }
+            for (; step < steps; step++) {
+                float w[8];
+                S::load(weights, steps, lane, step, half, w);
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    if (step + i >= steps) break;
-                    float w[8];
-                    Half::load(entries + (step + i) * Half::BYTES, half, w);
-#pragma unroll
-                    for (u32 r = 0; r < ROWS; r++) {
-#pragma unroll
-                        for (u32 o = 0; o < 8; o++) acc[r][o] = fused(x[r][i], w[o], acc[r][o]);
-                    }
-                }
+                for (u32 r = 0; r < ROWS; r++) add_step(of.lane(smaller(row + r, rows - 1), chunk, lane)[step], w, acc[r]);
             }
             float* const fold = folds + warp * LANES * (TILE + 1);
 #pragma unroll
@@ -82,8 +145,8 @@ __device__ __forceinline__ void few_rows(const Products& of) {
                 if (r > 0) __syncwarp();
 #pragma unroll
                 for (u32 o = 0; o < 4; o++) {
-                    fold[lane * (TILE + 1) + Half::low(half) + o] = acc[r][o];
-                    fold[lane * (TILE + 1) + Half::high(half) + o] = acc[r][4 + o];
+                    fold[lane * (TILE + 1) + S::low(half) + o] = acc[r][o];
+                    fold[lane * (TILE + 1) + S::high(half) + o] = acc[r][4 + o];
                 }
                 __syncwarp();
                 if (threadIdx.x % WARP < TILE) {
@@ -110,7 +173,7 @@ __device__ __forceinline__ void few_rows(const Products& of) {
 
 // Many rows: a block has 64 outputs (x) and 64 rows (y), a thread four by four of them. One lane after another is brought to
 // shared memory, widened, while the one before is added up.
-template <class T>
+template <class S>
 struct Staged {
     static constexpr u32 HALVES = SPAN * STEPS / 8 / LINEAR_THREADS;
     static constexpr u32 FOURS = SPAN * STEPS / 4 / LINEAR_THREADS;
@@ -130,8 +193,7 @@ struct Staged {
             const u32 i = threadIdx.x + n * LINEAR_THREADS, tile = blockIdx.x * (SPAN / TILE) + tile_of_half(i);
             for (u32 o = 0; o < 8; o++) w[n][o] = 0.0f;
             if (step_of_half(i) >= steps || tile >= tiles) continue;
-            const byte* const entries = of.entries(HalfEntry<T>::BYTES, tile, chunk, lane);
-            HalfEntry<T>::load(entries + step_of_half(i) * HalfEntry<T>::BYTES, i % 2, w[n]);
+            S::load(of.chunk_of<S>(tile, chunk), steps, lane, step_of_half(i), i % 2, w[n]);
         }
 #pragma unroll
         for (u32 n = 0; n < FOURS; n++) {
@@ -146,7 +208,7 @@ struct Staged {
         for (u32 n = 0; n < HALVES; n++) {
             const u32 i = threadIdx.x + n * LINEAR_THREADS;
             float* const to = ws + step_of_half(i) * STRIDE + tile_of_half(i) * TILE;
-            const u32 low = HalfEntry<T>::low(i % 2), high = HalfEntry<T>::high(i % 2);
+            const u32 low = S::low(i % 2), high = S::high(i % 2);
             *reinterpret_cast<float4*>(to + low) = make_float4(w[n][0], w[n][1], w[n][2], w[n][3]);
             *reinterpret_cast<float4*>(to + high) = make_float4(w[n][4], w[n][5], w[n][6], w[n][7]);
         }
@@ -159,14 +221,14 @@ struct Staged {
     }
 };
 
-template <class T>
+template <class S>
 __device__ __forceinline__ void many_rows(const Products& of) {
     SHARED(float, ws, STEPS* STRIDE);
     SHARED(float, xs, STEPS* STRIDE);
     const u32 row = blockIdx.y * SPAN, left = threadIdx.x % 16 * 4, top = threadIdx.x / 16 * 4;
     if (row >= of.rows()) return;
     float sum[4][4] = {}, total[4][4] = {};
-    Staged<T> staged;
+    Staged<S> staged;
     if (of.chunks() > 0) staged.fetch(of, row, 0, 0);
     for (u32 chunk = 0; chunk < of.chunks(); chunk++) {
         const u32 steps = of.steps(chunk);
@@ -209,15 +271,17 @@ __device__ __forceinline__ void many_rows(const Products& of) {
     }
 }
 
-#define LINEAR(name, form) \
-    KERNEL __launch_bounds__(LINEAR_THREADS) name(PRODUCTS_ARGUMENTS) { form(PRODUCTS); }
+#define LINEAR(S, name)                                                                                          \
+    KERNEL __launch_bounds__(LINEAR_THREADS) linear_one_row_##name(PRODUCTS_ARGUMENTS) {                         \
+        few_rows<S, 1>(PRODUCTS);                                                                                \
+    }                                                                                                            \
+    KERNEL __launch_bounds__(LINEAR_THREADS) linear_few_rows_##name(PRODUCTS_ARGUMENTS) {                        \
+        few_rows<S, 4>(PRODUCTS);                                                                                \
+    }                                                                                                            \
+    KERNEL __launch_bounds__(LINEAR_THREADS) linear_many_rows_##name(PRODUCTS_ARGUMENTS) { many_rows<S>(PRODUCTS); }
 
-LINEAR(linear_one_row_f32, (few_rows<F32, 1>))
-LINEAR(linear_one_row_bf16, (few_rows<Bf16, 1>))
-LINEAR(linear_one_row_f16, (few_rows<F16, 1>))
-LINEAR(linear_few_rows_f32, (few_rows<F32, 4>))
-LINEAR(linear_few_rows_bf16, (few_rows<Bf16, 4>))
-LINEAR(linear_few_rows_f16, (few_rows<F16, 4>))
-LINEAR(linear_many_rows_f32, many_rows<F32>)
-LINEAR(linear_many_rows_bf16, many_rows<Bf16>)
-LINEAR(linear_many_rows_f16, many_rows<F16>)
+LINEAR(Plain<F32>, f32)
+LINEAR(Plain<Bf16>, bf16)
+LINEAR(Plain<F16>, f16)
+LINEAR(Mxfp4, mxfp4)
+LINEAR(E4m3, e4m3)

@@ -32,10 +32,12 @@ struct Products {
     __device__ __forceinline__ const float* lane(u32 row, u32 chunk, u32 lane) const {
         return x + ((u64(first()) + row) * chunks() + chunk) * CHUNK + lane * STEPS;
     }
-    // The entries of a lane of a tile.
-    __device__ __forceinline__ const byte* entries(u32 entry, u32 tile, u32 chunk, u32 lane) const {
-        const u64 start = u64(tile) * padded() + chunk * CHUNK + lane * steps(chunk);
-        return weights + weights_at[blockIdx.z] + start * entry;
+    // A chunk of a tile: factors if a storage has them, then the entries of lane after lane.
+    template <class S>
+    __device__ __forceinline__ const byte* chunk_of(u32 tile, u32 chunk) const {
+        const u64 whole = S::factor_bytes(CHUNK) + CHUNK * S::ENTRY, rest = padded() % CHUNK;
+        const u64 tile_bytes = padded() / CHUNK * whole + S::factor_bytes(u32(rest)) + rest * S::ENTRY;
+        return weights + weights_at[blockIdx.z] + tile * tile_bytes + chunk * whole;
     }
     __device__ __forceinline__ void put(u32 row, u32 output, float value) const {
         if (biases != nullptr) value += reinterpret_cast<const float*>(biases + biases_at[blockIdx.z])[output];

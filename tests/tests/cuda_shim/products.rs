@@ -34,6 +34,37 @@ impl Matrix {
         Self { storage: kind.into(), outputs, inputs, packed, bias }
     }
 
+    fn coded(
+        storage: Storage,
+        outputs: usize,
+        inputs: usize,
+        has_bias: bool,
+        operands: &mut Operands,
+    ) -> Self {
+        let mut packed = vec![0; packed_len(storage, outputs, inputs).unwrap()];
+        let codes: Vec<u8> = (0..outputs * inputs).map(|_| operands.word() as u8).collect();
+        let code = |output, input| codes[output * inputs + input];
+        if storage == Storage::Mxfp4 {
+            // Subnormal powers too, and one that is no number.
+            let exponent = |output, block| match (output * 7 + block) % 11 {
+                0 => 0,
+                1 => 1,
+                2 if output == 5 => u8::MAX,
+                other => 120 + other as u8,
+            };
+            pack_mxfp4(outputs, inputs, code, exponent, &mut packed);
+        } else {
+            let factors = operands.values(outputs.div_ceil(128) * inputs.div_ceil(128));
+            // Without what is no number but for one, which makes a block none.
+            let code = |output, input| {
+                if (output, input) == (0, inputs - 1) { 0x7f } else { code(output, input) & 0xf7 }
+            };
+            let factor = |down, across| factors[down * inputs.div_ceil(128) + across];
+            pack_e4m3(outputs, inputs, code, factor, &mut packed);
+        }
+        Self { storage, outputs, inputs, packed, bias: has_bias.then(|| operands.values(outputs)) }
+    }
+
     fn product(&self, x: &[f32]) -> Vec<f32> {
         let rows = x.len() / self.inputs;
         let mut out = vec![0.0; rows * self.outputs];
@@ -112,7 +143,8 @@ fn name(storage: Storage) -> &'static str {
         Storage::Plain(DType::F16) => "f16",
         Storage::Grouped(Quantised::Q8) => "q8",
         Storage::Grouped(Quantised::Q4) => "q4",
-        Storage::Mxfp4 | Storage::E4m3 => unreachable!("there are no kernels for it"),
+        Storage::Mxfp4 => "mxfp4",
+        Storage::E4m3 => "e4m3",
     }
 }
 
@@ -167,6 +199,28 @@ fn products_of_many_rows_are_the_definition() {
         }
     }
     shim.finish("linear.cu");
+}
+
+#[test]
+fn products_of_codes_are_the_definition() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(9);
+    for storage in [Storage::Mxfp4, Storage::E4m3] {
+        for (outputs, inputs, bias) in [(1, 1, true), (33, 1061, true), (18, 2 * 1024 + 144, false)] {
+            let own = |operands: &mut Operands| Matrix::coded(storage, outputs, inputs, bias, operands);
+            let matrices = [&own(&mut operands), &own(&mut operands)];
+            for (form, high, rows) in
+                [("one_row", 1, [1, 1]), ("few_rows", 2, [6, 3]), ("many_rows", 1, [7, 5])]
+            {
+                if form == "many_rows" && inputs > 2000 {
+                    continue;
+                }
+                let x = operands.values(rows.iter().sum::<usize>() * inputs);
+                let wide = if form == "many_rows" { 64 } else { 16 };
+                check(&mut shim, matrices, form, [outputs.div_ceil(wide) as u32, high], rows, &x);
+            }
+        }
+    }
 }
 
 #[test]
