@@ -84,26 +84,61 @@ __device__ __forceinline__ u32 kept_groups(const Ties& ties, const float* scores
     return kept;
 }
 
-// The k first candidates, one a lane, in their order; NONE where there are no more.
-__device__ __forceinline__ u32 chosen_of(const Ties& ties, const float* scores, const u32* eligible, u32 width, u32 k, u32 kept,
-                                         u32 size) {
-    const u32 lane = threadIdx.x;
+// The k first of the candidates from `from` on that are open, one a lane, in their order; NONE where there are no more.
+template <class Open>
+__device__ __forceinline__ u32 chosen_of(const Ties& ties, const float* scores, u32 from, u32 end, u32 k, Open open) {
     u32 taken = 0, chosen = NONE;
     for (u32 round = 0; round < k; round++) {
         float score = 0.0f;
         u32 id = NONE;
-        for (u32 at = lane; at < width; at += WARP) {
-            const u32 group = size == 0 ? 0 : at / size;
-            const bool open = eligible[at] && group < WARP && (kept >> group & 1u) && !(taken >> (at / WARP) & 1u);
-            if (open && ties.before(scores[at], at, score, id)) score = scores[at], id = at;
+        for (u32 at = from + threadIdx.x, own = 0; at < end; at += WARP, own++) {
+            if (taken >> own & 1u || !open(at)) continue;
+            if (ties.before(scores[at], at, score, id)) score = scores[at], id = at;
         }
         ties.first_of_warp(score, id);
         if (id == NONE) break;
-        if (id % WARP == lane) taken |= 1u << (id / WARP);
-        if (round == lane) chosen = id;
+        if ((id - from) % WARP == threadIdx.x) taken |= 1u << ((id - from) / WARP);
+        if (round == threadIdx.x) chosen = id;
     }
     return chosen;
 }
+
+// What a warp routes a position in.
+struct Route {
+    u32* sorted;
+    float* shares;
+    float* sums;
+
+    // Puts what lanes have chosen in order of number, with the shares of each; says how many there are.
+    __device__ __forceinline__ u32 put(u32 chosen, float share, u32 k) const {
+        u32 place = 0, count = 0;
+        for (u32 i = 0; i < k; i++) {
+            const u32 other = __shfl_sync(ALL, chosen, i);
+            place += other < chosen || (other == chosen && i < threadIdx.x) ? 1 : 0;
+            count += other == NONE ? 0 : 1;
+        }
+        if (threadIdx.x < k) {
+            sorted[place] = chosen;
+            if (chosen != NONE) shares[place] = share;
+        }
+        __syncwarp();
+        return count;
+    }
+
+    // Writes experts, whose number is `less` less than what was chosen, and their weights.
+    __device__ __forceinline__ void write(u32 count, u32 k, u32 less, u32 normalise, float more, float scaling, u32* experts,
+                                          float* weights) const {
+        float sum = 0.0f;
+        for (u32 i = 0; i < count; i++) sum += shares[i];
+        sum += more;
+        if (threadIdx.x >= k) return;
+        const u32 lane = threadIdx.x;
+        experts[u64(blockIdx.x) * k + lane] = lane < count ? sorted[lane] - less : NONE;
+        float weight = 0.0f;
+        if (lane < count) weight = (normalise ? shares[lane] / sum : shares[lane]) * scaling;
+        weights[u64(blockIdx.x) * k + lane] = weight;
+    }
+};
 
 // Softmax of a row in shared memory by one warp, as the CPU's: its sum is a dot product with ones.
 __device__ __forceinline__ void softmax(float* values, u32 n, float* sums) {
@@ -155,31 +190,80 @@ KERNEL __launch_bounds__(WARP) route(const float* __restrict__ logits, const u32
     const bool limited = groups != 0 && keep < groups;
     const u32 kept = limited ? kept_groups(ties, by, open, width, groups, keep, by_two) : 1u;
     const u32 size = !limited ? 0 : width / groups > 0 ? width / groups : 1;
-    const u32 chosen = chosen_of(ties, by, open, width, k, kept, size);
-    // By number: a lane's place is how many stand before it.
-    u32 place = 0, count = 0;
-    for (u32 i = 0; i < k; i++) {
-        const u32 other = __shfl_sync(ALL, chosen, i);
-        place += other < chosen || (other == chosen && i < lane) ? 1 : 0;
-        count += other == NONE ? 0 : 1;
-    }
-    if (lane < k) {
-        sorted[place] = chosen;
-        if (chosen != NONE) shares[place] = scores[chosen];
-    }
-    __syncwarp();
+    const u32 chosen = chosen_of(ties, by, 0, width, k, [=](u32 at) {
+        const u32 group = size == 0 ? 0 : at / size;
+        return open[at] && group < WARP && (kept >> group & 1u);
+    });
+    const Route found = {sorted, shares, sums};
+    const u32 count = found.put(chosen, chosen == NONE ? 0.0f : scores[chosen], k);
     if (score == SOFTMAX_OF_SELECTED) {
         softmax(shares, count, sums);
         __syncwarp();
     }
-    float sum = 0.0f;
-    for (u32 i = 0; i < count; i++) sum += shares[i];
-    sum += score == SIGMOID ? 1e-20f : 0.0f;
-    if (lane >= k) return;
-    experts[u64(row) * k + lane] = sorted[lane];
-    float weight = 0.0f;
-    if (lane < count) weight = (normalise ? shares[lane] / sum : shares[lane]) * scaling;
-    weights[u64(row) * k + lane] = weight;
+    found.write(count, k, 0, normalise, score == SIGMOID ? 1e-20f : 0.0f, scaling, experts, weights);
+}
+
+// Routes positions by three levels: outputs of a router are first those of tiers, then of groups, then of experts. `first_child`
+// has for each tier the first of its groups, for each group the first of its experts, and at its end that of nobody: the width.
+// A softmax at each level, over the tiers that are `active`, the groups of a tier, the experts of a group; a weight is the product.
+// A position has `best_tiers` x `best_groups` x `best_experts` places.
+KERNEL __launch_bounds__(WARP) route_tiers(const float* __restrict__ logits, const u32* __restrict__ active,
+                                           const u32* __restrict__ first_child, const u32* __restrict__ positions,
+                                           u32* __restrict__ experts, float* __restrict__ weights, u32* __restrict__ faults,
+                                           u32 width, u32 actives, u32 tiers, u32 groups, u32 best_tiers, u32 best_groups,
+                                           u32 best_experts, u32 normalise, float scaling, u64 seed, u32 layer) {
+    SHARED(float, scores, EXPERTS_MAX);
+    SHARED(float, of_tiers, WARP);
+    SHARED(u32, sorted, CHOSEN_MAX);
+    SHARED(float, shares, CHOSEN_MAX);
+    SHARED(float, sums, WARP / LANES);
+    const u32 lane = threadIdx.x, row = blockIdx.x, k = best_tiers * best_groups * best_experts;
+    const Ties ties = {seed, layer, positions[row]};
+    u32 fault = 0;
+    for (u32 i = lane; i < width; i += WARP) {
+        scores[i] = logits[u64(row) * width + i];
+        fault |= is_finite(scores[i]) ? 0u : 1u;
+    }
+#pragma unroll
+    for (u32 lanes = WARP / 2; lanes > 0; lanes /= 2) fault |= __shfl_xor_sync(ALL, fault, lanes);
+    if (lane == 0) faults[row] = fault;
+    if (fault) return;
+    __syncwarp();
+    u32 is_active = 0;
+    for (u32 i = 0; i < actives; i++) is_active |= 1u << active[i];
+    if (lane < actives) of_tiers[lane] = scores[active[lane]];
+    softmax(of_tiers, actives, sums);
+    if (lane < actives) scores[active[lane]] = of_tiers[lane];
+    __syncwarp();
+    u32 chosen = NONE, count = 0;
+    float share = 0.0f;
+    const auto any = [](u32) { return true; };
+    const u32 chosen_tiers = chosen_of(ties, scores, 0, tiers, best_tiers, [=](u32 tier) { return is_active >> tier & 1u; });
+    for (u32 t = 0; t < best_tiers; t++) {
+        const u32 tier = __shfl_sync(ALL, chosen_tiers, t);
+        if (tier == NONE) break;
+        // The groups of the last tier end where the experts begin. Lanes choose among what they wrote themselves.
+        const u32 from = first_child[tier], end = tier + 1 < tiers ? first_child[tier + 1] : tiers + groups;
+        softmax(scores + from, end - from, sums);
+        const u32 chosen_groups = chosen_of(ties, scores, from, end, best_groups, any);
+        for (u32 g = 0; g < best_groups; g++) {
+            const u32 group = __shfl_sync(ALL, chosen_groups, g);
+            if (group == NONE) break;
+            const u32 first = first_child[group], last = first_child[group + 1];
+            softmax(scores + first, last - first, sums);
+            __syncwarp();
+            const u32 chosen_experts = chosen_of(ties, scores, first, last, best_experts, any);
+            for (u32 e = 0; e < best_experts; e++) {
+                const u32 expert = __shfl_sync(ALL, chosen_experts, e);
+                if (expert == NONE) break;
+                if (count == lane) chosen = expert, share = scores[tier] * scores[group] * scores[expert];
+                count++;
+            }
+        }
+    }
+    const Route found = {sorted, shares, sums};
+    count = found.put(chosen, share, k);
+    found.write(count, k, tiers + groups, normalise, 0.0f, scaling, experts, weights);
 }
 
 // What is done to four values at once where there are four.

@@ -74,6 +74,7 @@ const Kernel kernels[] = {
     ENTRY(attention_mix_f16),
     ENTRY(attention_sum),
     ENTRY(route),
+    ENTRY(route_tiers),
     ENTRY(swiglu),
     ENTRY(clamped_swiglu),
     ENTRY(add),

@@ -1,7 +1,7 @@
 //! Routers, gates and the combination of experts.
 
 use crate::ready;
-use lite_llm_core::routing::{GroupLimit, GroupScore, Ties, select};
+use lite_llm_core::routing::{GroupLimit, GroupScore, Hierarchy, Ties, select, select_hierarchical};
 use lite_llm_model::kernels::math::{sigmoid, sigmoid_in_place, softmax_in_place};
 use lite_llm_model::kernels::*;
 use lite_llm_tests::cuda::{Launch, Operands, Shim, assert_bits};
@@ -147,6 +147,127 @@ fn experts_are_selected_and_weighed() {
                 let router = Router { score, width, top_k, normalise: at != 1, limit, eligible, correction };
                 router.check(&mut shim, &logits);
             }
+        }
+    }
+    shim.finish("moe.cu");
+}
+
+/// A router of three levels: for each tier its groups and the experts of each.
+struct Tiers {
+    tiers: Vec<(usize, usize)>,
+    select: Hierarchy,
+    active: Vec<u32>,
+    normalise: bool,
+}
+
+impl Tiers {
+    /// The first child of each tier and group, and behind them all that of nobody.
+    fn first_child(&self) -> Vec<u32> {
+        let groups: usize = self.tiers.iter().map(|(groups, _)| groups).sum();
+        let (mut first, mut group, mut expert) = (vec![], self.tiers.len(), self.tiers.len() + groups);
+        for (groups, _) in &self.tiers {
+            first.push(group as u32);
+            group += groups;
+        }
+        for &(groups, experts) in &self.tiers {
+            for _ in 0..groups {
+                first.push(expert as u32);
+                expert += experts;
+            }
+        }
+        first.push(expert as u32);
+        first
+    }
+
+    /// The experts and weights of a position, made of the model's own parts as its router makes them.
+    fn expected(&self, position: u32, logits: &[f32]) -> (Vec<u32>, Vec<f32>) {
+        let (first, tiers) = (self.first_child(), self.tiers.len());
+        let first_expert = first[tiers];
+        let children = |row: u32| {
+            let end = if row as usize + 1 == tiers { first_expert } else { first[row as usize + 1] };
+            first[row as usize] as usize..end as usize
+        };
+        let mut scores = logits.to_vec();
+        let mut of_tiers: Vec<f32> = self.active.iter().map(|&tier| scores[tier as usize]).collect();
+        softmax_in_place(Isa::Scalar, &mut of_tiers);
+        for (&tier, &share) in self.active.iter().zip(&of_tiers) {
+            scores[tier as usize] = share;
+            softmax_in_place(Isa::Scalar, &mut scores[children(tier)]);
+            for group in children(tier) {
+                softmax_in_place(Isa::Scalar, &mut scores[children(group as u32)]);
+            }
+        }
+        let ties = Ties { seed: SEED, layer: LAYER, position };
+        let candidates = |row: u32| children(row).map(|row| (scores[row], row as u32)).collect();
+        let of_tiers: Vec<(f32, u32)> =
+            self.active.iter().map(|&tier| (scores[tier as usize], tier)).collect();
+        let selected = select_hierarchical(ties, self.select, &of_tiers, candidates, candidates);
+        let experts = selected.iter().map(|&[_, _, expert]| expert - first_expert).collect();
+        let share = |row: u32| scores[row as usize];
+        let weights =
+            selected.iter().map(|&[tier, group, expert]| share(tier) * share(group) * share(expert));
+        let mut weights: Vec<f32> = weights.collect();
+        if self.normalise {
+            let sum = weights.iter().fold(0.0, |sum: f32, weight| sum + weight) + 0.0;
+            weights.iter_mut().for_each(|weight| *weight /= sum);
+        }
+        weights.iter_mut().for_each(|weight| *weight *= SCALING);
+        (experts, weights)
+    }
+
+    fn check(&self, shim: &mut Shim, logits: &[f32]) {
+        let first = self.first_child();
+        let (width, tiers) = (*first.last().unwrap() as usize, self.tiers.len());
+        let (rows, Hierarchy { tiers: t, groups: g, experts: e }) = (logits.len() / width, self.select);
+        let positions: Vec<u32> = (0..rows as u32).map(|row| row * 31 + 2).collect();
+        let places = t * g * e;
+        let launch = Launch::new("route_tiers", [rows as u32, 1, 1], 32)
+            .values(logits)
+            .words(&self.active)
+            .words(&first);
+        let launch = launch.words(&positions).room(rows * places).room(rows * places).room(rows).word(width);
+        let launch =
+            launch.word(self.active.len()).word(tiers).word(first.len() - 1 - tiers).word(t).word(g).word(e);
+        let launch =
+            launch.word(usize::from(self.normalise)).value(SCALING).word(SEED as usize).word(LAYER as usize);
+        let found = shim.check(&launch);
+        for (row, logits) in logits.chunks(width).enumerate() {
+            let finite = logits.iter().all(|logit| logit.is_finite());
+            assert_eq!(found.words(6)[row], u32::from(!finite));
+            if finite {
+                let (mut experts, mut weights) = self.expected(positions[row], logits);
+                experts.resize(places, NONE);
+                weights.resize(places, 0.0);
+                assert_eq!(found.words(4)[row * places..][..places], experts);
+                assert_bits("tiers", &found.values(5)[row * places..][..places], &weights);
+            }
+        }
+    }
+}
+
+#[test]
+fn tiers_are_selected_and_weighed() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(24);
+    let select = |tiers, groups, experts| Hierarchy { tiers, groups, experts };
+    let routers = [
+        (vec![(2, 3), (3, 4), (2, 5)], select(2, 2, 3), vec![0, 2]),
+        (vec![(1, 40)], select(1, 1, 8), vec![0]),
+        (vec![(4, 70), (1, 2), (33, 1)], select(3, 3, 3), vec![0, 1, 2]),
+        (vec![(2, 3), (3, 4)], select(2, 4, 4), vec![1]),
+    ];
+    for (tiers, select, active) in routers {
+        for kind in 0..3 {
+            let router = Tiers { tiers: tiers.clone(), select, active: active.clone(), normalise: kind != 1 };
+            let width = *router.first_child().last().unwrap() as usize;
+            let mut logits: Vec<f32> = operands.values(3 * width).iter().map(|logit| logit * 3.0).collect();
+            if kind == 0 {
+                logits.iter_mut().for_each(|logit| *logit = logit.round());
+            }
+            if kind == 2 {
+                logits[width] = f32::NAN;
+            }
+            router.check(&mut shim, &logits);
         }
     }
     shim.finish("moe.cu");
