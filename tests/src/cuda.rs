@@ -14,15 +14,15 @@ pub fn sources() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("hw/cuda")
 }
 
-/// The shim, built once by a process in a folder of `dir`. Where there is no C++ compiler, that is said, and it is `None`.
+/// The shim, built once by a process in a folder of `dir`. Where that cannot be done, this is said, and it is `None`.
 ///
 /// # Panics
-/// If the compiler finds an error or warns.
+/// If the compiler finds an error.
 pub fn shim(dir: &str) -> Option<Shim> {
     static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
     let program = PROGRAM.get_or_init(|| build(&Path::new(dir).join("cuda-shim")));
     if program.is_none() {
-        say_skipped("the kernels of CUDA on the CPU, for want of a C++ compiler (c++, or CXX)");
+        say_skipped("the kernels of CUDA on the CPU, for want of Linux and a C++ compiler (c++, or CXX)");
     }
     program.as_deref().map(Shim::start)
 }
@@ -33,8 +33,11 @@ pub fn say_skipped(what: &str) {
     let _ = writeln!(std::io::stderr(), "SKIPPED: {what}");
 }
 
-/// The C++ compiler, if there is one.
+/// The C++ compiler, if there is one for Linux: fibers and libraries are as that system has them.
 fn compiler() -> Option<OsString> {
+    if !cfg!(target_os = "linux") {
+        return None;
+    }
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| OsString::from("c++"));
     let version =
         Command::new(&compiler).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
@@ -44,7 +47,7 @@ fn compiler() -> Option<OsString> {
 /// A command of the compiler, with the options that all have.
 fn compile(compiler: &OsString) -> Command {
     let mut command = Command::new(compiler);
-    command.args(["-std=c++17", "-g0", "-Wall", "-Wextra", "-Werror", "-U_FORTIFY_SOURCE"]);
+    command.args(["-std=c++17", "-g0", "-Wall", "-Wextra", "-U_FORTIFY_SOURCE"]);
     command
 }
 
@@ -96,7 +99,7 @@ fn build(dir: &Path) -> Option<PathBuf> {
 /// Compiles into a folder of `dir` the program that compiles kernels with NVRTC. `None` if there is no C++ compiler.
 ///
 /// # Panics
-/// If the compiler finds an error or warns.
+/// If the compiler finds an error.
 pub fn compile_nvrtc(dir: &Path) -> Option<PathBuf> {
     static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
     let built = PROGRAM.get_or_init(|| {
