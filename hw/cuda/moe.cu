@@ -266,6 +266,58 @@ KERNEL __launch_bounds__(WARP) route_tiers(const float* __restrict__ logits, con
     found.write(count, k, tiers + groups, normalise, 0.0f, scaling, experts, weights);
 }
 
+// Routes positions by the sparse mixer: the best expert, weighed by a softmax over those whose relative distance from it is at most
+// twice the jitter; then the best of the others, without the first. A position has two places.
+KERNEL __launch_bounds__(WARP) route_sparsely(const float* __restrict__ logits, const u32* __restrict__ eligible,
+                                              const u32* __restrict__ positions, u32* __restrict__ experts,
+                                              float* __restrict__ weights, u32* __restrict__ faults, u32 width, float jitter,
+                                              u32 normalise, float scaling, u64 seed, u32 layer) {
+    SHARED(float, near, EXPERTS_MAX);
+    SHARED(u32, sorted, CHOSEN_MAX);
+    SHARED(float, shares, CHOSEN_MAX);
+    SHARED(float, sums, WARP / LANES);
+    const u32 lane = threadIdx.x, row = blockIdx.x;
+    const float* const scores = logits + u64(row) * width;
+    const Ties ties = {seed, layer, positions[row]};
+    u32 fault = 0;
+    for (u32 i = lane; i < width; i += WARP) fault |= is_finite(scores[i]) ? 0u : 1u;
+    fault = __ballot_sync(ALL, fault);
+    if (lane == 0) faults[row] = fault ? 1 : 0;
+    if (fault) return;
+    u32 first = NONE, chosen = NONE;
+    float share = 0.0f;
+    for (u32 round = 0; round < 2; round++) {
+        const auto open = [=](u32 at) { return eligible[at] && at != first; };
+        const u32 best = __shfl_sync(ALL, chosen_of(ties, scores, 0, width, 1, open), 0);
+        if (best == NONE) break;
+        const float most = scores[best];
+        // Those that are near stand together, ascending: the softmax adds them in that order.
+        u32 count = 0, place = 0;
+        for (u32 base = 0; base < width; base += WARP) {
+            const u32 at = base + lane;
+            bool is_near = false;
+            if (at < width && open(at)) {
+                const float score = scores[at], magnitude = score < 0.0f ? -score : score;
+                is_near = !((most - score) / (magnitude < most ? most : magnitude) > 2.0f * jitter);
+            }
+            const u32 all = __ballot_sync(ALL, is_near), before = count + __popc(all & ((1u << lane) - 1u));
+            if (is_near) near[before] = scores[at];
+            if (at == best) place = before;
+            count += __popc(all);
+        }
+        __syncwarp();
+        softmax(near, count, sums);
+        __syncwarp();
+        const float found = near[__shfl_sync(ALL, place, best % WARP)];
+        if (lane == round) chosen = best, share = found;
+        first = best;
+        __syncwarp();
+    }
+    const Route found = {sorted, shares, sums};
+    const u32 count = found.put(chosen, share, 2);
+    found.write(count, 2, 0, normalise, 0.0f, scaling, experts, weights);
+}
+
 // What is done to four values at once where there are four.
 template <class F>
 __device__ __forceinline__ void by_fours(u32 n, F f) {
@@ -321,6 +373,15 @@ KERNEL add(float* x, const float* __restrict__ y, float multiplier, u32 n) {
         const float4 a = four_of(x, at, count), b = four_of(y, at, count);
         put_four(x, at, count,
                  make_float4(a.x + b.x * multiplier, a.y + b.y * multiplier, a.z + b.z * multiplier, a.w + b.w * multiplier));
+    });
+}
+
+// Brings values within -limit..limit.
+KERNEL clip(float* values, float limit, u32 n) {
+    by_fours(n, [=](u32 at, u32 count) {
+        const float4 four = four_of(values, at, count);
+        const auto within = [=](float x) { return x < -limit ? -limit : x > limit ? limit : x; };
+        put_four(values, at, count, make_float4(within(four.x), within(four.y), within(four.z), within(four.w)));
     });
 }
 

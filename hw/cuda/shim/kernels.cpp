@@ -75,6 +75,8 @@ const Kernel kernels[] = {
     ENTRY(attention_sum),
     ENTRY(route),
     ENTRY(route_tiers),
+    ENTRY(route_sparsely),
+    ENTRY(clip),
     ENTRY(swiglu),
     ENTRY(clamped_swiglu),
     ENTRY(add),

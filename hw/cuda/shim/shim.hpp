@@ -39,6 +39,7 @@ static inline unsigned __float_as_uint(float value) {
 }
 static inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 static inline float __fsqrt_rn(float x) { return __builtin_sqrtf(x); }
+static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static inline int __dp4a(int a, int b, int sum) {
     for (int i = 0; i < 32; i += 8) {
         sum += static_cast<std::int8_t>(a >> i & 0xff) * static_cast<std::int8_t>(b >> i & 0xff);
@@ -76,6 +77,13 @@ T shuffle(unsigned mask, T value, unsigned source, Site site) {
     return value;
 }
 
+// A bit for each lane of a warp.
+inline unsigned ballot(unsigned mask, bool bit, Site site) {
+    unsigned bits = bit ? 1u << threadIdx.x % 32 : 0u;
+    for (unsigned lanes = 16; lanes > 0; lanes /= 2) bits |= shuffle(mask, bits, (threadIdx.x ^ lanes) % 32, site);
+    return bits;
+}
+
 // An argument of a launch: a value's bits, or the address of a buffer.
 struct Argument {
     bool is_buffer;
@@ -98,4 +106,5 @@ extern const std::size_t kernels_count;
 #define __syncthreads() shim::sync_threads(SHIM_SITE)
 #define __syncwarp() shim::sync_warp(0xffffffffu, SHIM_SITE)
 #define __shfl_sync(mask, value, lane) shim::shuffle(mask, value, (lane) % 32, SHIM_SITE)
+#define __ballot_sync(mask, bit) shim::ballot(mask, bit, SHIM_SITE)
 #define __shfl_xor_sync(mask, value, lanes) shim::shuffle(mask, value, (threadIdx.x ^ (lanes)) % 32, SHIM_SITE)

@@ -1,7 +1,7 @@
 //! Routers, gates and the combination of experts.
 
 use crate::ready;
-use lite_llm_core::routing::{GroupLimit, GroupScore, Hierarchy, Ties, select, select_hierarchical};
+use lite_llm_core::routing::{GroupLimit, GroupScore, Hierarchy, Ties, select, select_hierarchical, top_k};
 use lite_llm_model::kernels::math::{sigmoid, sigmoid_in_place, softmax_in_place};
 use lite_llm_model::kernels::*;
 use lite_llm_tests::cuda::{Launch, Operands, Shim, assert_bits};
@@ -273,6 +273,66 @@ fn tiers_are_selected_and_weighed() {
     shim.finish("moe.cu");
 }
 
+/// The sparse mixer of a position, made of the model's own parts as its router makes them.
+fn sparsely(position: u32, eligible: &[bool], jitter: f32, logits: &[f32]) -> (Vec<u32>, Vec<f32>) {
+    let ties = Ties { seed: SEED, layer: LAYER, position };
+    let mut chosen: Vec<(u32, f32)> = vec![];
+    while chosen.len() < 2 {
+        let open =
+            |expert: u32| eligible[expert as usize] && chosen.iter().all(|&(other, _)| other != expert);
+        let candidates: Vec<(f32, u32)> =
+            logits.iter().copied().zip(0..).filter(|&(_, expert)| open(expert)).collect();
+        let Some(&best) = top_k(ties, candidates.iter().copied(), 1).first() else { break };
+        let max = logits[best as usize];
+        let far =
+            |logit: f32| (max - logit) / if logit.abs() < max { max } else { logit.abs() } > 2.0 * jitter;
+        let near: Vec<(f32, u32)> = candidates.into_iter().filter(|&(logit, _)| !far(logit)).collect();
+        let mut shares: Vec<f32> = near.iter().map(|&(logit, _)| logit).collect();
+        softmax_in_place(Isa::Scalar, &mut shares);
+        let at = near.iter().position(|&(_, expert)| expert == best).unwrap();
+        chosen.push((best, shares[at]));
+    }
+    chosen.sort_unstable_by_key(|&(expert, _)| expert);
+    chosen.into_iter().unzip()
+}
+
+#[test]
+fn two_experts_are_mixed_sparsely() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(25);
+    for (width, few) in [(16, false), (70, false), (1024, false), (16, true)] {
+        for kind in 0..3 {
+            let mut logits: Vec<f32> = operands.values(4 * width).iter().map(|logit| logit * 1.5).collect();
+            match kind {
+                0 => logits.iter_mut().for_each(|logit| *logit = (*logit * 2.0).round()),
+                1 => logits.iter_mut().for_each(|logit| *logit = 3.0 + *logit * 0.1),
+                _ => logits[width + 3] = f32::NEG_INFINITY,
+            }
+            let eligible: Vec<bool> =
+                (0..width).map(|expert| if few { expert == 5 } else { expert % 7 != 3 }).collect();
+            let words: Vec<u32> = eligible.iter().map(|&eligible| u32::from(eligible)).collect();
+            let positions = [0, 1, 7, 4000];
+            let launch =
+                Launch::new("route_sparsely", [4, 1, 1], 32).values(&logits).words(&words).words(&positions);
+            let launch = launch.room(8).room(8).room(4).word(width).value(0.13).word(0).value(SCALING);
+            let found = shim.check(&launch.word(SEED as usize).word(LAYER as usize));
+            for (row, logits) in logits.chunks(width).enumerate() {
+                let finite = logits.iter().all(|logit| logit.is_finite());
+                assert_eq!(found.words(5)[row], u32::from(!finite));
+                if finite {
+                    let (mut experts, mut weights) = sparsely(positions[row], &eligible, 0.13, logits);
+                    weights.iter_mut().for_each(|weight| *weight *= SCALING);
+                    experts.resize(2, NONE);
+                    weights.resize(2, 0.0);
+                    assert_eq!(found.words(3)[row * 2..][..2], experts);
+                    assert_bits("sparse mixer", &found.values(4)[row * 2..][..2], &weights);
+                }
+            }
+        }
+    }
+    shim.finish("moe.cu");
+}
+
 #[test]
 fn gates_are_the_definition() {
     let Some(mut shim) = ready() else { return };
@@ -297,6 +357,9 @@ fn gates_are_the_definition() {
         let found = shim.check(&launch.value(1.702).value(7.0)).values(2);
         clamped_swiglu(Isa::Scalar, &gates, &ups, 1.702, 7.0, &mut expected);
         assert_bits("clamped_swiglu", &found, &expected);
+        let launch = Launch::new("clip", [2, 1, 1], 64).values(&gates).value(0.75).word(n);
+        let expected: Vec<f32> = gates.iter().map(|gate| gate.clamp(-0.75, 0.75)).collect();
+        assert_bits("clip", &shim.check(&launch).values(0), &expected);
         let (x, y) = (operands.values(n), operands.values(n));
         let launch = Launch::new("add", [2, 1, 1], 64).values(&x).values(&y).value(0.22).word(n);
         let expected: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y * 0.22).collect();
