@@ -3,13 +3,15 @@
 
 constexpr u32 NORM_THREADS = 256;
 
-KERNEL __launch_bounds__(NORM_THREADS) rms_norm(const float* x, const float* __restrict__ weight, float* out, u32 n, float eps) {
+// Rows of both begin `stride` values apart, of which `n` are normalised: a latent before the key that stands behind it.
+KERNEL __launch_bounds__(NORM_THREADS) rms_norm(const float* x, const float* __restrict__ weight, float* out, u32 n, u32 stride,
+                                                float eps) {
     SHARED(float, sums, NORM_THREADS / LANES);
-    const float* const row = x + u64(blockIdx.x) * n;
+    const float* const row = x + u64(blockIdx.x) * stride;
     const auto value = [=](u32 k) { return row[k]; };
     const float mean = block_dot(n, sums, value, value) / float(n);
     const float scale = 1.0f / __fsqrt_rn(mean + eps);
-    for (u32 k = threadIdx.x; k < n; k += blockDim.x) out[u64(blockIdx.x) * n + k] = (row[k] * scale) * weight[k];
+    for (u32 k = threadIdx.x; k < n; k += blockDim.x) out[u64(blockIdx.x) * stride + k] = (row[k] * scale) * weight[k];
 }
 
 // `bias` may be null.

@@ -130,8 +130,8 @@ impl Launch {
         Self { kernel: kernel.to_owned(), grid, threads, arguments, count: 0, buffers }
     }
 
-    fn argument(mut self, is_buffer: bool, bits: u64, bytes: &[u8]) -> Self {
-        self.arguments.push(u8::from(is_buffer));
+    fn argument(mut self, form: u8, bits: u64, bytes: &[u8]) -> Self {
+        self.arguments.push(form);
         self.arguments.extend(bits.to_le_bytes());
         self.arguments.extend(bytes);
         self.count += 1;
@@ -141,26 +141,26 @@ impl Launch {
     /// An integer.
     #[must_use]
     pub fn word(self, value: usize) -> Self {
-        self.argument(false, value as u64, &[])
+        self.argument(0, value as u64, &[])
     }
 
     /// A number.
     #[must_use]
     pub fn value(self, value: f32) -> Self {
-        self.argument(false, u64::from(value.to_bits()), &[])
+        self.argument(0, u64::from(value.to_bits()), &[])
     }
 
     /// No buffer, where one may be.
     #[must_use]
     pub fn null(self) -> Self {
-        self.argument(false, 0, &[])
+        self.argument(0, 0, &[])
     }
 
     /// A buffer.
     #[must_use]
     pub fn bytes(mut self, bytes: &[u8]) -> Self {
         self.buffers.push(bytes.len());
-        self.argument(true, bytes.len() as u64, bytes)
+        self.argument(1, bytes.len() as u64, bytes)
     }
 
     /// A buffer of numbers.
@@ -168,6 +168,12 @@ impl Launch {
     pub fn values(self, values: &[f32]) -> Self {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.bytes(&bytes)
+    }
+
+    /// The buffer that an earlier argument is.
+    #[must_use]
+    pub fn same_as(self, argument: usize) -> Self {
+        self.argument(2, argument as u64, &[])
     }
 
     /// A buffer of numbers, or none.

@@ -3,6 +3,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../arrange.cu"
 #include "../attention.cu"
 #include "../embed.cu"
 #include "../grouped.cu"
@@ -47,6 +48,7 @@ void call(void (*kernel)(A...), const Argument* arguments) {
 #define ENTRY(name) {#name, count(name), [](const Argument* arguments) { call(name, arguments); }}
 
 const Kernel kernels[] = {
+    ENTRY(arrange),
     ENTRY(embed_f32),
     ENTRY(embed_bf16),
     ENTRY(embed_f16),

@@ -350,10 +350,12 @@ bool serve() {
     std::vector<Argument> list;
     std::vector<std::pair<std::size_t, std::size_t>> buffers;
     for (std::uint32_t left = read<std::uint32_t>(); left > 0; left--) {
-        const bool is_buffer = read<std::uint8_t>() != 0;
+        // A value, a buffer, or the buffer that an earlier argument is.
+        const std::uint8_t form = read<std::uint8_t>();
         const std::uint64_t bits = read<std::uint64_t>();
-        list.push_back({is_buffer, bits});
-        if (!is_buffer) continue;
+        if (form == 2 && (bits >= list.size() || !list[bits].is_buffer)) die("an argument that is no buffer");
+        list.push_back(form == 2 ? list[bits] : Argument{form == 1, bits});
+        if (form != 1) continue;
         if (bits > ARENA - arena_used - 2 * MOAT) die("more bytes than the arena has");
         read_bytes(arena + arena_used, bits);
         set_content(arena_used, bits, WRITTEN);

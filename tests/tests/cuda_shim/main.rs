@@ -89,7 +89,7 @@ fn rows_are_normalised() {
         let (x, weight, bias) = (operands.values(2 * n), operands.values(n), operands.values(n));
         for threads in [32, 256] {
             let launch = Launch::new("rms_norm", [2, 1, 1], threads).values(&x).values(&weight);
-            let found = shim.check(&launch.room(2 * n).word(n).value(1e-5));
+            let found = shim.check(&launch.room(2 * n).word(n).word(n).value(1e-5));
             let mut expected = vec![0.0; 2 * n];
             for (out, x) in expected.chunks_mut(n).zip(x.chunks(n)) {
                 rms_norm(Isa::Scalar, x, &weight, 1e-5, out);
@@ -141,6 +141,52 @@ fn positions_are_rotated() {
                 }
             }
             assert_bits("rope", &found.values(0), &expected);
+        }
+    }
+}
+
+#[test]
+fn latents_are_normalised_before_their_keys() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(12);
+    let (rank, width) = (70, 83);
+    let (cached, weight) = (operands.values(3 * width), operands.values(rank));
+    let launch = Launch::new("rms_norm", [3, 1, 1], 64).values(&cached).values(&weight).same_as(0);
+    let found = shim.check(&launch.word(rank).word(width).value(1e-6)).values(0);
+    let mut expected = cached;
+    for row in expected.chunks_mut(width) {
+        rms_norm_in_place(Isa::Scalar, &mut row[..rank], &weight, 1e-6);
+    }
+    assert_bits("rms_norm of latents", &found, &expected);
+}
+
+#[test]
+fn columns_are_arranged() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(13);
+    // All at multiples of sixteen bytes; all but one, each in turn; none.
+    let forms = [
+        (64, 96, 32, 80, 16),
+        (6, 16, 4, 16, 4),
+        (8, 18, 4, 16, 4),
+        (8, 16, 6, 16, 4),
+        (8, 16, 4, 17, 4),
+        (8, 16, 4, 16, 6),
+        (131, 133, 1, 135, 3),
+    ];
+    for (n, x_stride, from, out_stride, to) in forms {
+        let (x, out) = (operands.values(6 * x_stride), operands.values(4 * out_stride));
+        for picked in [None, Some([5u32, 0, 3, 3])] {
+            let launch = Launch::new("arrange", [4, 1, 1], 32).values(&x);
+            let launch = if let Some(picked) = picked { launch.words(&picked) } else { launch.null() };
+            let launch = launch.values(&out).word(n).word(x_stride).word(from).word(out_stride).word(to);
+            let found = shim.check(&launch).values(1 + usize::from(picked.is_some()));
+            let mut expected = out.clone();
+            for (row, out) in expected.chunks_mut(out_stride).enumerate() {
+                let x = &x[picked.map_or(row, |picked| picked[row] as usize) * x_stride..];
+                out[to..to + n].copy_from_slice(&x[from..from + n]);
+            }
+            assert_bits("arrange", &found, &expected);
         }
     }
 }
