@@ -86,6 +86,7 @@ const Kernel kernels[] = {
     ENTRY(divide),
     ENTRY(penalise),
     ENTRY(argmax),
+    ENTRY(sample),
     ENTRY(linear_one_row_mxfp4),
     ENTRY(linear_few_rows_mxfp4),
     ENTRY(linear_many_rows_mxfp4),
