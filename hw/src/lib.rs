@@ -8,6 +8,7 @@ pub mod bandwidth;
 pub mod blobs;
 pub mod cluster;
 pub mod cold;
+pub mod cuda;
 pub mod memory;
 pub mod net;
 pub mod node;

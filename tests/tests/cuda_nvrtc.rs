@@ -1,14 +1,12 @@
 //! Every kernel of CUDA compiles with NVRTC for the architectures that are named here, without a warning, by the options of the
 //! numeric contract and to nothing that it forbids. `hw/cuda/fetch-nvrtc` fetches the library; where it was not, this says so.
 
+use lite_llm_hw::cuda::kernels::OPTIONS;
 use lite_llm_tests::cuda::{compile_nvrtc, say_skipped, sources};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90", "sm_100"];
-/// Rule 1: nothing is contracted or flushed, divisions and square roots are rounded as IEEE 754 says.
-const OPTIONS: [&str; 5] =
-    ["--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true"];
 
 /// The library and what loads it, if there are both.
 fn ready() -> Option<(PathBuf, PathBuf)> {

@@ -1,0 +1,95 @@
+//! The host side of the kernels for GPUs, as far as there is one: which devices there are ([`driver`]), the kernels' sources
+//! and what is made of them ([`kernels`]), the compiler that makes it ([`nvrtc`]) and the cache that keeps it ([`cache`]).
+//!
+//! Absent as yet: nothing loads a kernel, holds memory of a device or launches anything.
+//!
+//! The libraries are opened while the program runs, never linked: it is the same program where there is no GPU. Whether a library
+//! is there is asked before its first call, which would panic without it.
+
+pub mod cache;
+pub mod driver;
+pub mod kernels;
+pub mod nvrtc;
+
+use kernels::Target;
+
+/// Why nothing can be done with a GPU, and what would help.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    /// The driver's library is not there.
+    #[error(
+        "there is no CUDA driver: libcuda.so.1 was not found where the system looks for libraries; install NVIDIA's driver, in a \
+         container pass the GPU and its driver through, or leave out --device cuda"
+    )]
+    NoDriver,
+    /// The driver is there and answers with an error.
+    #[error(
+        "the CUDA driver refuses ({call}: {why}); see whether nvidia-smi sees the GPU, and whether the driver was updated without a \
+         restart of the machine"
+    )]
+    Driver {
+        /// What was called.
+        call: &'static str,
+        /// What it answered.
+        why: String,
+    },
+    /// The driver is there and has no device.
+    #[error(
+        "the CUDA driver has no device: see whether nvidia-smi sees a GPU, and whether CUDA_VISIBLE_DEVICES hides it"
+    )]
+    NoDevice,
+    /// The compiler's library is not there.
+    #[error(
+        "there is no NVRTC, which compiles the kernels: libnvrtc.so.12 was not found where the system looks for libraries; install \
+         NVRTC of CUDA 12 (it comes with the toolkit, and by itself), and name its folder in LD_LIBRARY_PATH"
+    )]
+    NoNvrtc,
+    /// The compiler's library is of another CUDA.
+    #[error(
+        "NVRTC is of CUDA {major}.{minor}, which this program does not know; install NVRTC of CUDA 12, and name its folder first in \
+         LD_LIBRARY_PATH"
+    )]
+    OtherNvrtc {
+        /// Its major version.
+        major: u32,
+        /// Its minor version.
+        minor: u32,
+    },
+    /// The compiler knows nothing that the device could run.
+    #[error(
+        "NVRTC {version} makes nothing that a device of compute capability {}.{} runs; install a version of CUDA 12 that does",
+        capability / 10,
+        capability % 10
+    )]
+    Architecture {
+        /// The compiler's version.
+        version: String,
+        /// Ten times the capability of the device.
+        capability: u32,
+    },
+    /// The compiler answers a call about nothing in particular with an error.
+    #[error(
+        "NVRTC fails ({call}: {why}); install it again, with libnvrtc-builtins of the same version beside it"
+    )]
+    Nvrtc {
+        /// What was called.
+        call: &'static str,
+        /// What it answered.
+        why: String,
+    },
+    /// A source does not compile.
+    #[error(
+        "{source_name} does not compile for {target} ({why}); try another NVRTC of CUDA 12, and report this: the sources are this \
+         program's own. The compiler says: {log}"
+    )]
+    Compile {
+        /// The source.
+        source_name: String,
+        /// What it was to become.
+        target: Target,
+        /// What the compiler answered.
+        why: String,
+        /// What it said of the source.
+        log: String,
+    },
+}
