@@ -112,6 +112,25 @@ pub fn compile_nvrtc(dir: &Path) -> Option<PathBuf> {
     built.clone()
 }
 
+/// Compiles into a folder of its own in `dir` the stand-in for the driver, and gives the folder. `None` if there is no C++ compiler.
+///
+/// # Panics
+/// If the compiler finds an error.
+pub fn compile_driver(dir: &Path) -> Option<PathBuf> {
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let built = FOLDER.get_or_init(|| {
+        let (compiler, dir) = (compiler()?, dir.join("cuda-driver"));
+        std::fs::create_dir_all(&dir).expect("a folder for the library");
+        let library = own(&dir, "libcuda.so");
+        let source = sources().join("stand_in_driver.cpp");
+        succeed(compile(&compiler).args(["-shared", "-fPIC"]).arg(source).arg("-o").arg(&library));
+        // The name that is looked for first: before that of a driver that the machine may have.
+        put(&library, &dir, "libcuda.so");
+        Some(dir)
+    });
+    built.clone()
+}
+
 /// A launch of a kernel.
 #[derive(Clone, Debug)]
 pub struct Launch {

@@ -1,11 +1,13 @@
 //! `lite-llm doctor`: what this machine can do, measured in seconds, and what to expect of a model on it.
 
+mod cuda;
+
 use crate::exit::{Exit, usage};
 use crate::quantity::Size;
 use crate::settings::RuntimeArgs;
 use crate::terminal::stdout;
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use lite_llm_core::carving::carve;
 use lite_llm_core::config::Config;
 use lite_llm_core::ids::ExpertKey;
@@ -37,6 +39,13 @@ const STRIDE: usize = 7919;
 /// Shares of a model's experts that a budget may hold.
 const SHARES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.125];
 
+/// What is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Device {
+    Cpu,
+    Cuda,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
     /// A checkpoint to look at, too
@@ -44,6 +53,9 @@ pub(crate) struct DoctorArgs {
     /// Which experts a text uses, as trace wrote it: hits are those of the most used ones
     #[arg(long, value_name = "TRACE", requires = "model")]
     trace: Option<PathBuf>,
+    /// What to look at: cuda says which GPUs there are and compiles the kernels for them, and no model runs on one yet
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
     /// Print one JSON object
     #[arg(long, help_heading = "Output")]
     json: bool,
@@ -98,6 +110,14 @@ struct Budget {
 
 impl DoctorArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
+        if self.device == Device::Cuda {
+            return match self.model {
+                None => cuda::run(self.json),
+                Some(_) => Err(usage(
+                    "no model runs on a GPU yet, so nothing can be said of one: give --device cuda without a checkpoint",
+                )),
+            };
+        }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let Memory { total, available } =
             memory::measure().context("cannot tell how much memory there is")?;

@@ -1,0 +1,166 @@
+//! `lite-llm doctor --device cuda`: which GPUs there are, and whether the kernels compile for them.
+
+use crate::exit::Exit;
+use crate::quantity::Size;
+use crate::terminal::stdout;
+use lite_llm_hw::cuda::cache::{Built, Cache, Origin};
+use lite_llm_hw::cuda::driver;
+use lite_llm_hw::cuda::kernels::Target;
+use lite_llm_hw::cuda::nvrtc::Nvrtc;
+use serde::Serialize;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::io::Write;
+use std::path::PathBuf;
+
+/// What is said last, so that nobody takes a GPU that was found for one that is used.
+const NO_MODEL: &str =
+    "none runs on a GPU yet: kernels are compiled and not launched, every command computes on the CPU";
+
+/// What was found.
+#[derive(Debug, Serialize)]
+struct Findings {
+    /// The version of CUDA that the driver knows.
+    driver: String,
+    devices: Vec<Device>,
+    /// The compiler's version, if it is there.
+    nvrtc: Option<String>,
+    kernels: Vec<Kernels>,
+    /// Why there are not kernels for every device.
+    refusal: Option<String>,
+    /// Whether a model can run on a GPU.
+    runs_models: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Device {
+    name: String,
+    compute_capability: String,
+    memory_bytes: u64,
+}
+
+/// The kernels for one kind of device.
+#[derive(Debug, Serialize)]
+struct Kernels {
+    target: String,
+    sources: usize,
+    code_bytes: usize,
+    seconds: f64,
+    from_cache: bool,
+    /// The file that keeps them.
+    kept_in: Option<PathBuf>,
+    /// Why none does.
+    not_kept: Option<String>,
+    /// There was one that did not verify.
+    replaced_damage: bool,
+}
+
+/// Asks driver and compiler, and compiles.
+///
+/// # Errors
+/// If there is no driver or it has no device. That kernels do not compile is a finding, and a failure.
+pub(super) fn run(json: bool) -> anyhow::Result<Exit> {
+    let driver = driver::find()?;
+    let (major, minor) = driver.version;
+    let mut findings = Findings {
+        driver: format!("{major}.{minor}"),
+        devices: driver.devices.iter().map(Device::of).collect(),
+        nvrtc: None,
+        kernels: Vec::new(),
+        refusal: None,
+        runs_models: false,
+    };
+    let capabilities: BTreeSet<u32> = driver.devices.iter().map(|device| device.capability).collect();
+    findings.refusal = findings.compile(&capabilities).err().map(|error| error.to_string());
+    let mut out = stdout();
+    if json {
+        writeln!(out, "{}", serde_json::to_string(&findings)?)?;
+    } else {
+        write!(out, "{findings}")?;
+    }
+    Ok(if findings.refusal.is_none() { Exit::Ok } else { Exit::Failed })
+}
+
+impl Findings {
+    fn compile(&mut self, capabilities: &BTreeSet<u32>) -> anyhow::Result<()> {
+        let (nvrtc, cache) = (Nvrtc::find()?, Cache::of_user());
+        self.nvrtc = Some(nvrtc.number());
+        let targets = capabilities.iter().map(|&capability| nvrtc.target(capability));
+        for target in targets.collect::<Result<BTreeSet<Target>, _>>()? {
+            self.kernels.push(Kernels::of(cache.kernels(&nvrtc, target)?));
+        }
+        Ok(())
+    }
+}
+
+impl Device {
+    fn of(device: &driver::Device) -> Self {
+        let (major, minor) = (device.capability / 10, device.capability % 10);
+        Self {
+            name: device.name.clone(),
+            compute_capability: format!("{major}.{minor}"),
+            memory_bytes: device.memory_bytes,
+        }
+    }
+}
+
+impl Kernels {
+    fn of(built: Built) -> Self {
+        let (from_cache, replaced_damage, kept) = match built.origin {
+            Origin::Cache(path) => (true, false, Ok(path)),
+            Origin::Compiled { damaged, kept } => (false, damaged, kept),
+        };
+        let (kept_in, not_kept) = match kept {
+            Ok(path) => (Some(path), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        Self {
+            target: built.target.to_string(),
+            sources: built.modules.len(),
+            code_bytes: built.modules.iter().map(|module| module.code.len()).sum(),
+            seconds: built.took.as_secs_f64(),
+            from_cache,
+            kept_in,
+            not_kept,
+            replaced_damage,
+        }
+    }
+}
+
+impl fmt::Display for Findings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "driver     there, of CUDA {}", self.driver)?;
+        for (number, Device { name, compute_capability, memory_bytes }) in self.devices.iter().enumerate() {
+            let memory = Size(*memory_bytes);
+            writeln!(
+                f,
+                "device {number:<3} {name}, compute capability {compute_capability}, {memory} of memory"
+            )?;
+        }
+        if let Some(version) = &self.nvrtc {
+            writeln!(f, "nvrtc      {version}")?;
+        }
+        for kernels in &self.kernels {
+            writeln!(f, "kernels    {kernels}")?;
+        }
+        if let Some(refusal) = &self.refusal {
+            writeln!(f, "kernels    not compiled: {refusal}")?;
+        }
+        writeln!(f, "models     {NO_MODEL}")
+    }
+}
+
+impl fmt::Display for Kernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (sources, target, bytes) = (self.sources, &self.target, Size(self.code_bytes as u64));
+        let how = if self.from_cache { "from the cache" } else { "compiled" };
+        write!(f, "{sources} sources for {target}, {bytes}: {how} in {:.2} s", self.seconds)?;
+        if let Some(path) = &self.kept_in {
+            write!(f, ", {} {}", if self.from_cache { "in" } else { "kept in" }, path.display())?;
+        }
+        if let Some(why) = &self.not_kept {
+            write!(f, ", not kept: {why}")?;
+        }
+        if self.replaced_damage { write!(f, "; what was there did not verify") } else { Ok(()) }
+    }
+}
