@@ -38,15 +38,19 @@ fn memory(criterion: &mut Criterion) {
     let all: Vec<u64> = (0..1 << 27).collect();
     for threads in THREADS {
         group.throughput(Throughput::Bytes(size_of_val(&*all) as u64));
-        group.bench_function(BenchmarkId::new("read", threads), |bencher| {
-            bencher.iter(|| {
-                std::thread::scope(|scope| {
-                    for part in all.chunks(all.len() / threads) {
-                        scope.spawn(|| black_box(sum_of_streams(part)));
-                    }
+        for (name, read) in
+            [("one stream", sum_of_streams::<1> as fn(&_) -> _), ("four", sum_of_streams::<4>)]
+        {
+            group.bench_function(BenchmarkId::new(name, threads), |bencher| {
+                bencher.iter(|| {
+                    std::thread::scope(|scope| {
+                        for part in all.chunks(all.len() / threads) {
+                            scope.spawn(move || black_box(read(part)));
+                        }
+                    });
                 });
             });
-        });
+        }
     }
     group.finish();
 }

@@ -27,8 +27,11 @@ mod scaled;
 
 /// Rows that one pass over a tile of weights serves.
 const BLOCK_ROWS: usize = 6;
-/// Tiles that a single row goes through together.
-const TILES_OF_ONE_ROW: usize = 4;
+/// How far ahead of their use few rows ask for weights.
+#[cfg(target_arch = "x86_64")]
+const AHEAD_BYTES: usize = 8192;
+#[cfg(target_arch = "x86_64")]
+const CACHE_LINE: usize = 64;
 /// Tasks of each thread: enough that none waits long for the last one of another.
 const TASKS_OF_THREAD: usize = 16;
 /// Below this many multiplications a matrix product stays on the calling thread.
@@ -177,11 +180,7 @@ impl<'a> Product<'a> {
 
     /// Tiles that one pass goes through.
     fn tiles_together(&self) -> usize {
-        match self.rows {
-            1 => TILES_OF_ONE_ROW,
-            _ if self.grouped().is_some() => grouped::TILES_OF_ROWS,
-            _ => 1,
-        }
+        if self.rows > 1 && self.grouped().is_some() { grouped::TILES_OF_ROWS } else { 1 }
     }
 
     fn work(&self) -> usize {
@@ -347,17 +346,8 @@ fn linear_part(isa: Isa, x: &[f32], product: &Product<'_>, task: usize, room: &m
     if let Some(kind) = product.grouped() {
         return grouped::part(isa, kind, x, product, product.tiles_of(task));
     }
-    let Range { start: mut tile, end } = product.tiles_of(task);
     let sums = room.values(product.rows * TILE_OUTPUTS).as_chunks_mut().0;
-    while tile < end {
-        if isa != Isa::Scalar && product.rows == 1 && end - tile >= TILES_OF_ONE_ROW {
-            tiles_of_one_row(x, product, tile);
-            tile += TILES_OF_ONE_ROW;
-        } else {
-            linear_tile(isa, x, product, tile, sums);
-            tile += 1;
-        }
-    }
+    product.tiles_of(task).for_each(|tile| linear_tile(isa, x, product, tile, sums));
 }
 
 /// One tile of outputs for all rows. `sums` has room for the results of one chunk, row by row.
@@ -398,40 +388,16 @@ fn add_bias(bias: Option<&[f32]>, first: usize, out: &mut [f32]) {
     }
 }
 
-/// Several whole tiles of outputs for the only row; the last may be cut short by the end of the row.
-fn tiles_of_one_row(x: &[f32], product: &Product<'_>, tile: usize) {
-    let Product { w, bias, .. } = *product;
-    let tiles: [&[u8]; TILES_OF_ONE_ROW] = std::array::from_fn(|i| w.tile(tile + i));
-    let first = tile * TILE_OUTPUTS;
-    let end = w.outputs().min(first + TILES_OF_ONE_ROW * TILE_OUTPUTS);
-    // SAFETY: every tile has places of its own, and one task has these tiles.
-    let out = unsafe { product.out.part(first..end) };
-    out.fill(0.0);
-    let storage = w.storage();
-    let mut sums = [[0.0; TILE_OUTPUTS]; TILES_OF_ONE_ROW];
-    for (chunk, x) in x.chunks(CHUNK).enumerate() {
-        let start = chunk * storage.chunk_bytes(CHUNK);
-        let weights = tiles.map(|tile| &tile[start..][..storage.chunk_bytes(x.len())]);
-        one_row_sums(storage, x, weights, &mut sums);
-        for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
-            *out = if chunk == 0 { *sum } else { *out + *sum };
-        }
-    }
-    add_bias(bias, first, out);
-}
-
+/// Asks for what follows these bytes of the weights a while later. A task's tiles are one stream from memory, from the first to
+/// the last, and few rows go through it faster than the hardware looks ahead.
 #[cfg(target_arch = "x86_64")]
-use avx2::tiles_of_one_row as one_row_sums;
-#[cfg(target_arch = "aarch64")]
-use neon::tiles_of_one_row as one_row_sums;
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn one_row_sums<const TILES: usize>(
-    _: Storage,
-    _: &[f32],
-    _: [&[u8]; TILES],
-    _: &mut [[f32; TILE_OUTPUTS]; TILES],
-) {
-    unreachable!("there is no vector form for this architecture")
+#[inline(always)]
+fn fetch_ahead(from: *const u8, bytes: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for line in (0..bytes).step_by(CACHE_LINE) {
+        // SAFETY: it reads nothing: the address may be any. SSE is part of the architecture.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD_BYTES + line).cast()) };
+    }
 }
 
 /// The results of one chunk for one tile, for every row.

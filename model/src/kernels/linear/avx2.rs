@@ -3,7 +3,7 @@
 //! A decode step has few rows and waits for memory, or has several lanes in flight to hide the latency of fma. A prefill
 //! has many: a lane of the weights stays in the first-level cache, widened where that pays, for every block of rows.
 
-use super::{BLOCK_ROWS, CHUNK, DType, LANES, Storage, TILE_OUTPUTS, blocks, scaled};
+use super::{BLOCK_ROWS, CHUNK, DType, LANES, Storage, TILE_OUTPUTS, blocks, fetch_ahead, scaled};
 use std::arch::x86_64::*;
 
 /// Which output stands where in the two registers that binary16 entries widen to.
@@ -48,67 +48,10 @@ pub(super) fn chunk_sums(storage: Storage, x: &[f32], w: &[u8], sums: &mut [[f32
     }
 }
 
-/// A chunk of several tiles for one row: what waits for memory must not wait for the latency of fma as well, and tiles
-/// are long streams that the hardware follows.
-pub(super) fn tiles_of_one_row<const TILES: usize>(
-    storage: Storage,
-    x: &[f32],
-    w: [&[u8]; TILES],
-    sums: &mut [[f32; TILE_OUTPUTS]; TILES],
-) {
-    assert!(crate::kernels::Isa::Avx2.available(), "this machine lacks AVX2, FMA or F16C");
-    // The pointer arithmetic below relies on these equations.
-    assert!(x.len().is_multiple_of(LANES) && x.len() <= CHUNK);
-    assert!(w.iter().all(|w| w.len() == storage.chunk_bytes(x.len())));
-    let Storage::Plain(dtype) = storage else {
-        // SAFETY: the features were just checked, and every slice is a chunk for the values of `x`.
-        return unsafe { scaled::tiles_of_one_row(storage, x, w, sums) };
-    };
-    // SAFETY: the features were just checked, and every slice holds an entry of the type for each value of `x`.
-    unsafe {
-        match dtype {
-            DType::F32 => lanes_of_tiles::<0, TILES>(x, w, sums),
-            DType::Bf16 => lanes_of_tiles::<1, TILES>(x, w, sums),
-            DType::F16 => lanes_of_tiles::<2, TILES>(x, w, sums),
-        }
-    }
-    if dtype == DType::F16 {
-        sums.iter_mut().for_each(reorder_f16);
-    }
-}
-
 pub(super) fn reorder_f16(sums: &mut [f32; TILE_OUTPUTS]) {
     let stored = *sums;
     for (value, output) in stored.iter().zip(F16_ORDER) {
         sums[output] = *value;
-    }
-}
-
-/// # Safety
-/// Every `w` holds an entry of the type for each value of `x`, which are 16 lanes of equal length.
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn lanes_of_tiles<const TYPE: u8, const TILES: usize>(
-    x: &[f32],
-    w: [&[u8]; TILES],
-    sums: &mut [[f32; TILE_OUTPUTS]; TILES],
-) {
-    let entry = if TYPE == 0 { 64 } else { 32 };
-    let steps = x.len() / LANES;
-    for (lane, x) in x.chunks_exact(steps.max(1)).enumerate() {
-        let mut acc = [[_mm256_setzero_ps(); 2]; TILES];
-        for (step, x) in x.iter().enumerate() {
-            let x = _mm256_broadcast_ss(x);
-            for (w, acc) in w.iter().zip(&mut acc) {
-                // SAFETY: lane < 16 and step < steps, so that the entry is inside the slice.
-                let [low, high] =
-                    unsafe { load_entry::<TYPE>(w.as_ptr().add((lane * steps + step) * entry)) };
-                acc[0] = _mm256_fmadd_ps(x, low, acc[0]);
-                acc[1] = _mm256_fmadd_ps(x, high, acc[1]);
-            }
-        }
-        for (sums, acc) in sums.iter_mut().zip(acc) {
-            add_sums(acc, lane == 0, sums);
-        }
     }
 }
 
@@ -119,9 +62,7 @@ unsafe fn few_rows<const TYPE: u8>(x: &[f32], w: &[u8], steps: usize, sums: &mut
     // SAFETY: the caller's promise is passed on with the rows as the constant.
     unsafe {
         match sums.len() {
-            // One row waits for memory. Lanes of f32 are a page each; those of 16 bits are too short for the hardware
-            // to follow several, and one after the other is one stream.
-            1 if TYPE == 0 => lanes_in_flight::<TYPE, 1, 4>(x, w, steps, sums),
+            // One row waits for memory, which gives the most in one stream: lanes one after the other.
             1 => lanes_in_flight::<TYPE, 1, 1>(x, w, steps, sums),
             2 => lanes_in_flight::<TYPE, 2, 2>(x, w, steps, sums),
             3 => lanes_in_flight::<TYPE, 3, 2>(x, w, steps, sums),
@@ -156,6 +97,7 @@ unsafe fn lanes_in_flight<const TYPE: u8, const ROWS: usize, const FLIGHT: usize
                 for (lane, acc) in acc.iter_mut().enumerate() {
                     let index = lane * steps + step;
                     let at = w_first.add(index * entry);
+                    fetch_ahead(at, entry);
                     let weights = load_entry::<TYPE>(at);
                     multiply(x_first.add(index * ROWS), weights, acc);
                 }
@@ -300,7 +242,7 @@ unsafe fn lane_of_block<const TYPE: u8, const ROWS: usize>(
 /// `ROWS` values are readable at `x`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply<const ROWS: usize>(
+pub(super) unsafe fn multiply<const ROWS: usize>(
     x: *const f32,
     [low, high]: [__m256; 2],
     acc: &mut [[__m256; 2]; ROWS],

@@ -5,7 +5,7 @@ use super::super::buffer::Parts;
 use super::super::convert::f16_value;
 use super::super::packed::{GROUP_VECTOR_BYTES, place_of_group};
 use super::super::quantise::{GROUP, GROUP_WORDS, Quantised, quantise_activations};
-use super::{BLOCK_ROWS, Isa, Product, TILE_OUTPUTS, TILES_OF_ONE_ROW, add_bias, blocks};
+use super::{BLOCK_ROWS, Isa, Product, TILE_OUTPUTS, add_bias, blocks};
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
@@ -18,12 +18,8 @@ mod neon;
 /// Tiles that a block of several rows goes through together: as many sums as hide the latency of a product.
 pub(super) const TILES_OF_ROWS: usize = 2;
 
-/// How far ahead of its use one row asks for its weights.
-#[cfg(target_arch = "x86_64")]
-const AHEAD_BYTES: usize = 4096;
-
 /// What a row of a block makes with the tiles that are gone through together, tile by tile.
-type Sums = [f32; TILES_OF_ONE_ROW * TILE_OUTPUTS];
+type Sums = [f32; TILES_OF_ROWS * TILE_OUTPUTS];
 
 /// A block of rows as integers, group by group: their sums, scales and integers, as `quantise_activations` puts them.
 #[derive(Clone, Copy)]
@@ -64,20 +60,15 @@ pub(super) fn part(isa: Isa, kind: Quantised, x: &[f32], product: &Product<'_>, 
     let groups = w.inputs().div_ceil(GROUP);
     let mut tile = tiles.start;
     while tile < tiles.end {
-        let left = tiles.end - tile;
-        let together = match product.tiles_together() {
-            whole if left >= whole => whole,
-            TILES_OF_ONE_ROW if left >= 2 => 2,
-            _ => 1,
-        };
-        let mut weights: [&[u8]; TILES_OF_ONE_ROW] = [&[]; TILES_OF_ONE_ROW];
+        let together = product.tiles_together().min(tiles.end - tile);
+        let mut weights: [&[u8]; TILES_OF_ROWS] = [&[]; TILES_OF_ROWS];
         for (at, weights) in weights[..together].iter_mut().enumerate() {
             *weights = w.tile(tile + at);
         }
         let first = tile * TILE_OUTPUTS;
         let width = (together * TILE_OUTPUTS).min(w.outputs() - first);
         for block in blocks(product.rows) {
-            let mut sums = [[0.0; TILES_OF_ONE_ROW * TILE_OUTPUTS]; BLOCK_ROWS];
+            let mut sums = [[0.0; TILES_OF_ROWS * TILE_OUTPUTS]; BLOCK_ROWS];
             let rows = Rows { words: &x[block.start * words..block.end * words], rows: block.len(), groups };
             block_sums(isa, kind, rows, &weights[..together], &mut sums[..block.len()]);
             for (row, sums) in block.zip(&sums) {
@@ -98,7 +89,7 @@ fn block_sums(isa: Isa, kind: Quantised, x: Rows<'_>, w: &[&[u8]], sums: &mut [S
     assert_eq!(sums.len(), x.rows);
     assert_eq!(x.words.len(), x.rows * x.groups * GROUP_WORDS);
     let tile_bytes = x.groups * TILE_OUTPUTS * kind.group_bytes();
-    assert!(w.len() <= TILES_OF_ONE_ROW && w.iter().all(|w| w.len() == tile_bytes));
+    assert!(w.len() <= TILES_OF_ROWS && w.iter().all(|w| w.len() == tile_bytes));
     match isa {
         Isa::Scalar => block_sums_scalar(kind, x, w, sums),
         #[cfg(target_arch = "x86_64")]
@@ -132,17 +123,12 @@ fn block_sums_scalar(kind: Quantised, x: Rows<'_>, w: &[&[u8]], sums: &mut [Sums
     }
 }
 
-/// Asks for what a tile's stream, one of several, will want soon: its own bytes, or from its end on those of the tile that
-/// follows all of them. One row reads its weights faster than the hardware looks ahead.
+/// Asks ahead for as much as the two groups have that the first of them begins.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-fn fetch_ahead(tile: &[u8], at: usize, kind: Quantised, tiles: usize) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    let ahead = at + AHEAD_BYTES;
-    let ahead = if ahead < tile.len() { ahead } else { ahead + (tiles - 1) * tile.len() };
-    for line in (0..TILE_OUTPUTS * kind.code_bytes()).step_by(GROUP_VECTOR_BYTES) {
-        // SAFETY: it reads nothing: the address may be any. SSE is part of the architecture.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(tile.as_ptr().wrapping_add(ahead + line).cast()) };
+fn fetch_groups_ahead(tile: &[u8], group: usize, kind: Quantised, scales: usize) {
+    if group.is_multiple_of(2) {
+        super::fetch_ahead(tile[scales..].as_ptr(), 2 * TILE_OUTPUTS * kind.group_bytes());
     }
 }
 

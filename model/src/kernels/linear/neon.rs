@@ -1,8 +1,7 @@
 //! The NEON forms of a chunk: 16 outputs in four registers.
 //!
-//! A block of six rows has 24 sums in registers, which leaves room for the weights of an entry. A single row goes through
-//! several tiles together, for as many chains as hide the latency of fma. Codes are widened to floats, exactly, and
-//! multiplied with the factor of their block, which is the decoded weight; then it goes as with any other.
+//! A block of six rows has 24 sums in registers, which leaves room for the weights of an entry. Codes are widened to floats,
+//! exactly, and multiplied with the factor of their block, which is the decoded weight; then it goes as with any other.
 
 use super::super::packed::{E4M3_BLOCK, MXFP4_BLOCK};
 use super::{BLOCK_ROWS, CHUNK, DType, LANES, Storage, TILE_OUTPUTS, blocks};
@@ -111,63 +110,6 @@ pub(super) fn chunk_sums(storage: Storage, x: &[f32], w: &[u8], sums: &mut [[f32
                 of_kind!(storage, KIND => lane_of_rows::<KIND>(x, weights, steps, lane == 0, sums));
             }
         }
-    }
-}
-
-/// A chunk of several tiles for one row.
-pub(super) fn tiles_of_one_row<const TILES: usize>(
-    storage: Storage,
-    x: &[f32],
-    w: [&[u8]; TILES],
-    sums: &mut [[f32; TILE_OUTPUTS]; TILES],
-) {
-    assert!(Isa::Neon.available(), "this machine lacks NEON");
-    // The pointer arithmetic below relies on these equations.
-    assert!(x.len().is_multiple_of(LANES) && x.len() <= CHUNK);
-    assert!(w.iter().all(|w| w.len() == storage.chunk_bytes(x.len())));
-    let steps = x.len() / LANES;
-    for (lane, x) in x.chunks_exact(steps.max(1)).enumerate() {
-        let weights = w.map(|w| Lane::of_chunk(storage, w, lane, steps));
-        // SAFETY: NEON was checked, and every lane has an entry of the storage for each value of `x`.
-        unsafe {
-            if storage.block().is_none() {
-                of_kind!(storage, KIND => lane_of_tiles::<KIND, TILES>(x, weights, lane == 0, sums));
-                continue;
-            }
-            // Two tiles and their factors fit the registers.
-            const { assert!(TILES.is_multiple_of(2)) };
-            for (weights, sums) in weights.as_chunks::<2>().0.iter().zip(sums.as_chunks_mut::<2>().0) {
-                of_kind!(storage, KIND => lane_of_tiles::<KIND, 2>(x, *weights, lane == 0, sums));
-            }
-        }
-    }
-}
-
-/// # Safety
-/// Every lane has an entry of the kind for each value of `x`.
-#[target_feature(enable = "neon")]
-unsafe fn lane_of_tiles<const KIND: u8, const TILES: usize>(
-    x: &[f32],
-    weights: [Lane; TILES],
-    first: bool,
-    sums: &mut [[f32; TILE_OUTPUTS]; TILES],
-) {
-    let mut acc = [[vdupq_n_f32(0.0); 4]; TILES];
-    for (block, x) in x.chunks(block_steps(KIND)).enumerate() {
-        let mut by = [[vdupq_n_f32(1.0); 4]; TILES];
-        for (by, lane) in by.iter_mut().zip(weights) {
-            // SAFETY: the block is one of the lane.
-            *by = unsafe { load_factors::<KIND>(lane, block) };
-        }
-        for (step, x) in (block * block_steps(KIND)..).zip(x) {
-            for ((acc, lane), by) in acc.iter_mut().zip(weights).zip(by) {
-                // SAFETY: the step is one of the lane.
-                multiply(*x, unsafe { load_weights::<KIND>(lane, step, by) }, acc);
-            }
-        }
-    }
-    for (sums, acc) in sums.iter_mut().zip(acc) {
-        add_sums(acc, first, sums);
     }
 }
 

@@ -2,7 +2,7 @@
 //! their block, which is the decoded weight; then it goes as with any other.
 
 use super::super::packed::{E4M3_BLOCK, MXFP4_BLOCK, Storage};
-use super::avx2::add_sums;
+use super::avx2::{add_sums, multiply};
 use super::{LANES, TILE_OUTPUTS};
 use std::arch::x86_64::*;
 
@@ -24,60 +24,6 @@ const fn factor_bytes(kind: u8) -> usize {
     if kind == MXFP4 { TILE_OUTPUTS * 2 } else { 4 }
 }
 
-/// A chunk of several tiles for one row.
-///
-/// # Safety
-/// The machine has AVX2, FMA and F16C; every `w` is a chunk of the storage for the values of `x`, which are 16 lanes of
-/// equal length.
-pub(super) unsafe fn tiles_of_one_row<const TILES: usize>(
-    storage: Storage,
-    x: &[f32],
-    w: [&[u8]; TILES],
-    sums: &mut [[f32; TILE_OUTPUTS]; TILES],
-) {
-    // Two tiles and their factors fit the registers.
-    for (w, sums) in w.as_chunks::<2>().0.iter().zip(sums.as_chunks_mut::<2>().0) {
-        // SAFETY: the caller's promise is passed on with the kind as the constant.
-        unsafe {
-            match storage {
-                Storage::Mxfp4 => lanes_of_tiles::<MXFP4>(x, *w, sums),
-                Storage::E4m3 => lanes_of_tiles::<E4M3>(x, *w, sums),
-                Storage::Plain(_) | Storage::Grouped(_) => unreachable!("no codes of floats"),
-            }
-        }
-    }
-    const { assert!(TILES.is_multiple_of(2)) };
-}
-
-/// # Safety
-/// As of [`tiles_of_one_row`].
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn lanes_of_tiles<const KIND: u8>(x: &[f32], w: [&[u8]; 2], sums: &mut [[f32; TILE_OUTPUTS]; 2]) {
-    let steps = x.len() / LANES;
-    let factors = x.len().div_ceil(block_steps(KIND) * LANES) * factor_bytes(KIND);
-    for (lane, x) in x.chunks_exact(steps.max(1)).enumerate() {
-        let mut acc = [[_mm256_setzero_ps(); 2]; 2];
-        for (block, x) in x.chunks(block_steps(KIND)).enumerate() {
-            // SAFETY: the block is one of the chunk.
-            let by = w.map(|w| unsafe { load_factors::<KIND>(w.as_ptr().add(block * factor_bytes(KIND))) });
-            let first = lane * steps + block * block_steps(KIND);
-            for (step, x) in x.iter().enumerate() {
-                let x = _mm256_broadcast_ss(x);
-                let at = factors + (first + step) * entry_bytes(KIND);
-                for ((w, by), acc) in w.iter().zip(by).zip(&mut acc) {
-                    // SAFETY: lane < 16 and the step is one of the lane, so that the entry is inside the slice.
-                    let [low, high] = unsafe { load_codes::<KIND>(w.as_ptr().add(at)) };
-                    acc[0] = _mm256_fmadd_ps(x, _mm256_mul_ps(low, by[0]), acc[0]);
-                    acc[1] = _mm256_fmadd_ps(x, _mm256_mul_ps(high, by[1]), acc[1]);
-                }
-            }
-        }
-        for (sums, acc) in sums.iter_mut().zip(acc) {
-            add_sums(acc, lane == 0, sums);
-        }
-    }
-}
-
 /// A chunk of one tile for a few rows, six at most.
 ///
 /// # Safety
@@ -93,18 +39,18 @@ pub(super) unsafe fn few_rows(
     // SAFETY: the caller's promise is passed on with the kind and the rows as constants.
     unsafe {
         match (storage, sums.len()) {
-            (Storage::Mxfp4, 1) => lanes_of_rows::<MXFP4, 1>(x, w, steps, sums),
-            (Storage::Mxfp4, 2) => lanes_of_rows::<MXFP4, 2>(x, w, steps, sums),
-            (Storage::Mxfp4, 3) => lanes_of_rows::<MXFP4, 3>(x, w, steps, sums),
-            (Storage::Mxfp4, 4) => lanes_of_rows::<MXFP4, 4>(x, w, steps, sums),
-            (Storage::Mxfp4, 5) => lanes_of_rows::<MXFP4, 5>(x, w, steps, sums),
-            (Storage::Mxfp4, 6) => lanes_of_rows::<MXFP4, 6>(x, w, steps, sums),
-            (Storage::E4m3, 1) => lanes_of_rows::<E4M3, 1>(x, w, steps, sums),
-            (Storage::E4m3, 2) => lanes_of_rows::<E4M3, 2>(x, w, steps, sums),
-            (Storage::E4m3, 3) => lanes_of_rows::<E4M3, 3>(x, w, steps, sums),
-            (Storage::E4m3, 4) => lanes_of_rows::<E4M3, 4>(x, w, steps, sums),
-            (Storage::E4m3, 5) => lanes_of_rows::<E4M3, 5>(x, w, steps, sums),
-            (Storage::E4m3, 6) => lanes_of_rows::<E4M3, 6>(x, w, steps, sums),
+            (Storage::Mxfp4, 1) => lanes_of_rows::<MXFP4, 1, 2>(x, w, steps, sums),
+            (Storage::Mxfp4, 2) => lanes_of_rows::<MXFP4, 2, 2>(x, w, steps, sums),
+            (Storage::Mxfp4, 3) => lanes_of_rows::<MXFP4, 3, 1>(x, w, steps, sums),
+            (Storage::Mxfp4, 4) => lanes_of_rows::<MXFP4, 4, 1>(x, w, steps, sums),
+            (Storage::Mxfp4, 5) => lanes_of_rows::<MXFP4, 5, 1>(x, w, steps, sums),
+            (Storage::Mxfp4, 6) => lanes_of_rows::<MXFP4, 6, 1>(x, w, steps, sums),
+            (Storage::E4m3, 1) => lanes_of_rows::<E4M3, 1, 1>(x, w, steps, sums),
+            (Storage::E4m3, 2) => lanes_of_rows::<E4M3, 2, 1>(x, w, steps, sums),
+            (Storage::E4m3, 3) => lanes_of_rows::<E4M3, 3, 1>(x, w, steps, sums),
+            (Storage::E4m3, 4) => lanes_of_rows::<E4M3, 4, 1>(x, w, steps, sums),
+            (Storage::E4m3, 5) => lanes_of_rows::<E4M3, 5, 1>(x, w, steps, sums),
+            (Storage::E4m3, 6) => lanes_of_rows::<E4M3, 6, 1>(x, w, steps, sums),
             _ => unreachable!("one to six rows of quantised weights"),
         }
     }
@@ -113,33 +59,58 @@ pub(super) unsafe fn few_rows(
 /// # Safety
 /// As of [`few_rows`], with `ROWS` rows.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn lanes_of_rows<const KIND: u8, const ROWS: usize>(
+unsafe fn lanes_of_rows<const KIND: u8, const ROWS: usize, const FLIGHT: usize>(
     x: &[f32],
     w: &[u8],
     steps: usize,
     sums: &mut [[f32; TILE_OUTPUTS]],
 ) {
-    let factors = (steps * LANES).div_ceil(block_steps(KIND) * LANES) * factor_bytes(KIND);
-    for (lane, x) in x.chunks_exact((steps * ROWS).max(1)).enumerate() {
-        let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
-        for (block, x) in x.chunks(block_steps(KIND) * ROWS).enumerate() {
-            let first = lane * steps + block * block_steps(KIND);
-            // SAFETY: the block is one of the chunk, and each step one of the lane.
-            let by = unsafe { load_factors::<KIND>(w.as_ptr().add(block * factor_bytes(KIND))) };
-            for (step, x) in x.as_chunks::<ROWS>().0.iter().enumerate() {
-                let at = factors + (first + step) * entry_bytes(KIND);
-                // SAFETY: as above.
-                let [low, high] = unsafe { load_codes::<KIND>(w.as_ptr().add(at)) };
-                let (low, high) = (_mm256_mul_ps(low, by[0]), _mm256_mul_ps(high, by[1]));
-                for (x, acc) in x.iter().zip(&mut acc) {
-                    let x = _mm256_broadcast_ss(x);
-                    acc[0] = _mm256_fmadd_ps(x, low, acc[0]);
-                    acc[1] = _mm256_fmadd_ps(x, high, acc[1]);
+    let block_steps = const { block_steps(KIND) };
+    let entries = (steps * LANES).div_ceil(block_steps * LANES) * factor_bytes(KIND);
+    for group in 0..LANES / FLIGHT {
+        let mut acc = [[[_mm256_setzero_ps(); 2]; ROWS]; FLIGHT];
+        for block in 0..steps.div_ceil(block_steps) {
+            let left = steps - block * block_steps;
+            // SAFETY: the block is one of the chunk, and each of its steps one of the lane.
+            unsafe {
+                let by = load_factors::<KIND>(w.as_ptr().add(block * factor_bytes(KIND)));
+                for (lane, acc) in acc.iter_mut().enumerate() {
+                    let first = (group * FLIGHT + lane) * steps + block * block_steps;
+                    let w = w.as_ptr().add(entries + first * entry_bytes(KIND));
+                    let x = x.as_ptr().add(first * ROWS);
+                    // A constant number of steps is no loop.
+                    if left >= block_steps {
+                        steps_of_block::<KIND, ROWS>(x, w, block_steps, by, acc);
+                    } else {
+                        steps_of_block::<KIND, ROWS>(x, w, left, by, acc);
+                    }
                 }
             }
         }
-        for (sums, acc) in sums.iter_mut().zip(acc) {
-            add_sums(acc, lane == 0, sums);
+        for (lane, acc) in acc.iter().enumerate() {
+            for (sums, acc) in sums.iter_mut().zip(acc) {
+                add_sums(*acc, group + lane == 0, sums);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// So many entries are readable at `w`, and as many groups of `ROWS` values at `x`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn steps_of_block<const KIND: u8, const ROWS: usize>(
+    x: *const f32,
+    w: *const u8,
+    steps: usize,
+    by: [__m256; 2],
+    acc: &mut [[__m256; 2]; ROWS],
+) {
+    for step in 0..steps {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let [low, high] = load_codes::<KIND>(w.add(step * entry_bytes(KIND)));
+            multiply(x.add(step * ROWS), [_mm256_mul_ps(low, by[0]), _mm256_mul_ps(high, by[1])], acc);
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Products of 8 bits are of the magnitude of the weights with inputs that have got their signs: both are at most 127 (the
 //! weights 128), so that two of them fit 16 bits. Those of 4 bits are of unsigned weights, and eight times two fit.
 
-use super::{GROUP_VECTOR_BYTES, GROUP_WORDS, Quantised, Rows, Sums, fetch_ahead, place_of_group};
+use super::{GROUP_VECTOR_BYTES, GROUP_WORDS, Quantised, Rows, Sums, fetch_groups_ahead, place_of_group};
 use crate::kernels::Isa;
 use std::arch::x86_64::*;
 
@@ -24,23 +24,21 @@ pub(super) fn block_sums(kind: Quantised, x: Rows<'_>, w: &[&[u8]], sums: &mut [
 /// # Safety
 /// The machine has the features; the rows are those of `x`, and every `w` is a tile of the kind with its groups.
 unsafe fn of_kind<const Q4: bool>(x: Rows<'_>, w: &[&[u8]], sums: &mut [Sums]) {
-    if let (1, &[a, b, c, d]) = (x.rows, w) {
-        let halves = std::array::from_fn(|half| ([a, b, c, d][half / 2], half % 2));
-        // SAFETY: the caller's promise is passed on. Four tiles are four streams from memory.
-        return unsafe { of_rows::<Q4, 1, 8>(x, halves, 0, sums) };
+    if let (1, &[w]) = (x.rows, w) {
+        // SAFETY: the caller's promise is passed on. A whole tile is one stream from memory.
+        return unsafe { of_rows::<Q4, 1, 2>(x, [(w, 0), (w, 1)], 0, sums) };
     }
     for half in 0..2 * w.len() {
         let (of, at) = ([(w[half / 2], half % 2)], half * HALF);
         // SAFETY: the caller's promise is passed on with the rows as the constant.
         unsafe {
             match x.rows {
-                1 => of_rows::<Q4, 1, 1>(x, of, at, sums),
                 2 => of_rows::<Q4, 2, 1>(x, of, at, sums),
                 3 => of_rows::<Q4, 3, 1>(x, of, at, sums),
                 4 => of_rows::<Q4, 4, 1>(x, of, at, sums),
                 5 => of_rows::<Q4, 5, 1>(x, of, at, sums),
                 6 => of_rows::<Q4, 6, 1>(x, of, at, sums),
-                _ => unreachable!("a block has 1 to 6 rows"),
+                _ => unreachable!("a block has 1 to 6 rows, and 1 tile or, of several rows, 2"),
             }
         }
     }
@@ -65,10 +63,8 @@ unsafe fn of_rows<const Q4: bool, const ROWS: usize, const HALVES: usize>(
         // loads need no alignment.
         unsafe {
             let at = x.words.as_ptr().add(group * ROWS * GROUP_WORDS).cast::<i32>();
-            if ROWS == 1 && HALVES > 1 {
-                for (w, _) in w.iter().step_by(2) {
-                    fetch_ahead(w, codes, kind, HALVES / 2);
-                }
+            if ROWS == 1 {
+                fetch_groups_ahead(w[0].0, group, kind, scales);
             }
             // Neither here nor below closures: they would not be compiled into loops with these features.
             let mut halves = [std::ptr::null(); HALVES];

@@ -2,7 +2,7 @@
 //! are packed; the sum of the other side times the bias, which is subtracted first, makes up for it.
 
 use super::{
-    GROUP_VECTOR_BYTES, GROUP_WORDS, Quantised, Rows, Sums, TILE_OUTPUTS, fetch_ahead, place_of_group,
+    GROUP_VECTOR_BYTES, GROUP_WORDS, Quantised, Rows, Sums, TILE_OUTPUTS, fetch_groups_ahead, place_of_group,
 };
 use crate::kernels::Isa;
 use std::arch::x86_64::*;
@@ -24,8 +24,6 @@ unsafe fn of_kind<const Q4: bool>(x: Rows<'_>, w: &[&[u8]], sums: &mut [Sums]) {
     // SAFETY: the caller's promise is passed on with the rows and tiles as constants.
     unsafe {
         match (x.rows, w) {
-            (1, &[a, b, c, d]) => of_rows::<Q4, 1, 4>(x, [a, b, c, d], sums),
-            (1, &[a, b]) => of_rows::<Q4, 1, 2>(x, [a, b], sums),
             (2, &[a, b]) => of_rows::<Q4, 2, 2>(x, [a, b], sums),
             (3, &[a, b]) => of_rows::<Q4, 3, 2>(x, [a, b], sums),
             (4, &[a, b]) => of_rows::<Q4, 4, 2>(x, [a, b], sums),
@@ -37,7 +35,7 @@ unsafe fn of_kind<const Q4: bool>(x: Rows<'_>, w: &[&[u8]], sums: &mut [Sums]) {
             (4, &[a]) => of_rows::<Q4, 4, 1>(x, [a], sums),
             (5, &[a]) => of_rows::<Q4, 5, 1>(x, [a], sums),
             (6, &[a]) => of_rows::<Q4, 6, 1>(x, [a], sums),
-            _ => unreachable!("a block has 1 to 6 rows and 1, 2 or, of one row, 4 tiles"),
+            _ => unreachable!("a block has 1 to 6 rows, and 1 tile or, of several rows, 2"),
         }
     }
 }
@@ -65,7 +63,7 @@ unsafe fn of_rows<const Q4: bool, const ROWS: usize, const TILES: usize>(
             }
             let fours = at.add(2 * ROWS);
             if ROWS == 1 {
-                w.iter().for_each(|w| fetch_ahead(w, codes, kind, TILES));
+                fetch_groups_ahead(w[0], group, kind, scales);
             }
             for vector in 0..kind.code_bytes() / 4 {
                 let weights = load_vectors(w, codes + vector * GROUP_VECTOR_BYTES);
