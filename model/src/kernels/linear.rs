@@ -32,8 +32,8 @@ const BLOCK_ROWS: usize = 6;
 const AHEAD_BYTES: usize = 8192;
 #[cfg(target_arch = "x86_64")]
 const CACHE_LINE: usize = 64;
-/// Tasks of each thread: enough that none waits long for the last one of another.
-const TASKS_OF_THREAD: usize = 16;
+/// How much smaller than a thread's share of the work the smallest tasks are, so that none waits long for the last one of another.
+const SMALLEST_TASKS: usize = 128;
 /// Below this many multiplications a matrix product stays on the calling thread.
 const PARALLEL_FROM: usize = 1 << 16;
 
@@ -113,9 +113,6 @@ struct Plan {
     at: usize,
     /// Blocks of rows that are repacked before its own.
     first_block: usize,
-    /// Tasks before its own.
-    first_task: usize,
-    tasks: usize,
 }
 
 impl<'a> Product<'a> {
@@ -196,20 +193,20 @@ impl<'a> Product<'a> {
         let same_form = self.w.inputs() == other.w.inputs() && self.grouped() == other.grouped();
         same_rows && std::ptr::eq(self.x, other.x) && same_form
     }
+}
 
-    /// The tiles of one of its tasks.
-    fn tiles_of(&self, task: usize) -> Range<usize> {
-        let together = self.tiles_together();
-        let passes = self.tiles().div_ceil(together);
-        let bound = |task: usize| (passes * task / self.plan.tasks * together).min(self.tiles());
-        bound(task)..bound(task + 1)
-    }
+/// Some tiles of a product, which a thread computes one after the other.
+#[derive(Clone, Debug)]
+struct Task {
+    product: usize,
+    tiles: Range<usize>,
 }
 
 /// Products that are computed together, and the memory that this takes: it is kept from one use to the next.
 #[derive(Debug, Default)]
 pub struct Products {
     list: Vec<Product<'static>>,
+    tasks: Vec<Task>,
     repacked: Buffer,
 }
 
@@ -224,24 +221,30 @@ impl Products {
         assert!(isa.available(), "this machine lacks the instruction set");
         let mut list: Vec<Product<'a>> = emptied(std::mem::take(&mut self.list));
         list.extend(products.into_iter().filter(|product| product.out.len() > 0));
-        let work = plan(pool, &mut list);
+        let work = plan(&mut list);
+        let shared = work.all >= PARALLEL_FROM && pool.threads() > 1;
+        share_out(&list, work.all, if shared { pool.threads() } else { 1 }, &mut self.tasks);
         let inputs = Parts::new(self.repacked.values(work.inputs));
         pool.rows(work.blocks, work.inputs, &|block| {
             let product = &list[list.partition_point(|product| product.plan.first_block <= block) - 1];
             repack(isa, product, block - product.plan.first_block, &inputs);
         });
         let inputs = self.repacked.written(work.inputs);
-        pool.run_with_room(work.tasks, work.shared, &|task, room| {
-            let product = &list[list.partition_point(|product| product.plan.first_task <= task) - 1];
+        let tasks = &self.tasks;
+        pool.run_with_room(tasks.len(), shared, &|task, room| {
+            let Task { product, tiles } = tasks[task].clone();
+            let product = &list[product];
             let x = &inputs[product.plan.at..][..product.repacked()];
-            linear_part(isa, x, product, task - product.plan.first_task, room);
+            linear_part(isa, x, product, tiles, room);
         });
         self.list = emptied(list);
     }
 
     /// Bytes that it keeps.
     pub fn bytes(&self) -> usize {
-        self.repacked.bytes() + self.list.capacity() * size_of::<Product<'_>>()
+        let lists =
+            self.list.capacity() * size_of::<Product<'_>>() + self.tasks.capacity() * size_of::<Task>();
+        self.repacked.bytes() + lists
     }
 }
 
@@ -268,35 +271,49 @@ struct Work {
     inputs: usize,
     /// Blocks of rows to repack.
     blocks: usize,
-    tasks: usize,
-    /// Whether it is enough for several threads.
-    shared: bool,
+    /// Multiplications.
+    all: usize,
 }
 
 /// Places the products among each other.
-fn plan(pool: &Pool, products: &mut [Product<'_>]) -> Work {
-    let all: usize = products.iter().map(Product::work).sum();
-    let alone = all < PARALLEL_FROM || pool.threads() == 1;
-    let (mut inputs, mut blocks, mut tasks) = (0, 0, 0);
+fn plan(products: &mut [Product<'_>]) -> Work {
+    let mut work = Work { inputs: 0, blocks: 0, all: 0 };
     for i in 0..products.len() {
         let (before, rest) = products.split_at_mut(i);
         let product = &mut rest[0];
-        product.plan = Plan { at: inputs, first_block: blocks, first_task: tasks, tasks: 1 };
+        product.plan = Plan { at: work.inputs, first_block: work.blocks };
         match before.last().filter(|last| last.has_input_of(product)) {
             Some(last) => product.plan.at = last.plan.at,
             None => {
-                inputs += product.repacked();
-                blocks += product.rows.div_ceil(BLOCK_ROWS);
+                work.inputs += product.repacked();
+                work.blocks += product.rows.div_ceil(BLOCK_ROWS);
             }
         }
-        if !alone {
-            // As many tasks as its share of the work, so that all are of about equal length.
-            let share = (pool.threads() * TASKS_OF_THREAD * product.work()).div_ceil(all);
-            product.plan.tasks = share.clamp(1, product.tiles().div_ceil(product.tiles_together()));
-        }
-        tasks += product.plan.tasks;
+        work.all += product.work();
     }
-    Work { inputs, blocks, tasks, shared: !alone }
+    work
+}
+
+/// Cuts products into tasks: the first are large, for memory gives the most in long streams, and the last small, so that threads
+/// are done at about the same time.
+fn share_out(products: &[Product<'_>], all: usize, threads: usize, tasks: &mut Vec<Task>) {
+    tasks.clear();
+    let (mut left, smallest) = (all, all / threads / SMALLEST_TASKS);
+    for (at, product) in products.iter().enumerate() {
+        let (tiles, together) = (product.tiles(), product.tiles_together());
+        let of_pass = product.work().div_ceil(tiles) * together;
+        let mut first = 0;
+        while first < tiles {
+            let passes = (left / (2 * threads)).max(smallest) / of_pass.max(1);
+            let next = match threads {
+                1 => tiles,
+                _ => tiles.min(first + passes.max(1) * together),
+            };
+            tasks.push(Task { product: at, tiles: first..next });
+            left = left.saturating_sub((next - first).div_ceil(together) * of_pass);
+            first = next;
+        }
+    }
 }
 
 /// The rows in blocks of about equal size, at most six each.
@@ -342,12 +359,12 @@ fn repack_rows<const ROWS: usize>(product: &Product<'_>, first: usize, inputs: &
     }
 }
 
-fn linear_part(isa: Isa, x: &[f32], product: &Product<'_>, task: usize, room: &mut Buffer) {
+fn linear_part(isa: Isa, x: &[f32], product: &Product<'_>, tiles: Range<usize>, room: &mut Buffer) {
     if let Some(kind) = product.grouped() {
-        return grouped::part(isa, kind, x, product, product.tiles_of(task));
+        return grouped::part(isa, kind, x, product, tiles);
     }
     let sums = room.values(product.rows * TILE_OUTPUTS).as_chunks_mut().0;
-    product.tiles_of(task).for_each(|tile| linear_tile(isa, x, product, tile, sums));
+    tiles.for_each(|tile| linear_tile(isa, x, product, tile, sums));
 }
 
 /// One tile of outputs for all rows. `sums` has room for the results of one chunk, row by row.
