@@ -26,6 +26,9 @@ const SCORES_OF_TASK: usize = 1 << 16;
 
 /// Positions of a task, at most.
 const ROWS_OF_TASK: usize = 16;
+/// Positions between the one whose values are added and the one whose values are asked for.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 8;
 
 /// Shape and storage type of cached keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -341,9 +344,6 @@ fn attend_body(form: Isa, kv: &PagedKv<'_>, rows: &Rows<'_>, room: &mut Room<'_>
 fn score(form: Isa, kv: &PagedKv<'_>, rows: &Rows<'_>, all: &Seen, room: &mut Room<'_>) {
     let KvShape { key_dim, dtype, .. } = kv.shape;
     let span = room.span;
-    // Keys that are read once, from memory, are faster one after the other.
-    let once = dtype == DType::F32 && rows.positions.len() * rows.group == 1;
-    let form = if once { Isa::Scalar } else { form };
     for page in all.pages() {
         let read = all.slots(page);
         let keys = head_of_page(dtype, kv.pages[page].keys, rows.kv_head, key_dim, &read, room.widened);
@@ -464,9 +464,23 @@ fn chains<const WIDTH: usize>(weights: &[f32], values: &[f32], stride: usize, at
     let mut acc = [0.0f32; WIDTH];
     for (weight, values) in weights.iter().zip(values.chunks_exact(stride)) {
         let values = &values[at..at + WIDTH];
+        #[cfg(target_arch = "x86_64")]
+        fetch_ahead(values, AHEAD * stride);
         for lane in 0..WIDTH {
             acc[lane] = weight.mul_add(values[lane], acc[lane]);
         }
     }
     out[at..at + WIDTH].copy_from_slice(&acc);
+}
+
+/// Asks for as many values as these, so far behind them. What a cache holds comes from memory once, in runs that are too short
+/// for the hardware to look ahead far enough.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fetch_ahead(values: &[f32], by: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for line in (by..by + values.len()).step_by(16) {
+        // SAFETY: it reads nothing: the address may be any. SSE is part of the architecture.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(line).cast()) };
+    }
 }
