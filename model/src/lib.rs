@@ -13,6 +13,7 @@ pub mod forward;
 pub mod kernels;
 pub mod likelihood;
 pub mod model;
+pub mod parts;
 pub mod share;
 pub mod speed;
 pub mod synth;
@@ -21,6 +22,6 @@ pub mod trace;
 mod weights;
 
 pub use checkpoint::{Checkpoint, CheckpointError};
-pub use forward::{Capture, ExpertSource, KvCache, Provided, StepError, Stopped, Workspace};
+pub use forward::{Capture, ExpertSource, KvCache, Outcome, Provided, StepError, Stopped, Workspace};
 pub use model::{ExpertLoader, Model, ModelError, ModelOptions};
 pub use share::Share;

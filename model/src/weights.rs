@@ -6,6 +6,7 @@ use crate::checkpoint::{
 };
 use crate::kernels::{DType, Isa, PackedView, Storage, convert, pack, pack_groups, packed_len};
 use crate::model::ModelError;
+use crate::parts::ExpertPart;
 use crate::share::Share;
 use memmap2::{Advice, MmapMut};
 use std::borrow::Cow;
@@ -263,6 +264,15 @@ impl ExpertLayout {
 
     fn bias_bytes(&self) -> usize {
         if self.storages.len() > 3 { 4 * (2 * self.wide.len() + self.deep.len()) } else { 0 }
+    }
+
+    /// Where all of it lies, for other devices.
+    pub(crate) fn part(&self) -> ExpertPart {
+        let [gate, up, down] = self.matrices;
+        let wide = 4 * self.wide.len();
+        let biases = (self.storages.len() > 3).then_some([down, down + wide, down + 2 * wide]);
+        let storages = [self.storages[0], self.storages[1], self.storages[2]];
+        ExpertPart { storages, matrices: [0, gate, up], biases }
     }
 
     /// Bytes of an expert.

@@ -290,7 +290,7 @@ impl Checkpoint {
     }
 
     /// Whether each expert of a layer, by original number, is in one of some tiers.
-    pub(crate) fn eligible<'a>(&'a self, layer: u32, tiers: &'a [u32]) -> impl Iterator<Item = bool> + 'a {
+    pub fn eligible<'a>(&'a self, layer: u32, tiers: &'a [u32]) -> impl Iterator<Item = bool> + 'a {
         let experts: u32 = self.tiers.iter().map(|tier| tier.experts).sum();
         (0..experts).map(move |ordinal| tiers.contains(&self.key(layer, ordinal).tier))
     }

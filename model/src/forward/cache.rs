@@ -41,6 +41,12 @@ impl KvGroups {
         Self { windows, layers: most, places }
     }
 
+    /// The group of a layer, and at which byte of a page of that group its keys begin.
+    pub(crate) fn place_of(&self, layer: usize, kv: KvShape) -> (usize, usize) {
+        let (group, place) = self.places[layer];
+        (group, place * (kv.key_page_bytes() + kv.value_page_bytes()))
+    }
+
     /// The group of a layer.
     pub(crate) fn of_layer(&self, layer: usize) -> usize {
         self.places[layer].0

@@ -10,6 +10,7 @@ mod experts;
 mod foresight;
 mod gated;
 mod latent;
+mod outcome;
 mod output;
 mod ranks;
 mod router;
@@ -21,6 +22,7 @@ use experts::ROWS_TOGETHER;
 pub(crate) use workspace::planned_bytes;
 
 pub use cache::KvCache;
+pub use outcome::Outcome;
 pub use workspace::Workspace;
 
 use crate::arch::Activation;

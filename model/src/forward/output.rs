@@ -107,7 +107,7 @@ fn is_wanted(at: &At, step: &Forward, capture: Option<&dyn Capture>) -> bool {
     (last && row.sample.is_some()) || capture.is_some_and(|capture| capture.wants_logits(at.request))
 }
 
-fn token(isa: Isa, row: &Row, spec: &SampleSpec, logits: &mut [f32]) -> Option<u32> {
+pub(super) fn token(isa: Isa, row: &Row, spec: &SampleSpec, logits: &mut [f32]) -> Option<u32> {
     let sampling = &spec.sampling;
     if sampling.repetition_penalty.to_bits() != 1.0f32.to_bits() {
         penalise(logits, &spec.history, sampling.repetition_penalty);
@@ -124,7 +124,7 @@ fn token(isa: Isa, row: &Row, spec: &SampleSpec, logits: &mut [f32]) -> Option<u
     sample(isa, logits, &params, spec.draw).ok()
 }
 
-fn digest_values(digest: &mut RowDigest, values: &[f32]) {
+pub(super) fn digest_values(digest: &mut RowDigest, values: &[f32]) {
     if cfg!(target_endian = "little") {
         digest.update(bytemuck::cast_slice(values));
     } else {

@@ -47,6 +47,11 @@ impl RopeTable {
         (&self.cos[at..at + self.half], &self.sin[at..at + self.half])
     }
 
+    /// All cosines and all sines, position by position.
+    pub fn tables(&self) -> [&[f32]; 2] {
+        [&self.cos, &self.sin]
+    }
+
     /// Rotates the first [`dims`](Self::dims) values of one head, each with the one half of them further; the rest stay.
     ///
     /// # Panics

@@ -1,0 +1,76 @@
+//! What a step comes to that was computed elsewhere: the digests and tokens that [`Model::forward`](crate::Model::forward) would
+//! give of the same values.
+
+use super::StepError;
+use super::output::{digest_values, token};
+use super::ranks::RowDigest;
+use crate::kernels::Isa;
+use crate::share::Share;
+use lite_llm_core::input::RowResult;
+use lite_llm_core::output::Forward;
+
+/// The results of a step's rows as they become known, in this order: routes, layer by layer and in each position by position;
+/// the logits of rows that sample; what stands in the residual stream at last, position by position.
+#[derive(Debug)]
+pub struct Outcome<'a> {
+    step: &'a Forward,
+    digests: Vec<RowDigest>,
+    tokens: Vec<Option<u32>>,
+}
+
+impl<'a> Outcome<'a> {
+    /// Of nothing as yet.
+    pub fn new(step: &'a Forward) -> Self {
+        let digests = step.rows.iter().map(|_| RowDigest::new(&Share::WHOLE)).collect();
+        Self { step, digests, tokens: vec![None; step.rows.len()] }
+    }
+
+    /// The experts of a position of a row, by original number, ascending, and their weights.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn route(&mut self, row: usize, experts: &[u32], weights: &[f32]) {
+        let digest = &mut self.digests[row];
+        for (expert, weight) in experts.iter().zip(weights) {
+            digest.update(&expert.to_le_bytes()).update(&weight.to_bits().to_le_bytes());
+        }
+    }
+
+    /// The logits of the last position of a row, which samples if it is to. They are left as repetition makes them.
+    ///
+    /// # Errors
+    /// If one is not finite; the model has so many layers.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn logits(
+        &mut self,
+        isa: Isa,
+        row: usize,
+        layers: usize,
+        logits: &mut [f32],
+    ) -> Result<(), StepError> {
+        let of_row = &self.step.rows[row];
+        let Some(spec) = &of_row.sample else { return Ok(()) };
+        digest_values(&mut self.digests[row], logits);
+        let position = of_row.start + of_row.tokens.len() as u32 - 1;
+        let fault = StepError::NonFinite { row: row as u32, layer: layers as u32, position };
+        self.tokens[row] = Some(token(isa, of_row, spec, logits).ok_or(fault)?);
+        Ok(())
+    }
+
+    /// What stands in the residual stream at a position of a row, or at several in their order.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn hidden(&mut self, row: usize, x: &[f32]) {
+        digest_values(&mut self.digests[row], x);
+    }
+
+    /// The results.
+    pub fn results(self) -> Vec<RowResult> {
+        let digests = self.digests.iter().map(RowDigest::digest);
+        let results = self.tokens.iter().zip(digests);
+        results.map(|(&token, digest)| RowResult { token, stop: false, digest }).collect()
+    }
+}
