@@ -9,6 +9,7 @@ mod cause;
 mod commands;
 mod control;
 mod debugger;
+mod device;
 mod divergence;
 mod exit;
 mod generations;

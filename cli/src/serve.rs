@@ -73,6 +73,7 @@ impl Service {
         options.isa = settings.isa;
         options.kv_dtype = Some(settings.kv_dtype);
         options.io = settings.io;
+        options.computer = settings.computer;
         options.journal_bytes = settings.journal_bytes;
         options.capture = capture;
         let (carved, carving) = channel();

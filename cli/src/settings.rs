@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use lite_llm_core::config::{Config, Foresight, Placement};
 use lite_llm_hw::cold::Io;
 use lite_llm_hw::memory;
+use lite_llm_hw::node::Computer;
 use lite_llm_model::Checkpoint;
 use lite_llm_model::checkpoint::Tier;
 use lite_llm_model::kernels::{DType, Isa};
@@ -211,6 +212,9 @@ pub(crate) struct Settings {
     pub(crate) isa: Isa,
     pub(crate) kv_dtype: DType,
     pub(crate) io: Option<Io>,
+    pub(crate) computer: Computer,
+    /// Whether somebody said how much memory there is.
+    pub(crate) memory_is_given: bool,
     pub(crate) journal_bytes: Option<u64>,
     pub(crate) drain_bound: Duration,
 }
@@ -272,6 +276,8 @@ impl RuntimeArgs {
             // Not the type of the weights: a cache that rounds is a choice, and the published oracles do not make it.
             kv_dtype: self.kv_type.or(file.kv_type).map_or(DType::F32, DType::from),
             io: self.io.or(file.io).map(Io::from),
+            computer: Computer::Cpu,
+            memory_is_given: self.memory.is_some() || file.memory.is_some(),
             drain_bound,
             config: self.engine_config(file, checkpoint.tiers())?,
         })

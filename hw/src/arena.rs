@@ -1,4 +1,5 @@
-//! An arena: slots of one size in one anonymous map. The hot and the warm one are all the memory that experts get.
+//! An arena: slots of one size in one piece of memory. The hot and the warm one are all the memory that experts get. Of a model
+//! on the CPU it is an anonymous map; of one on a GPU the hot one is memory of the device, the warm one is pinned.
 //!
 //! The engine says who may use a slot when: a slot is written only by the loader that has its `Load` or
 //! `Stage`, and read only between `Provide` and `Released`. The arena does not take its word for it. Each slot counts its readers and knows
@@ -10,6 +11,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use lite_llm_core::ids::Slot;
 use memmap2::{Advice, MmapMut, MmapRaw};
+
+use crate::cuda::memory::{Memory, Pinned};
+use crate::cuda::{CudaError, Gpu};
 
 /// Slots begin on page boundaries, as direct reads from a disk want it.
 pub const SLOT_ALIGN: u64 = 4096;
@@ -33,6 +37,9 @@ pub enum ArenaError {
         /// Bytes that there are.
         budget: u64,
     },
+    /// The GPU, or memory that is pinned for it, cannot be had.
+    #[error(transparent)]
+    Gpu(#[from] CudaError),
     /// The system refuses.
     #[error("cannot map {bytes} bytes for experts: {source}")]
     Map {
@@ -43,10 +50,18 @@ pub enum ArenaError {
     },
 }
 
+/// What slots lie in.
+#[derive(Debug)]
+enum Place {
+    Map(MmapRaw),
+    Pinned(Pinned),
+    Device(Memory),
+}
+
 /// The slots of an arena.
 #[derive(Debug)]
 pub struct Arena {
-    map: MmapRaw,
+    place: Place,
     slot_bytes: usize,
     users: Box<[AtomicU32]>,
 }
@@ -57,18 +72,60 @@ impl Arena {
     /// # Errors
     /// If the slots are above the budget, or not whole pages, or the address space cannot be had.
     pub fn new(slots: u32, slot_bytes: u64, budget: u64) -> Result<Arc<Self>, ArenaError> {
+        let length = Self::length(slots, slot_bytes, budget)?;
+        let bytes = length as u64;
+        let map = MmapMut::map_anon(length.max(1)).map_err(|source| ArenaError::Map { bytes, source })?;
+        // Decode reads experts end to end: with small pages it would wait for page walks. A kernel without large pages
+        // refuses, and nothing is lost but time.
+        let _ = map.advise(Advice::HugePage);
+        Ok(Self::of(Place::Map(map.into()), slots, length))
+    }
+
+    /// The same in memory that is pinned for copies to a GPU.
+    ///
+    /// # Errors
+    /// If the slots are above the budget, or not whole pages, or so much cannot be pinned.
+    pub(crate) fn pinned(
+        gpu: &Arc<Gpu>,
+        slots: u32,
+        slot_bytes: u64,
+        budget: u64,
+    ) -> Result<Arc<Self>, ArenaError> {
+        let length = Self::length(slots, slot_bytes, budget)?;
+        Ok(Self::of(Place::Pinned(Pinned::new(gpu, length)?), slots, length))
+    }
+
+    /// The same in memory of a GPU, within its budget. The bytes of such slots are the device's alone: [`SlotWriter::address`]
+    /// says where they are.
+    ///
+    /// # Errors
+    /// If the slots are not whole pages, or the GPU does not have so much.
+    pub(crate) fn on_device(gpu: &Arc<Gpu>, slots: u32, slot_bytes: u64) -> Result<Arc<Self>, ArenaError> {
+        let length = Self::length(slots, slot_bytes, u64::MAX)?;
+        let memory = Memory::new(gpu, "slots of experts", length as u64)?;
+        Ok(Self::of(Place::Device(memory), slots, length))
+    }
+
+    fn length(slots: u32, slot_bytes: u64, budget: u64) -> Result<usize, ArenaError> {
         if !slot_bytes.is_multiple_of(SLOT_ALIGN) {
             return Err(ArenaError::Unaligned(slot_bytes));
         }
         let fits = u64::from(slots).checked_mul(slot_bytes).filter(|&bytes| bytes <= budget);
         let bytes = fits.ok_or(ArenaError::Budget { slots, slot_bytes, budget })?;
-        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
-        let map = MmapMut::map_anon(length.max(1)).map_err(|source| ArenaError::Map { bytes, source })?;
-        // Decode reads experts end to end: with small pages it would wait for page walks. A kernel without large pages
-        // refuses, and nothing is lost but time.
-        let _ = map.advise(Advice::HugePage);
+        Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
+    }
+
+    fn of(place: Place, slots: u32, length: usize) -> Arc<Self> {
         let users = (0..slots).map(|_| AtomicU32::new(0)).collect();
-        Ok(Arc::new(Self { map: map.into(), slot_bytes: length / (slots.max(1) as usize), users }))
+        Arc::new(Self { place, slot_bytes: length / (slots.max(1) as usize), users })
+    }
+
+    /// Where the slots begin in the memory of a GPU, and bytes of each; none if they are the host's.
+    pub(crate) const fn on_gpu(&self) -> Option<(u64, u64)> {
+        match &self.place {
+            Place::Device(memory) => Some((memory.at(), self.slot_bytes as u64)),
+            Place::Map(_) | Place::Pinned(_) => None,
+        }
     }
 
     /// Number of slots.
@@ -108,9 +165,14 @@ impl Arena {
 
     fn start(&self, slot: Slot) -> *mut u8 {
         let offset = slot.0 as usize * self.slot_bytes;
-        assert!(slot.0 < self.users.len() as u32 && offset + self.slot_bytes <= self.map.len());
-        // SAFETY: the assertion above says that offset and slot lie in the map.
-        unsafe { self.map.as_mut_ptr().add(offset) }
+        let (start, bytes) = match &self.place {
+            Place::Map(map) => (map.as_mut_ptr(), map.len()),
+            Place::Pinned(pinned) => (pinned.start(), pinned.len()),
+            Place::Device(_) => panic!("the bytes of slot {slot} are in the memory of a GPU"),
+        };
+        assert!(slot.0 < self.users.len() as u32 && offset + self.slot_bytes <= bytes);
+        // SAFETY: the assertion above says that offset and slot lie in the memory.
+        unsafe { start.add(offset) }
     }
 }
 
@@ -149,13 +211,18 @@ impl SlotWriter {
     pub(crate) fn bytes(&self) -> usize {
         self.arena.slot_bytes
     }
+
+    /// Where the slot begins in the memory of a GPU; none if it is the host's.
+    pub(crate) fn address(&self) -> Option<u64> {
+        self.arena.on_gpu().map(|(start, bytes)| start + u64::from(self.slot.0) * bytes)
+    }
 }
 
 impl Deref for SlotWriter {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the slot lies in the map, which lives as long as `arena`; its count is WRITING until this is dropped,
+        // SAFETY: the slot lies in the memory, which lives as long as `arena`; its count is WRITING until this is dropped,
         // so there is no other reference, and `&self` allows no mutable one of this writer's.
         unsafe { std::slice::from_raw_parts(self.arena.start(self.slot), self.arena.slot_bytes) }
     }
@@ -186,7 +253,7 @@ impl Deref for SlotReader {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the slot lies in the map, which lives as long as `arena`; its count is above 0 and below WRITING until
+        // SAFETY: the slot lies in the memory, which lives as long as `arena`; its count is above 0 and below WRITING until
         // this is dropped, so all references to it are shared ones.
         unsafe { std::slice::from_raw_parts(self.arena.start(self.slot), self.arena.slot_bytes) }
     }

@@ -4,6 +4,7 @@ use crate::bench::course::{Course, Routes};
 use crate::bench::figures::{Around, Figures};
 use crate::bench::picture;
 use crate::commands::run::identity;
+use crate::device::{DeviceArgs, DeviceName};
 use crate::exit::{Exit, fault, usage};
 use crate::quantity::Size;
 use crate::serve::Service;
@@ -58,6 +59,8 @@ pub(crate) struct BenchArgs {
     report: Option<PathBuf>,
     #[command(flatten)]
     runtime: RuntimeArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 /// What a node did.
@@ -123,6 +126,7 @@ impl BenchArgs {
 
     fn settle(&self, checkpoint: &Checkpoint) -> anyhow::Result<Settings> {
         let mut settings = self.runtime.settle(checkpoint)?;
+        self.device.settle(&mut settings);
         let context = checkpoint.arch().context;
         if self.prompt.checked_add(self.decode).is_none_or(|positions| positions > context) {
             let Self { prompt, decode, .. } = self;
@@ -189,6 +193,7 @@ impl BenchArgs {
         let mut object = json!({
             "model": self.name(),
             "identity": identity(&ran.identity),
+            "device": if self.device.device == DeviceName::Cuda { "cuda" } else { "cpu" },
             "threads": settings.threads,
             "isa": format!("{:?}", settings.isa).to_lowercase(),
             "memory_bytes": settings.config.memory_bytes,

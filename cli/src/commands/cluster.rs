@@ -5,6 +5,7 @@ use crate::commands::batch;
 use crate::commands::rank::NodeSettings;
 use crate::commands::run::{Opened, RunArgs};
 use crate::control::ControlSocket;
+use crate::device::DeviceName;
 use crate::exit::{Exit, fault, usage};
 use crate::request::request_id;
 use crate::serve::Serving;
@@ -72,6 +73,7 @@ impl ClusterArgs {
             (run.routes.is_some(), "--routes"),
             (run.generations.is_some(), "--generations"),
             (run.runtime.journal_max.is_some(), "--journal-max"),
+            (run.device.device != DeviceName::Cpu, "--device"),
         ] {
             if given {
                 return Err(usage(format!("{flag} is for one process: leave it out, or leave out --nodes")));

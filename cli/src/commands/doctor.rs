@@ -53,7 +53,7 @@ pub(crate) struct DoctorArgs {
     /// Which experts a text uses, as trace wrote it: hits are those of the most used ones
     #[arg(long, value_name = "TRACE", requires = "model")]
     trace: Option<PathBuf>,
-    /// What to look at: cuda says which GPUs there are and compiles the kernels for them, and no model runs on one yet
+    /// What to look at: cuda says which GPUs there are and compiles the kernels for them
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
     /// Print one JSON object
@@ -114,7 +114,7 @@ impl DoctorArgs {
             return match self.model {
                 None => cuda::run(self.json),
                 Some(_) => Err(usage(
-                    "no model runs on a GPU yet, so nothing can be said of one: give --device cuda without a checkpoint",
+                    "nothing is measured on a GPU yet, so nothing can be said of a model on one: give --device cuda without a checkpoint",
                 )),
             };
         }

@@ -1,6 +1,7 @@
 //! `lite-llm run`: one request, or a batch of them.
 
 use crate::commands::batch::{self, BatchArgs};
+use crate::device::DeviceArgs;
 use crate::exit::{Exit, fault, usage};
 use crate::generations::GenerationMap;
 use crate::history::History;
@@ -38,6 +39,8 @@ pub(crate) struct RunArgs {
     pub(crate) batch: BatchArgs,
     #[command(flatten)]
     pub(crate) runtime: RuntimeArgs,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// Where the journal is kept; a private directory, removed after a clean end, if left out
     #[arg(long, help_heading = "State", value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,
@@ -106,6 +109,7 @@ impl RunArgs {
     pub(crate) fn open(&self) -> anyhow::Result<Opened> {
         let checkpoint = Checkpoint::open(&self.model)?;
         let mut settings = self.runtime.settle(&checkpoint)?;
+        self.device.settle(&mut settings);
         if let Some(map) = &self.generations {
             let known: Vec<String> = checkpoint.tiers().iter().map(|tier| tier.name.clone()).collect();
             if let Some(unknown) = map.tiers().find(|tier| !known.contains(tier)) {

@@ -12,6 +12,7 @@ use crate::cold::{Cold, Io};
 use crate::disk::FileDisk;
 use crate::net::{Key, Mesh};
 use crate::node::NodeError;
+use crate::node::backend::Cpu;
 use crate::node::compute::Compute;
 use crate::node::device::Device;
 use crate::node::error::panic_message;
@@ -235,13 +236,13 @@ impl Node {
         };
         let blobs = Blobs::of(state_dir);
         let loaders = options.threads.clamp(1, LOADERS_MAX).min(limits.loads_max as usize);
-        let loaders = Loaders::start(loaders, loader, cold, &blobs, &reports)?;
-        let compute = Compute::start(model, None, reports.clone())?;
+        let loaders = Loaders::start(loaders, loader, cold, &blobs, None, &reports)?;
+        let compute = Compute::start(Box::new(Cpu::new(model)), None, reports.clone())?;
         let durable = Seq(store.durable());
         Ok(Self {
             clock: Clock::start(log.engine.now()),
             peer: Peer::new(settings, log),
-            device: Device::new(compute, loaders, plan, tokenizer),
+            device: Device::new(compute, loaders, plan, tokenizer, None),
             shares,
             topology: config.topology,
             rank,
@@ -348,6 +349,7 @@ impl Node {
             // Of an epoch that is over.
             Report::Done { .. } | Report::Data { .. } | Report::Wake => {}
             Report::Lost { what } => return Err(NodeError::Lost(what).into()),
+            Report::DeviceLost { what } => return Err(NodeError::Device(what).into()),
             Report::Panicked { thread, message } => {
                 return Err(NodeError::Panic { seq: self.last(), thread, message }.into());
             }

@@ -62,7 +62,8 @@ fn look(number: i32) -> Result<Device, CudaError> {
     Ok(Device { name, capability: major * 10 + minor, memory_bytes: memory as u64 })
 }
 
-fn refusal(call: &'static str) -> impl Fn(DriverError) -> CudaError {
+/// What an error of a call means.
+pub(super) fn refusal(call: &'static str) -> impl Fn(DriverError) -> CudaError {
     move |error| {
         if error.0 == CUresult::CUDA_ERROR_NO_DEVICE {
             return CudaError::NoDevice;

@@ -8,10 +8,19 @@
 
 pub mod cache;
 pub mod driver;
+mod functions;
+pub mod gpu;
 pub mod kernels;
+pub(crate) mod memory;
+pub(crate) mod model;
 pub mod nvrtc;
+pub(crate) mod stream;
+pub(crate) mod upload;
+
+pub use gpu::{Gpu, PATIENCE};
 
 use kernels::Target;
+use std::time::Duration;
 
 /// Why nothing can be done with a GPU, and what would help.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +41,56 @@ pub enum CudaError {
         call: &'static str,
         /// What it answered.
         why: String,
+    },
+    /// More than the budget allows is wanted of the device's memory.
+    #[error(
+        "{what} of {bytes} bytes does not fit the GPU's budget of {limit} bytes, of which {taken} are taken; give --memory more, or \
+         --cache-positions less"
+    )]
+    Budget {
+        /// What for.
+        what: &'static str,
+        /// How much.
+        bytes: u64,
+        /// What may be taken in all.
+        limit: u64,
+        /// What is taken.
+        taken: u64,
+    },
+    /// The device does not have as much memory.
+    #[error(
+        "the GPU has no {bytes} bytes for {what}, only {free} are free; give --memory less, or end whoever else uses it (nvidia-smi)"
+    )]
+    Memory {
+        /// What for.
+        what: &'static str,
+        /// How much.
+        bytes: u64,
+        /// What it has.
+        free: u64,
+    },
+    /// The host does not have as much memory that may be pinned.
+    #[error("the system does not pin {bytes} bytes of memory for copies to the GPU; give --warm less")]
+    Pinned {
+        /// How much.
+        bytes: u64,
+    },
+    /// Bytes that were copied to the device are not those that were sent.
+    #[error(
+        "{bytes} bytes that were copied to it are not there as they were sent, and neither were they when sent again"
+    )]
+    Copy {
+        /// How many.
+        bytes: u64,
+    },
+    /// The kernels do not know such a model.
+    #[error("the kernels for GPUs do not compute {0}; use --device cpu")]
+    Unsupported(String),
+    /// The device makes no progress.
+    #[error("it has made no progress for {patience:?}")]
+    Hang {
+        /// How long it was waited for.
+        patience: Duration,
     },
     /// The driver is there and has no device.
     #[error(

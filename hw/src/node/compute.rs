@@ -1,4 +1,4 @@
-//! The compute thread: owns the model and the KV cache, runs one step after another.
+//! The compute thread: owns what computes (`backend.rs`), runs one step after another.
 //!
 //! While a step runs, its thread reads from the same channel what the engine provides for it. A step that is given up
 //! stops where it would next wait for an expert; slots are let go before the engine hears of it.
@@ -16,12 +16,10 @@ use lite_llm_core::cluster::message::Tag;
 use lite_llm_core::ids::{ExpertKey, Slot, StepId};
 use lite_llm_core::input::{Fault, Input};
 use lite_llm_core::output::Forward;
-use lite_llm_model::{
-    Capture, CheckpointError, ExpertSource, KvCache, Model, ModelError, Provided, StepError, Stopped,
-    Workspace,
-};
+use lite_llm_model::{Capture, ExpertSource, Model, Provided, StepError, Stopped};
 
 use super::NodeError;
+use super::backend::{Backend, Unfinished};
 use super::error::panic_message;
 use super::reports::{Report, Reports};
 use crate::arena::{Arena, SlotReader};
@@ -77,14 +75,14 @@ pub(crate) struct Compute {
 
 impl Compute {
     pub(crate) fn start(
-        model: Model,
+        backend: Box<dyn Backend>,
         capture: Option<Box<dyn Capture + Send>>,
         reports: Reports,
     ) -> Result<Self, NodeError> {
         let (work, receiver) = channel();
         let run = move || {
             let mut machine = Machine {
-                model,
+                backend,
                 capture,
                 reports,
                 memory: None,
@@ -117,7 +115,7 @@ impl Compute {
 }
 
 struct Machine {
-    model: Model,
+    backend: Box<dyn Backend>,
     capture: Option<Box<dyn Capture + Send>>,
     reports: Reports,
     memory: Option<Memory>,
@@ -130,12 +128,12 @@ struct Machine {
 
 /// The epoch that has begun, and the share of the model if it is another.
 type Forgotten = (u64, Option<Box<Model>>);
+/// What the engine hears of a step, how long it waited, and what began meanwhile.
+type Answer = (Input, Option<Duration>, Option<Forgotten>);
 
-/// What is carved once, so that no step allocates it.
+/// The slots of experts.
 struct Memory {
     arena: Arc<Arena>,
-    cache: KvCache,
-    workspace: Workspace,
     /// The slots that may be read now.
     readers: Vec<Option<SlotReader>>,
 }
@@ -144,24 +142,32 @@ impl Machine {
     fn run(&mut self, work: &Receiver<Work>) {
         while let Ok(next) = work.recv() {
             match next {
-                Work::Carve { arena, pages } => match KvCache::new(&self.model, pages) {
-                    Ok(cache) => {
+                Work::Carve { arena, pages } => match self.backend.carve(&arena, pages) {
+                    Ok(()) => {
                         let readers = (0..arena.slots()).map(|_| None).collect();
-                        self.memory = Some(Memory { arena, cache, workspace: Workspace::default(), readers });
+                        self.memory = Some(Memory { arena, readers });
                     }
-                    Err(error) => self.boot_failed(&error),
+                    Err(fault) => self.boot_failed(fault),
                 },
-                Work::LoadBase { shard } => {
-                    let loaded = self.model.load_base(shard);
+                Work::LoadBase { shard } if !self.failed => {
+                    let loaded = self.backend.load_base(shard);
                     self.loaded(loaded, Input::BaseLoaded { shard });
                 }
-                Work::LoadRouters { routing_seed } => {
-                    self.model.set_routing_seed(routing_seed);
-                    let loaded = self.model.load_routers();
+                Work::LoadRouters { routing_seed } if !self.failed => {
+                    let loaded = self.backend.load_routers(routing_seed);
                     self.loaded(loaded, Input::RoutersLoaded);
                 }
+                // The boot sequence was given up, and the engine has heard why.
+                Work::LoadBase { .. } | Work::LoadRouters { .. } => {}
                 Work::Forward(forward) => {
-                    let (input, waited, then) = self.forward(&forward, work);
+                    let (input, waited, then) = match self.forward(&forward, work) {
+                        Ok(answer) => answer,
+                        Err(lost) => {
+                            // The step stays in the journal as one that is to be computed.
+                            self.reports.tell(Report::DeviceLost { what: lost });
+                            return;
+                        }
+                    };
                     match then {
                         Some((epoch, model)) => self.forget(epoch, model),
                         None => self.tell(input, waited.map(|waited| (Timing::Wait(forward.step.0), waited))),
@@ -173,6 +179,7 @@ impl Machine {
                 Work::Forget { epoch, model } => self.forget(epoch, model),
                 Work::Release => {
                     self.memory = None;
+                    self.backend.release();
                     self.say(Input::ResourcesReleased);
                 }
             }
@@ -181,46 +188,35 @@ impl Machine {
 
     /// Nothing of the epoch before is there any more.
     fn forget(&mut self, epoch: u64, model: Option<Box<Model>>) {
-        if let Some(model) = model {
-            self.model = *model;
-        }
         self.memory = None;
+        self.backend.release();
+        if let Some(model) = model {
+            self.backend.take(*model);
+        }
         self.failed = false;
         self.epoch = epoch;
         self.early.borrow_mut().clear();
     }
 
-    fn loaded(&mut self, loaded: Result<(), ModelError>, input: Input) {
+    fn loaded(&mut self, loaded: Result<(), Fault>, input: Input) {
         match loaded {
-            Ok(()) if !self.failed => self.say(input),
-            Ok(()) => {}
-            Err(error) => self.boot_failed(&error),
+            Ok(()) => self.say(input),
+            Err(fault) => self.boot_failed(fault),
         }
     }
 
-    fn boot_failed(&mut self, error: &ModelError) {
+    fn boot_failed(&mut self, fault: Fault) {
         if !std::mem::replace(&mut self.failed, true) {
-            let what = error.to_string();
-            let fault = match error {
-                ModelError::Memory { .. } => Fault::Resource(what),
-                ModelError::Checkpoint(CheckpointError::Corrupt { .. }) => Fault::Corrupt(what),
-                _ => Fault::Checkpoint(what),
-            };
             self.say(Input::BootFailed { fault });
         }
     }
 
     /// The answer to a step, and how long it waited for experts; and the new epoch, if one began meanwhile and nobody wants
-    /// the answer.
-    fn forward(
-        &mut self,
-        forward: &Forward,
-        work: &Receiver<Work>,
-    ) -> (Input, Option<Duration>, Option<Forgotten>) {
+    /// the answer. An error says that the device is lost.
+    fn forward(&mut self, forward: &Forward, work: &Receiver<Work>) -> Result<Answer, String> {
         let (step, attempt) = (forward.step, forward.attempt);
         self.early.borrow_mut().retain(|(_, tag, _)| (tag.step, tag.attempt) >= (step, attempt));
-        let Memory { arena, cache, workspace, readers } =
-            self.memory.as_mut().expect("memory is carved before the first step");
+        let Memory { arena, readers } = self.memory.as_mut().expect("memory is carved before the first step");
         let mut source = Source {
             step,
             attempt,
@@ -231,7 +227,7 @@ impl Machine {
             work,
             reports: &self.reports,
             epoch: self.epoch,
-            rank: self.model.share().rank(),
+            rank: self.backend.rank(),
             provided: RefCell::default(),
             early: &self.early,
             forgotten: Cell::new(None),
@@ -245,18 +241,21 @@ impl Machine {
             Some(capture) => Some(&mut **capture),
             None => None,
         };
-        let result = self.model.forward(forward, cache, workspace, &mut source, capture);
+        let result = self.backend.forward(forward, &mut source, capture);
         let forgotten = source.forgotten.take();
         let waited = Some(source.waited).filter(|waited| !waited.is_zero());
         // Every slot is let go before the engine hears that the step is over.
         readers.fill_with(|| None);
         let duration_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let fault = match result {
-            Ok(rows) => return (Input::Finished { step, attempt, rows, duration_ns }, waited, forgotten),
-            Err(StepError::Stopped(stopped)) => Fault::Device(stopped.to_string()),
-            Err(StepError::NonFinite { row, layer, position }) => Fault::NonFinite { row, layer, position },
+            Ok(rows) => return Ok((Input::Finished { step, attempt, rows, duration_ns }, waited, forgotten)),
+            Err(Unfinished::Lost(what)) => return Err(what),
+            Err(Unfinished::Step(StepError::Stopped(stopped))) => Fault::Device(stopped.to_string()),
+            Err(Unfinished::Step(StepError::NonFinite { row, layer, position })) => {
+                Fault::NonFinite { row, layer, position }
+            }
         };
-        (Input::Failed { step, attempt, fault }, waited, forgotten)
+        Ok((Input::Failed { step, attempt, fault }, waited, forgotten))
     }
 
     fn say(&self, input: Input) {

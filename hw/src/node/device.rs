@@ -4,6 +4,7 @@ use super::compute::{Compute, Work};
 use super::loaders::{Job, Loaders};
 use super::stop;
 use crate::arena::{Arena, ArenaError};
+use crate::cuda::Gpu;
 use crate::memory;
 use lite_llm_core::cluster::message::Tag;
 use lite_llm_core::digest::Digest;
@@ -27,8 +28,15 @@ struct Arenas {
 }
 
 impl Arenas {
-    fn of(carving: Carving, budget: u64) -> Result<Self, ArenaError> {
+    /// Of a GPU, the hot one is the device's, and all that is not warm is its budget.
+    fn of(carving: Carving, budget: u64, gpu: Option<&Arc<Gpu>>) -> Result<Self, ArenaError> {
         let Carving { slots, warm_slots, slot_bytes, pages: _, page_bytes: _ } = carving;
+        if let Some(gpu) = gpu {
+            let warm_bytes = u64::from(warm_slots) * slot_bytes;
+            gpu.set_limit(budget.saturating_sub(warm_bytes));
+            let hot = Arena::on_device(gpu, slots, slot_bytes)?;
+            return Ok(Self { hot, warm: Arena::pinned(gpu, warm_slots, slot_bytes, warm_bytes)? });
+        }
         let hot = Arena::new(slots, slot_bytes, budget)?;
         let warm = Arena::new(warm_slots, slot_bytes, budget - u64::from(slots) * slot_bytes)?;
         Ok(Self { hot, warm })
@@ -42,6 +50,8 @@ pub(crate) struct Device {
     loaders: Loaders,
     plan: ModelPlan,
     tokenizer: Option<Tokenizer>,
+    /// What computes, if it is not the CPU.
+    gpu: Option<Arc<Gpu>>,
     arenas: Option<Arenas>,
     /// Arenas of epochs that are over, until the last load lets go of them.
     former: Vec<Weak<Arena>>,
@@ -61,12 +71,14 @@ impl Device {
         loaders: Loaders,
         plan: ModelPlan,
         tokenizer: Option<Tokenizer>,
+        gpu: Option<Arc<Gpu>>,
     ) -> Self {
         Self {
             compute,
             loaders,
             plan,
             tokenizer,
+            gpu,
             arenas: None,
             former: Vec::new(),
             epoch: 0,
@@ -117,7 +129,13 @@ impl Device {
     /// Does what an engine asks of its device, and says what is done already.
     pub(crate) fn obey(&mut self, engine: &Engine, output: Output) -> Option<Input> {
         match output {
-            Output::Reserve { memory_bytes } => return Some(reserve(memory_bytes)),
+            Output::Reserve { memory_bytes } => {
+                let warm_bytes = engine.view().config().warm_bytes;
+                return Some(match &self.gpu {
+                    None => reserve(memory_bytes),
+                    Some(gpu) => reserve_of(gpu, memory_bytes, warm_bytes),
+                });
+            }
             Output::ReadManifest => return Some(Input::ManifestRead { plan: Box::new(self.plan.clone()) }),
             Output::Carve(carving) => return self.carve(carving, engine.view().config().memory_bytes),
             Output::LoadBase { shard } => {
@@ -174,7 +192,7 @@ impl Device {
         while self.former.iter().any(|arena| arena.strong_count() > 0) && began.elapsed() < FORGET_WAIT {
             std::thread::sleep(Duration::from_millis(1));
         }
-        match Arenas::of(carving, budget) {
+        match Arenas::of(carving, budget, self.gpu.as_ref()) {
             Ok(arenas) => {
                 self.compute.send(Work::Carve { arena: Arc::clone(&arenas.hot), pages: carving.pages });
                 self.arenas = Some(arenas);
@@ -203,6 +221,24 @@ impl Device {
         self.loaders.close();
         self.compute.close();
     }
+}
+
+/// The same of a GPU: the budget is of its memory, but for the warm arena, which is the host's.
+fn reserve_of(gpu: &Gpu, memory_bytes: u64, warm_bytes: u64) -> Input {
+    let refuse = |what: String| Input::BootFailed { fault: Fault::Resource(what) };
+    let (free, total) = match gpu.memory() {
+        Ok(memory) => memory,
+        Err(error) => return refuse(format!("cannot tell how much memory the GPU has: {error}")),
+    };
+    let most = free.saturating_add(warm_bytes);
+    if memory_bytes > most {
+        return refuse(format!(
+            "memory_bytes is {memory_bytes}, of which {warm_bytes} are for the warm arena; but of the {total} bytes of the GPU \
+             ({}) only {free} are free: give at most {most}",
+            gpu.name()
+        ));
+    }
+    if warm_bytes == 0 { Input::Reserved } else { reserve(warm_bytes) }
 }
 
 fn reserve(memory_bytes: u64) -> Input {

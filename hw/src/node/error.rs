@@ -8,6 +8,7 @@ use lite_llm_core::replay::ReplayError;
 use lite_llm_model::{CheckpointError, ModelError};
 
 use crate::cold::ColdError;
+use crate::cuda::CudaError;
 use crate::disk::OpenError;
 
 /// Why a node does not start, or does not go on.
@@ -53,6 +54,15 @@ pub enum NodeError {
     /// The device that experts are read from answers no more.
     #[error("{0}; see to the disk of the checkpoint, and start again: the journal goes on where it was")]
     Lost(String),
+    /// What computes answers no more, or wrongly.
+    #[error(
+        "the GPU is lost: {0}; see what nvidia-smi and the system's log say of it, and start again, on it or with --device cpu: \
+         the journal goes on where it was, with the same bits"
+    )]
+    Device(String),
+    /// The GPU cannot be used.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     /// The boot sequence was given up.
     #[error("{0}")]
     Boot(String),

@@ -19,6 +19,8 @@ use super::reports::{Report, Reports};
 use crate::arena::SlotWriter;
 use crate::blobs::Blobs;
 use crate::cold::{self, Cold, Fetch, Reader, Told};
+use crate::cuda::upload::Uploads;
+use crate::cuda::{CudaError, Gpu};
 use crate::telemetry::Timing;
 
 /// How long threads that are closed are waited for. A disk that hangs may hold one up for ever: then it is left to itself, with
@@ -34,6 +36,16 @@ pub(crate) enum Job {
     Promote { load: LoadId, slot: SlotWriter, warm: SlotWriter, exchange: bool },
     /// Make modified experts durable.
     Persist { asked: Seq, experts: Vec<(Digest, Vec<u8>)> },
+}
+
+impl Job {
+    /// Whether it ends in a slot of a GPU.
+    fn is_for_gpu(&self) -> bool {
+        match self {
+            Self::Load { slot, .. } | Self::Promote { slot, .. } => slot.address().is_some(),
+            Self::Persist { .. } => false,
+        }
+    }
 }
 
 /// A job, in which epoch, and how experts are read there.
@@ -63,13 +75,15 @@ impl Loaders {
         loader: ExpertLoader,
         cold: Cold,
         blobs: &Blobs,
+        gpu: Option<&Arc<Gpu>>,
         reports: &Reports,
     ) -> Result<Self, NodeError> {
         let (jobs, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
         let fetch = cold.fetch();
         let heard = reports.clone();
-        let reader = cold.reader(move |told| heard.tell(report_of(told)))?;
+        // What is read for a GPU goes through a loader's hands.
+        let reader = if gpu.is_none() { cold.reader(move |told| heard.tell(report_of(told)))? } else { None };
         let (busy, (watched, closed)) = (Busy::of(count.max(1)), channel());
         let loader = Arc::new(loader);
         let mut loaders = Self { jobs, epoch: 0, loader, reader, threads: Vec::new(), watched };
@@ -80,9 +94,10 @@ impl Loaders {
         for index in 0..count.max(1) {
             let (receiver, reports, busy) = (Arc::clone(&receiver), reports.clone(), Arc::clone(&busy));
             let sources = Sources { blobs: blobs.clone(), fetch: fetch.clone() };
+            let uploads = gpu.map(|gpu| Uploads::new(Arc::clone(gpu)));
             let thread = std::thread::Builder::new()
                 .name(format!("loader-{index}"))
-                .spawn(move || run(&sources, &receiver, &reports, (&busy, index)))
+                .spawn(move || run(&sources, uploads, &receiver, &reports, (&busy, index)))
                 .map_err(failed)?;
             loaders.threads.push(thread);
         }
@@ -174,15 +189,24 @@ impl Sources {
     }
 }
 
-fn run(sources: &Sources, jobs: &Mutex<Receiver<Asked>>, reports: &Reports, (busy, index): (&Busy, usize)) {
+fn run(
+    sources: &Sources,
+    mut uploads: Option<Uploads>,
+    jobs: &Mutex<Receiver<Asked>>,
+    reports: &Reports,
+    (busy, index): (&Busy, usize),
+) {
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Asked { epoch, loader, job }) = job else { return };
         let began = Instant::now();
         // The slot is given back within: the engine may give it to somebody else as soon as it hears.
-        let worked = busy.at_job(index, || catch_unwind(AssertUnwindSafe(|| work(&loader, sources, job))));
+        let worked = busy.at_job(index, || {
+            catch_unwind(AssertUnwindSafe(|| work(&loader, sources, uploads.as_mut(), job)))
+        });
         let report = match worked {
-            Ok((input, what)) => Report::Done { epoch, input, took: Some((what, began.elapsed())) },
+            Ok(Ok((input, what))) => Report::Done { epoch, input, took: Some((what, began.elapsed())) },
+            Ok(Err(lost)) => Report::DeviceLost { what: lost.to_string() },
             Err(panic) => Report::Panicked { thread: "loader", message: panic_message(&*panic) },
         };
         if !reports.tell(report) {
@@ -191,16 +215,33 @@ fn run(sources: &Sources, jobs: &Mutex<Receiver<Asked>>, reports: &Reports, (bus
     }
 }
 
-fn work(loader: &ExpertLoader, sources: &Sources, job: Job) -> (Input, Timing) {
-    match job {
-        Job::Load { load, expert, blob, mut slot, keep } => {
+/// Does a job. An error says that the device is lost.
+fn work(
+    loader: &ExpertLoader,
+    sources: &Sources,
+    uploads: Option<&mut Uploads>,
+    job: Job,
+) -> Result<(Input, Timing), CudaError> {
+    // Slots of the warm arena are the host's, wherever steps read theirs.
+    let uploads = uploads.filter(|_| job.is_for_gpu());
+    Ok(match (job, uploads) {
+        (Job::Load { load, expert, blob, slot, keep }, Some(uploads)) => {
+            let read = |room: &mut SlotWriter| sources.read(loader, expert, blob, room);
+            let result = uploads.load(&slot, keep, read)?;
+            (Input::Loaded { load, fault: result.err() }, Timing::Load(load.0))
+        }
+        (Job::Promote { load, slot, mut warm, exchange }, Some(uploads)) => {
+            uploads.promote(&slot, &mut warm, exchange)?;
+            (Input::Loaded { load, fault: None }, Timing::Promote(load.0))
+        }
+        (Job::Load { load, expert, blob, mut slot, keep }, _) => {
             if let Some(mut keep) = keep {
                 keep.copy_from_slice(&slot);
             }
             let result = sources.read(loader, expert, blob, &mut slot);
             (Input::Loaded { load, fault: result.err() }, Timing::Load(load.0))
         }
-        Job::Promote { load, mut slot, mut warm, exchange } => {
+        (Job::Promote { load, mut slot, mut warm, exchange }, _) => {
             if exchange {
                 slot.swap_with_slice(&mut warm);
             } else {
@@ -208,11 +249,11 @@ fn work(loader: &ExpertLoader, sources: &Sources, job: Job) -> (Input, Timing) {
             }
             (Input::Loaded { load, fault: None }, Timing::Promote(load.0))
         }
-        Job::Persist { asked, experts } => {
+        (Job::Persist { asked, experts }, _) => {
             let result = experts.iter().try_for_each(|(blob, bytes)| sources.blobs.write(*blob, bytes));
             (Input::Persisted { asked, fault: result.err() }, Timing::Persist(asked.0))
         }
-    }
+    })
 }
 
 fn fault_of(expert: ExpertKey, error: &ModelError) -> Fault {

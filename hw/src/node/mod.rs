@@ -7,6 +7,7 @@
 //!
 //! A node that is dropped stops as a killed process would: nothing is flushed, and the journal says what goes on.
 
+pub(crate) mod backend;
 mod busy;
 pub(crate) mod compute;
 pub(crate) mod device;
@@ -46,6 +47,18 @@ use event_loop::{Command, Message};
 /// Called on the event loop with each event, once its input is durable; it must return soon.
 pub type OnEvent = Box<dyn FnMut(Seq, &Event) + Send>;
 
+/// What computes the steps of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Computer {
+    /// The CPU.
+    Cpu,
+    /// The first GPU of the CUDA driver. `memory_bytes` is then of its memory, but for `warm_bytes`, which are the host's.
+    Cuda {
+        /// How long it may be without progress before it is lost: [`crate::cuda::PATIENCE`] does for any.
+        patience: Duration,
+    },
+}
+
 /// What a node is started with.
 pub struct NodeOptions {
     /// The checkpoint directory.
@@ -61,6 +74,8 @@ pub struct NodeOptions {
     pub isa: Isa,
     /// Storage type of cached keys and values; the type of the weights if `None`.
     pub kv_dtype: Option<DType>,
+    /// What computes steps; the choice changes no bit.
+    pub computer: Computer,
     /// How experts are read from a native checkpoint; as well as it can be if `None`. The choice changes no bit.
     pub io: Option<Io>,
     /// Bytes that the journal may grow to: a snapshot is taken at half of them, so that old segments can go. While the
@@ -82,6 +97,7 @@ impl NodeOptions {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             isa: Isa::detect(),
             kv_dtype: None,
+            computer: Computer::Cpu,
             io: None,
             journal_bytes: None,
             capture: None,

@@ -23,6 +23,7 @@ use lite_llm_core::replay::fold;
 use lite_llm_model::tokenizer::Tokenizer;
 use lite_llm_model::{Checkpoint, Model, ModelOptions};
 
+use super::backend::{Backend, Cpu};
 use super::compute::Compute;
 use super::device::Device;
 use super::error::panic_message;
@@ -30,9 +31,12 @@ use super::event_loop::{Clock, EventLoop};
 use super::journal::{Contents, Journal};
 use super::loaders::Loaders;
 use super::reports::Reports;
-use super::{Node, NodeError, NodeHandle, NodeOptions};
+use super::{Computer, Node, NodeError, NodeHandle, NodeOptions};
 use crate::blobs::Blobs;
 use crate::cold::Cold;
+use crate::cuda::Gpu;
+use crate::cuda::model::CudaModel;
+use crate::cuda::model::sizes::Sizes;
 use crate::disk::FileDisk;
 use crate::memory;
 use crate::telemetry::Telemetry;
@@ -50,12 +54,24 @@ const NODE: u32 = 0;
 
 pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let NodeOptions { model_dir, state_dir, mut config, threads, isa, kv_dtype, io, .. } = options;
-    let NodeOptions { journal_bytes, capture, on_event, .. } = options;
+    let NodeOptions { journal_bytes, capture, on_event, computer, .. } = options;
+    let gpu = match computer {
+        Computer::Cpu => None,
+        Computer::Cuda { patience } => Some(Gpu::open(patience)?),
+    };
     if config.memory_bytes == u64::MAX {
-        let measured = memory::measure();
-        let what = "cannot tell how much memory there is, so it must be given";
-        let available = measured.map_err(|source| NodeError::System { what, source })?.available;
+        let available = match &gpu {
+            Some(gpu) => gpu.memory()?.0,
+            None => {
+                let what = "cannot tell how much memory there is, so it must be given";
+                memory::measure().map_err(|source| NodeError::System { what, source })?.available
+            }
+        };
         config.memory_bytes = available - available / 8;
+        if gpu.is_some() {
+            // What is warm is the host's.
+            config.memory_bytes += config.warm_bytes;
+        }
     }
     // The lock first: nobody else may serve this state while its model is being read.
     let mut disk = FileDisk::open(&state_dir)?;
@@ -75,8 +91,16 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let reading = cold.report().into();
     let tokenizer_digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);
     let limits = &config.limits;
-    let plan = model.plan(limits.step_positions_max, limits.rows_max, tokenizer_digest)?;
+    let mut plan = model.plan(limits.step_positions_max, limits.rows_max, tokenizer_digest)?;
     let identity = Arc::new(plan.identity.clone());
+    let sizes = match &gpu {
+        None => None,
+        Some(_) => Some(Sizes::of(&model, limits.step_positions_max, limits.rows_max)?),
+    };
+    if let Some(sizes) = &sizes {
+        // What steps need beside weights, cache and experts is another thing there.
+        plan.overhead_bytes = sizes.overhead_bytes(&model);
+    }
 
     let scanned = scan(&mut disk)?;
     let former = scanned.header.map_or(0, |header| header.incarnation);
@@ -112,10 +136,14 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let (messages, receiver) = sync_channel(MESSAGES_MAX);
     let (ready_sender, ready) = channel();
     let reports = Reports::to(messages.clone());
-    let loaders = Loaders::start(loaders, loader, cold, &blobs, &reports)?;
-    let compute = Compute::start(model, capture, reports.clone())?;
+    let loaders = Loaders::start(loaders, loader, cold, &blobs, gpu.as_ref(), &reports)?;
+    let backend: Box<dyn Backend> = match (&gpu, sizes) {
+        (Some(gpu), Some(sizes)) => Box::new(CudaModel::new(gpu, model, sizes, isa)?),
+        _ => Box::new(Cpu::new(model)),
+    };
+    let compute = Compute::start(backend, capture, reports.clone())?;
     let journal = Journal::start(store, bytes, reports)?;
-    let device = Device::new(compute, loaders, plan, tokenizer);
+    let device = Device::new(compute, loaders, plan, tokenizer, gpu);
     let mut event_loop = EventLoop::new(engine, device, journal, telemetry, blobs, on_event, ready_sender);
     event_loop.bound_journal(journal_bytes);
     let thread = std::thread::Builder::new()

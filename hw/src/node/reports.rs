@@ -22,6 +22,8 @@ pub(crate) enum Report {
     Wake,
     /// A device answers no more, and keeps slots: there is no going on.
     Lost { what: String },
+    /// What computes is lost, by an error or a hang of the device: there is no going on in this process.
+    DeviceLost { what: String },
     /// A thread found a bug.
     Panicked { thread: &'static str, message: String },
 }

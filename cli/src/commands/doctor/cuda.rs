@@ -13,9 +13,9 @@ use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
 
-/// What is said last, so that nobody takes a GPU that was found for one that is used.
-const NO_MODEL: &str =
-    "none runs on a GPU yet: kernels are compiled and not launched, every command computes on the CPU";
+/// What is said last, so that nobody takes a GPU that was found for one that was tried.
+const UNTRIED: &str =
+    "run --device cuda computes on the first of them; nobody has tried that on a GPU yet, only on a stand-in";
 
 /// What was found.
 #[derive(Debug, Serialize)]
@@ -68,7 +68,7 @@ pub(super) fn run(json: bool) -> anyhow::Result<Exit> {
         nvrtc: None,
         kernels: Vec::new(),
         refusal: None,
-        runs_models: false,
+        runs_models: true,
     };
     let capabilities: BTreeSet<u32> = driver.devices.iter().map(|device| device.capability).collect();
     findings.refusal = findings.compile(&capabilities).err().map(|error| error.to_string());
@@ -146,7 +146,7 @@ impl fmt::Display for Findings {
         if let Some(refusal) = &self.refusal {
             writeln!(f, "kernels    not compiled: {refusal}")?;
         }
-        writeln!(f, "models     {NO_MODEL}")
+        writeln!(f, "models     {UNTRIED}")
     }
 }
 

@@ -268,6 +268,7 @@ impl EventLoop {
             Report::Done { input, took, .. } => (input, took),
             Report::Wake => return Ok(()),
             Report::Lost { what } => return Err(NodeError::Lost(what)),
+            Report::DeviceLost { what } => return Err(NodeError::Device(what)),
             Report::Panicked { thread, message } => {
                 return Err(NodeError::Panic { seq: Seq(self.engine.next_seq().0 - 1), thread, message });
             }

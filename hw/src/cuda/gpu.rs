@@ -1,0 +1,134 @@
+//! A device that is used: its context, the kernels loaded into it, and the bytes that may be taken of its memory.
+
+use super::CudaError;
+use super::cache::Cache;
+use super::driver::{self, refusal};
+use super::functions::Functions;
+use super::nvrtc::Nvrtc;
+use cudarc::driver::result::{self, ctx, device, module, primary_ctx};
+use cudarc::driver::sys::{CUcontext, CUdevice, CUmodule};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// How long a device may be without progress, if nobody says otherwise. A kernel of the largest step takes milliseconds.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A device with its kernels. Threads share it; each makes it current before its first call (`enter`).
+#[derive(Debug)]
+pub struct Gpu {
+    device: CUdevice,
+    context: CUcontext,
+    modules: Vec<CUmodule>,
+    pub(crate) functions: Functions,
+    /// As its maker calls it.
+    name: String,
+    /// How long it may be without progress.
+    pub(crate) patience: Duration,
+    /// Bytes that may be taken, and those that are.
+    limit: AtomicU64,
+    taken: AtomicU64,
+}
+
+// SAFETY: handles of the driver may be used from any thread in which the context is current; nothing here is changed but atomics.
+unsafe impl Send for Gpu {}
+// SAFETY: as above.
+unsafe impl Sync for Gpu {}
+
+impl Gpu {
+    /// Opens the first device, with kernels compiled for it or from the user's cache.
+    ///
+    /// # Errors
+    /// If there is no driver, device or compiler, or one of them fails.
+    pub fn open(patience: Duration) -> Result<Arc<Self>, CudaError> {
+        let found = driver::find()?;
+        let first = found.devices.into_iter().next().ok_or(CudaError::NoDevice)?;
+        let nvrtc = Nvrtc::find()?;
+        let built = Cache::of_user().kernels(&nvrtc, nvrtc.target(first.capability)?)?;
+        let device = device::get(0).map_err(refusal("cuDeviceGet"))?;
+        // SAFETY: the handle is the driver's own.
+        let context = unsafe { primary_ctx::retain(device) }.map_err(refusal("cuDevicePrimaryCtxRetain"))?;
+        let mut this = Self {
+            device,
+            context,
+            modules: Vec::new(),
+            functions: Functions::default(),
+            name: first.name,
+            patience,
+            limit: AtomicU64::new(0),
+            taken: AtomicU64::new(0),
+        };
+        this.enter()?;
+        let mut loaded = Vec::new();
+        for of_source in &built.modules {
+            // PTX is a text, whose end is a zero byte.
+            let mut code = of_source.code.clone();
+            code.push(0);
+            // SAFETY: the image is what the compiler made, and lives until the call returns.
+            let module = unsafe { module::load_data(code.as_ptr().cast()) };
+            let module = module.map_err(refusal("cuModuleLoadData"))?;
+            this.modules.push(module);
+            loaded.push((of_source.name.as_str(), module));
+        }
+        this.functions = Functions::of(&loaded)?;
+        Ok(Arc::new(this))
+    }
+
+    /// As its maker calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Makes the device current in this thread.
+    ///
+    /// # Errors
+    /// If it is lost.
+    pub(crate) fn enter(&self) -> Result<(), CudaError> {
+        // SAFETY: the context lives as long as this.
+        unsafe { ctx::set_current(self.context) }.map_err(refusal("cuCtxSetCurrent"))
+    }
+
+    /// Bytes of its memory that nobody has, and all.
+    ///
+    /// # Errors
+    /// If it is lost.
+    pub fn memory(&self) -> Result<(u64, u64), CudaError> {
+        self.enter()?;
+        let (free, total) = result::mem_get_info().map_err(refusal("cuMemGetInfo"))?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// Lets so many bytes be taken, in all.
+    pub(crate) fn set_limit(&self, bytes: u64) {
+        self.limit.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that may be taken, and those that are.
+    pub(crate) fn budget(&self) -> (u64, u64) {
+        (self.limit.load(Ordering::Relaxed), self.taken.load(Ordering::Relaxed))
+    }
+
+    /// Counts bytes as taken; whether that is within the limit.
+    pub(super) fn take(&self, bytes: u64) -> bool {
+        let limit = self.limit.load(Ordering::Relaxed);
+        let within = |taken: u64| taken.checked_add(bytes).filter(|&taken| taken <= limit);
+        self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok()
+    }
+
+    pub(super) fn give_back(&self, bytes: u64) {
+        self.taken.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // What a lost device does not take back goes with the process.
+        let _ = self.enter();
+        for &module in &self.modules {
+            // SAFETY: it was loaded into this context, and nobody has a function of it after this.
+            let _ = unsafe { module::unload(module) };
+        }
+        // SAFETY: it was retained once.
+        let _ = unsafe { primary_ctx::release(self.device) };
+    }
+}

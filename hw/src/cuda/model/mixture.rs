@@ -1,0 +1,247 @@
+//! A mixture layer on the device: its router's choice comes to the host, which asks for experts that are not there and says who uses
+//! which; results wait in a buffer and are combined in ascending order, so that the order of arrival changes no bit.
+
+use super::super::CudaError;
+use super::super::stream::Arg::{At, Value, Word};
+use super::mirror::{Mirror, Results};
+use super::routes::{Routes, Users, foreseen};
+use super::run::{Run, Several};
+use super::weights::{Layer, Matrix};
+use super::{Failed, Step};
+use lite_llm_core::ids::Slot;
+use lite_llm_model::parts::ExpertPart;
+use lite_llm_model::{ExpertSource, StepError};
+
+/// What mixtures are made with on the host.
+#[derive(Debug)]
+pub(super) struct Desk {
+    pub(super) lists: Mirror,
+    pub(super) results: Results,
+    pub(super) users: Users,
+}
+
+/// The matrices of experts, as those of the slot where slots begin.
+#[derive(Clone, Copy, Debug)]
+struct Experts {
+    matrices: [Matrix; 3],
+}
+
+impl Run<'_> {
+    pub(super) fn mixture(
+        &self,
+        index: usize,
+        layer: &Layer,
+        step: &mut Step<'_, '_>,
+        source: &mut dyn ExpertSource,
+        desk: &mut Desk,
+    ) -> Result<(), Failed> {
+        let moe = self.model.arch().moe.as_ref().expect("a mixture layer");
+        let (number, rows) = (index as u32, self.tables.at.len());
+        let next =
+            (index + 1..self.routers.of_layer.len()).find(|&next| self.routers.of_layer[next].is_some());
+        let next = next.filter(|_| step.forward.foresee && step.forward.resident.is_none());
+        let own = self.routers.of_layer[index].as_ref().expect("routers are loaded").scores.storage;
+        let other =
+            next.and_then(|next| self.routers.of_layer[next].as_ref()).map(|next| next.scores.storage);
+        let storages = [own, other.unwrap_or(own)];
+        self.pack(self.room.normed, 0, rows as u32, self.hidden(), &storages, self.room.packed)?;
+        self.route(index, moe, self.place(false))?;
+        desk.results.ask(self.stream, self.place(false).routes, self.route_words())?;
+        if let Some(next) = next {
+            self.route(next, moe, self.place(true))?;
+            desk.results.ask(self.stream, self.place(true).routes, self.route_words())?;
+        }
+        let (routes, after) = desk.results.look(self.stream)?.split_at(self.route_words());
+        let routes = Routes::new(routes, rows, self.sizes.places);
+        if let Some(at) = routes.faults.iter().position(|&fault| fault != 0) {
+            let at = &self.tables.at[at];
+            let fault = StepError::NonFinite { row: at.row as u32, layer: number, position: at.position };
+            return Err(fault.into());
+        }
+        for (i, at) in self.tables.at.iter().enumerate() {
+            step.route(number, at, routes.experts(i), routes.weights(i));
+        }
+        let users = &mut desk.users;
+        users.find(self.model, number, moe.experts, &routes);
+        let foreseen = next.map_or_else(Vec::new, |next| {
+            let after = Routes::new(after, rows, self.sizes.places);
+            foreseen(self.model, next as u32, moe.experts, &after)
+        });
+        let experts = self.experts();
+        desk.lists.clear();
+        let positions = desk.lists.words(&users.positions);
+        let results = desk.lists.words(&users.results);
+        let first_row = desk.lists.words(&users.firsts);
+        if let Some(resident) = &step.forward.resident {
+            let slots = users.keys.iter().map(|key| {
+                let at = resident.binary_search_by_key(key, |&(key, _)| key);
+                resident[at.expect("every expert of the tiers is resident")].1
+            });
+            let begins: Vec<u64> = slots.map(|slot| self.begin(slot)).collect();
+            let begins = desk.lists.longs(&begins);
+            desk.lists.send(self.stream)?;
+            self.pack_users(&experts, users, positions)?;
+            let several = Several {
+                count: users.keys.len() as u32,
+                weights_at: begins,
+                biases_at: begins,
+                first_row,
+                rows_max: users.most(),
+            };
+            self.together(&experts, several, (0, users.positions.len() as u32))?;
+            self.shared(layer)?;
+        } else {
+            desk.lists.send(self.stream)?;
+            source.need(number, &users.keys, &foreseen)?;
+            self.shared(layer)?;
+            self.pack_users(&experts, users, positions)?;
+            self.as_they_come(number, &experts, users, first_row, source)?;
+        }
+        self.combine(layer, results, self.place(false).routes)?;
+        Ok(())
+    }
+
+    /// Computes each expert when it comes.
+    fn as_they_come(
+        &self,
+        number: u32,
+        experts: &Experts,
+        users: &Users,
+        first_row: u64,
+        source: &mut dyn ExpertSource,
+    ) -> Result<(), Failed> {
+        let (mut left, mut came) = (users.keys.len(), 0);
+        while left > 0 {
+            let provided = source.provided()?;
+            (left, came) = (left - 1, came + 1);
+            let at = users.keys.binary_search(&provided.expert).expect("an expert that is needed");
+            let (first, end) = (users.firsts[at], users.firsts[at + 1]);
+            let several = Several {
+                count: 1,
+                weights_at: self.tables.zeros,
+                biases_at: self.tables.zeros,
+                first_row: Self::value(first_row, at),
+                rows_max: end - first,
+            };
+            let here = experts.at(self.begin(provided.slot));
+            self.together(&here, several, (first, end))?;
+            if came == provided.wave_len {
+                came = 0;
+                // Nobody may write a slot that is still read.
+                self.stream.wait()?;
+                source.released(number, provided.wave)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a slot begins, counted from the first.
+    fn begin(&self, slot: Slot) -> u64 {
+        u64::from(slot.0) * self.slots.1
+    }
+
+    fn experts(&self) -> Experts {
+        let part = self.model.expert_part().expect("a mixture has experts");
+        let ExpertPart { storages, matrices, biases } = part;
+        let (hidden, width) =
+            (self.hidden(), self.model.arch().moe.as_ref().map_or(0, |moe| moe.intermediate));
+        let matrix = |i: usize, outputs: u32, inputs: u32| Matrix {
+            storage: storages[i],
+            outputs,
+            inputs,
+            weights: self.slots.0 + matrices[i] as u64,
+            bias: biases.map_or(0, |biases| self.slots.0 + biases[i] as u64),
+        };
+        let width = width as u32;
+        Experts { matrices: [matrix(0, width, hidden), matrix(1, width, hidden), matrix(2, hidden, width)] }
+    }
+
+    /// Brings the rows of all users in the order that products want.
+    fn pack_users(&self, experts: &Experts, users: &Users, positions: u64) -> Result<(), CudaError> {
+        let [gate, up, _] = &experts.matrices;
+        let count = users.positions.len() as u32;
+        if count == 0 {
+            return Ok(());
+        }
+        let storages = [gate.storage, up.storage];
+        self.pack(self.room.normed, positions, count, gate.inputs, &storages, self.room.packed)
+    }
+
+    /// Computes some experts, whose users are packed: those of a range, at their places among all results.
+    fn together(
+        &self,
+        experts: &Experts,
+        several: Several,
+        (first, end): (u32, u32),
+    ) -> Result<(), CudaError> {
+        if first == end {
+            return Ok(());
+        }
+        let (room, [gate, up, down]) = (self.room, &experts.matrices);
+        let activation = self.model.arch().moe.as_ref().expect("a mixture").activation;
+        self.products(room.packed, gate, several, room.gates)?;
+        self.products(room.packed, up, several, room.ups)?;
+        let from = |piece| Self::value(piece, (first * gate.outputs) as usize);
+        let (count, n) = (end - first, (end - first) * gate.outputs);
+        self.activate(activation, from(room.gates), from(room.ups), from(room.inside), n)?;
+        // Packed rows stand where the users do, as products count them.
+        let padded = down.inputs.div_ceil(1024) * 1024;
+        let groups = down.inputs.div_ceil(32);
+        let to = super::sizes::Packed {
+            values: Self::value(room.packed_inside.values, first as usize * padded as usize),
+            words: Self::value(room.packed_inside.words, first as usize * groups as usize * 8),
+            scales: Self::value(room.packed_inside.scales, first as usize * groups as usize),
+        };
+        self.pack(from(room.inside), 0, count, down.inputs, &[down.storage], to)?;
+        self.products(room.packed_inside, down, several, room.results)
+    }
+
+    /// What the shared expert gives every position, and the outputs of its gate.
+    fn shared(&self, layer: &Layer) -> Result<(), CudaError> {
+        let Some((block, gate)) = &layer.shared else { return Ok(()) };
+        // It works where experts do, so that none of them may be packed or under way.
+        let (room, rows) = (self.room, self.positions());
+        self.gated(block, room.shared)?;
+        if let Some(gate) = gate {
+            self.pack(room.normed, 0, rows, gate.inputs, &[gate.storage], room.packed)?;
+            self.product(room.packed, gate, (self.tables.all, rows), room.shared_gates)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the weighted results in ascending order of expert, then the shared expert, to the residual stream.
+    fn combine(&self, layer: &Layer, users: u64, routes: u64) -> Result<(), CudaError> {
+        let (room, rows, hidden, places) = (self.room, self.positions(), self.hidden(), self.sizes.places);
+        let weights = Self::value(routes, rows as usize * places);
+        let (shared, gates) = match &layer.shared {
+            None => (0, 0),
+            Some((_, gate)) => (room.shared, if gate.is_some() { room.shared_gates } else { 0 }),
+        };
+        let multiplier = self.model.arch().multipliers.residual;
+        let arguments = [
+            At(room.x),
+            At(room.results),
+            At(users),
+            At(weights),
+            At(shared),
+            At(gates),
+            Value(multiplier),
+            Word(hidden),
+            Word(places as u32),
+        ];
+        let blocks = [hidden.div_ceil(4 * 128), rows, 1];
+        self.launch(self.functions.combine, blocks, 128, &arguments)
+    }
+}
+
+impl Experts {
+    /// Those of the slot that begins there, counted from the first.
+    fn at(&self, begin: u64) -> Self {
+        let moved = |matrix: Matrix| Matrix {
+            weights: matrix.weights + begin,
+            bias: if matrix.bias == 0 { 0 } else { matrix.bias + begin },
+            ..matrix
+        };
+        Self { matrices: self.matrices.map(moved) }
+    }
+}

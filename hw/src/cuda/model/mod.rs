@@ -1,0 +1,237 @@
+//! A model on a device: the steps of [`lite_llm_model::Model`] in kernels, with the same bits.
+//!
+//! Weights, cache, experts and the values of a step are in memory of the device that is taken at start, within a hard budget
+//! ([`sizes`]). The host makes lists ([`tables`]), launches ([`run`], [`attention`], [`mixture`]) and takes back what is digested: the
+//! routes of each layer, logits, the residual stream. Tokens are chosen and rows digested by the model's own code
+//! ([`lite_llm_model::forward::Outcome`]).
+
+mod attention;
+mod ending;
+mod mirror;
+mod mixture;
+mod routes;
+mod run;
+pub(crate) mod sizes;
+mod tables;
+mod weights;
+
+use super::CudaError;
+use super::gpu::Gpu;
+use super::memory::Memory;
+use super::stream::Stream;
+use crate::arena::Arena;
+use crate::node::backend::{Backend, Unfinished, fault_of};
+use lite_llm_core::input::{Fault, RowResult};
+use lite_llm_core::output::Forward;
+use lite_llm_model::forward::Outcome;
+use lite_llm_model::kernels::Isa;
+use lite_llm_model::{Capture, ExpertSource, Model, StepError, Stopped};
+use mirror::{Mirror, Results};
+use mixture::Desk;
+use routes::Users;
+use run::Run;
+use sizes::{Room, Sizes};
+use std::sync::Arc;
+use tables::{At, Tables};
+use weights::{Base, Routers};
+
+/// Why a step has no rows.
+#[derive(Debug)]
+enum Failed {
+    Step(StepError),
+    Cuda(CudaError),
+}
+
+impl From<StepError> for Failed {
+    fn from(error: StepError) -> Self {
+        Self::Step(error)
+    }
+}
+
+impl From<Stopped> for Failed {
+    fn from(stopped: Stopped) -> Self {
+        Self::Step(stopped.into())
+    }
+}
+
+impl From<CudaError> for Failed {
+    fn from(error: CudaError) -> Self {
+        Self::Cuda(error)
+    }
+}
+
+/// A step, as the host sees it.
+struct Step<'a, 'c> {
+    forward: &'a Forward,
+    outcome: Outcome<'a>,
+    capture: Option<&'c mut dyn Capture>,
+}
+
+impl Step<'_, '_> {
+    /// Takes the route of a position.
+    fn route(&mut self, layer: u32, at: &At, experts: &[u32], weights: &[f32]) {
+        self.outcome.route(at.row, experts, weights);
+        if let Some(capture) = &mut self.capture {
+            capture.routes(at.request, layer, at.position, experts, weights);
+        }
+    }
+}
+
+/// The memory of steps.
+#[derive(Debug)]
+struct Carved {
+    // In this order: whatever uses memory goes first.
+    desk: Desk,
+    tables: Mirror,
+    room: Room,
+    _memory: Memory,
+    cache: Memory,
+    page_bytes: u64,
+    /// The slots of experts: they outlive steps.
+    arena: Arc<Arena>,
+}
+
+/// A model on a device.
+#[derive(Debug)]
+pub(crate) struct CudaModel {
+    carved: Option<Carved>,
+    base: Option<Base>,
+    routers: Option<Routers>,
+    stream: Stream,
+    sizes: Sizes,
+    isa: Isa,
+    model: Model,
+    gpu: Arc<Gpu>,
+}
+
+impl CudaModel {
+    /// A model whose steps have such sizes. Nothing of it is on the device yet.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub(crate) fn new(gpu: &Arc<Gpu>, model: Model, sizes: Sizes, isa: Isa) -> Result<Self, CudaError> {
+        let stream = Stream::new(gpu)?;
+        let (carved, base, routers) = (None, None, None);
+        Ok(Self { carved, base, routers, stream, sizes, isa, model, gpu: Arc::clone(gpu) })
+    }
+
+    fn take_memory(&self, arena: &Arc<Arena>, pages: u32) -> Result<Carved, CudaError> {
+        let (gpu, sizes) = (&self.gpu, &self.sizes);
+        let page_bytes = self.model.page_bytes() as u64;
+        let cache = Memory::new(gpu, "pages of KV cache", page_bytes.saturating_mul(u64::from(pages)))?;
+        let memory = Memory::new(gpu, "the values of a step", sizes.bytes())?;
+        let (room, tables) = Room::of(sizes, memory.at());
+        let lists = (tables + 4 * sizes.table_words() as u64).next_multiple_of(super::memory::ALIGN);
+        let desk = Desk {
+            lists: Mirror::new(gpu, lists, sizes.list_words())?,
+            results: Results::new(gpu, sizes.results_bytes())?,
+            users: Users::default(),
+        };
+        let tables = Mirror::new(gpu, tables, sizes.table_words())?;
+        let arena = Arc::clone(arena);
+        Ok(Carved { desk, tables, room, _memory: memory, cache, page_bytes, arena })
+    }
+
+    fn step<'a>(&mut self, step: &mut Step<'a, '_>, source: &mut dyn ExpertSource) -> Result<(), Failed> {
+        self.gpu.enter()?;
+        let carved = self.carved.as_mut().expect("memory is carved before the first step");
+        carved.desk.results.clear();
+        let capture = step.capture.as_deref();
+        let wants = |request| capture.is_some_and(|capture| capture.wants_logits(request));
+        let tables = Tables::of(&self.model, &self.sizes, step.forward, &wants, &mut carved.tables);
+        carved.tables.send(&self.stream)?;
+        let run = Run {
+            model: &self.model,
+            stream: &self.stream,
+            functions: &self.gpu.functions,
+            sizes: &self.sizes,
+            room: &carved.room,
+            base: self.base.as_ref().expect("base parameters are loaded before the first step"),
+            routers: self.routers.as_ref().expect("routers are loaded before the first step"),
+            tables: &tables,
+            cache: (carved.cache.at(), carved.page_bytes),
+            slots: carved.arena.on_gpu().expect("experts are on the device"),
+        };
+        let rows = run.positions();
+        run.embed()?;
+        for (index, layer) in run.base.layers.iter().enumerate() {
+            run.norm(run.room.x, layer.attention_norm, run.room.normed, rows)?;
+            run.attend(index, layer)?;
+            run.norm(run.room.x, layer.block_norm, run.room.normed, rows)?;
+            if let Some(dense) = &layer.dense {
+                run.gated(dense, run.room.added)?;
+                run.add(run.room.added)?;
+            } else {
+                run.mixture(index, layer, step, source, &mut carved.desk)?;
+            }
+        }
+        run.end(self.isa, step, &mut carved.desk.results)
+    }
+}
+
+/// What the engine hears of an error in the boot sequence.
+fn boot_fault(error: &CudaError) -> Fault {
+    let what = error.to_string();
+    match error {
+        CudaError::Budget { .. } | CudaError::Memory { .. } | CudaError::Pinned { .. } => {
+            Fault::Resource(what)
+        }
+        _ => Fault::Device(what),
+    }
+}
+
+impl Backend for CudaModel {
+    fn carve(&mut self, arena: &Arc<Arena>, pages: u32) -> Result<(), Fault> {
+        self.carved = Some(self.take_memory(arena, pages).map_err(|error| boot_fault(&error))?);
+        Ok(())
+    }
+
+    fn load_base(&mut self, shard: u32) -> Result<(), Fault> {
+        self.model.load_base(shard).map_err(|error| fault_of(&error))?;
+        self.base = Some(Base::load(&self.gpu, &self.model).map_err(|error| boot_fault(&error))?);
+        // The host keeps none of it.
+        self.model.forget_weights();
+        Ok(())
+    }
+
+    fn load_routers(&mut self, routing_seed: u64) -> Result<(), Fault> {
+        self.model.set_routing_seed(routing_seed);
+        self.model.load_routers().map_err(|error| fault_of(&error))?;
+        self.routers = Some(Routers::load(&self.gpu, &self.model).map_err(|error| boot_fault(&error))?);
+        self.model.forget_weights();
+        Ok(())
+    }
+
+    fn forward(
+        &mut self,
+        forward: &Forward,
+        source: &mut dyn ExpertSource,
+        capture: Option<&mut dyn Capture>,
+    ) -> Result<Vec<RowResult>, Unfinished> {
+        let mut step = Step { forward, outcome: Outcome::new(forward), capture };
+        let lost = |error: CudaError| Unfinished::Lost(error.to_string());
+        match self.step(&mut step, source) {
+            Ok(()) => Ok(step.outcome.results()),
+            Err(Failed::Cuda(error)) => Err(lost(error)),
+            Err(Failed::Step(error)) => {
+                // Slots, pages and lists may be written again once this returns.
+                self.stream.wait().map_err(lost)?;
+                Err(error.into())
+            }
+        }
+    }
+
+    fn release(&mut self) {
+        self.carved = None;
+    }
+
+    fn take(&mut self, model: Model) {
+        // A node with a device computes a whole model, of which there is one share.
+        self.model = model;
+        (self.base, self.routers) = (None, None);
+    }
+
+    fn rank(&self) -> u32 {
+        self.model.share().rank()
+    }
+}

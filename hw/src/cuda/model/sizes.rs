@@ -1,0 +1,357 @@
+//! What the steps of a model need of a device's memory beside weights, cache and experts: said before any of it is taken, and what
+//! the kernels do not know is refused here, at start.
+
+use super::super::CudaError;
+use super::super::memory::ALIGN;
+use lite_llm_model::Model;
+use lite_llm_model::arch::{Moe, Norm};
+use lite_llm_model::kernels::{PAGE_POSITIONS, Storage};
+use lite_llm_model::parts::ExpertPart;
+
+/// Bounds of the kernels (`docs/gpu.md`, "The host has to keep these").
+const KEY_MAX: usize = 1024;
+const VALUE_MAX: usize = 2048;
+const OUTPUTS_MAX: usize = 1024;
+const WARP: usize = 32;
+/// Blocks along the second and third side of a grid.
+const GRID_MAX: usize = 65_535;
+/// Bytes that attention has for scores and mixes of pages, where one position does not need more.
+const ATTENTION_BYTES: usize = 64 << 20;
+/// Bytes for what stands between weights so that they begin where they have to, and what pads them.
+const PADDING_BYTES: u64 = 16 << 20;
+/// Inputs of a chunk, to which rows are padded.
+const CHUNK: usize = 1024;
+/// Inputs of a group of integers.
+const GROUP: usize = 32;
+
+/// The largest step, and what of a model its memory depends on.
+#[derive(Clone, Debug)]
+pub(crate) struct Sizes {
+    /// Positions of a step.
+    pub(super) positions: usize,
+    /// Rows whose logits are computed together.
+    pub(super) rows: usize,
+    /// Experts of a position.
+    pub(super) places: usize,
+    /// Experts of all positions.
+    pub(super) users: usize,
+    pub(super) hidden: usize,
+    pub(super) vocab: usize,
+    pub(super) heads: usize,
+    pub(super) experts: usize,
+    pub(super) moe_layers: usize,
+    pub(super) router_rows: usize,
+    /// Pages of the longest sequence.
+    pub(super) pages: usize,
+    pub(super) groups: usize,
+    /// Values that attention has for pages.
+    pub(super) attention: usize,
+    /// Values of one page for one query.
+    pub(super) page_values: usize,
+    /// Values of queries, keys and values of a position, and of what is mixed.
+    pub(super) wide: [usize; 4],
+    /// The same of latent attention: the first vector, queries, latents, queries of latents, head by head.
+    pub(super) latent: [usize; 5],
+    /// Values of gates of a step, and the widest rows that are packed: for all positions, for users, for what is inside.
+    pub(super) gates: usize,
+    pub(super) packed: usize,
+    pub(super) packed_inside: usize,
+}
+
+/// Values that a row has once it is packed, whatever the storage of the matrix.
+fn padded(inputs: usize) -> usize {
+    inputs.next_multiple_of(CHUNK)
+}
+
+/// Experts of a position as kernels count them.
+pub(super) fn places_of(moe: &Moe) -> usize {
+    moe.tiered.as_ref().map_or(moe.top_k, |router| {
+        let select = &router.select;
+        let groups = router.tiers.iter().map(|tier| tier.groups).max().unwrap_or(0);
+        let experts = router.tiers.iter().map(|tier| tier.experts).max().unwrap_or(0);
+        select.tiers.min(router.tiers.len()) * select.groups.min(groups) * select.experts.min(experts)
+    })
+}
+
+impl Sizes {
+    /// Of a model and its largest step.
+    ///
+    /// # Errors
+    /// If the kernels do not compute such a model.
+    pub(crate) fn of(model: &Model, positions: u32, rows: u32) -> Result<Self, CudaError> {
+        let arch = model.arch();
+        check(model, positions as usize)?;
+        let (attention, kv, moe) = (&arch.attention, model.kv_shape(), arch.moe.as_ref());
+        let (positions, rows, hidden) = (positions as usize, rows as usize, arch.hidden);
+        let places = moe.map_or(0, places_of);
+        let users = positions * places;
+        let width = moe.map_or(0, |moe| moe.intermediate);
+        let shared = moe.and_then(|moe| moe.shared.as_ref()).map_or(0, |shared| shared.intermediate);
+        let dense = arch.layers.iter().filter_map(|layer| layer.dense).max().unwrap_or(0).max(shared);
+        let pages = (arch.context as usize).div_ceil(PAGE_POSITIONS);
+        let heads = attention.heads;
+        let page_values = PAGE_POSITIONS + kv.value_dim + 2;
+        let of_one = heads * pages * page_values;
+        let attention_values = of_one.max((of_one * positions).min(ATTENTION_BYTES / 4));
+        let mixed = heads * kv.value_dim;
+        let (wide, latent, inner) = match attention.latent {
+            None => {
+                let wide = [attention.q_dim(), attention.k_dim(), attention.v_dim(), mixed];
+                (wide, [0; 5], attention.mixed_dim())
+            }
+            Some(latent) => {
+                let by_head = heads * latent.rank.max(latent.plain).max(attention.value_dim);
+                let first = latent.query_rank.unwrap_or(attention.q_dim());
+                let wide = [0, 0, attention.mixed_dim(), mixed];
+                let inner = (heads * padded(latent.rank.max(latent.plain))).max(attention.mixed_dim());
+                (wide, [first, attention.q_dim(), kv.key_dim, heads * kv.key_dim, by_head], inner.max(first))
+            }
+        };
+        let packed =
+            (positions * padded(hidden.max(inner))).max(users * padded(hidden)).max(rows * padded(hidden));
+        Ok(Self {
+            positions,
+            rows,
+            places,
+            users,
+            hidden,
+            vocab: arch.vocab,
+            heads,
+            experts: moe.map_or(0, |moe| moe.experts),
+            moe_layers: arch.moe_layers().len(),
+            router_rows: moe.map_or(0, Moe::router_rows),
+            pages,
+            groups: model.kv_groups().len(),
+            attention: attention_values,
+            page_values,
+            wide,
+            latent,
+            gates: (positions * dense).max(users * width),
+            packed,
+            packed_inside: (positions * padded(dense)).max(users * padded(width)),
+        })
+    }
+
+    /// Values that stand in the memory of a device during a step, piece by piece, in the order of [`Room::of`].
+    fn pieces(&self) -> [usize; PIECES] {
+        let Self { positions, users, hidden, .. } = *self;
+        let [q, k, v, mixed] = self.wide.map(|values| values * positions);
+        let [first, queries, cached, of_latents, by_head] = self.latent.map(|values| values * positions);
+        [
+            positions * hidden,
+            positions * hidden,
+            positions * hidden,
+            self.packed,
+            self.packed_inside,
+            // Integers and scales of what is packed.
+            self.packed / 4,
+            self.packed / GROUP,
+            self.packed_inside / 4,
+            self.packed_inside / GROUP,
+            q.max(of_latents),
+            k.max(cached),
+            v,
+            mixed,
+            first,
+            queries,
+            by_head,
+            by_head,
+            self.attention,
+            self.gates,
+            self.gates,
+            self.gates,
+            users * hidden,
+            positions * hidden,
+            positions,
+            2 * positions * self.router_rows,
+            2 * self.route_words(positions),
+            self.rows * hidden,
+            self.rows * self.vocab,
+        ]
+    }
+
+    /// Words of the routes of a layer: experts, weights, faults.
+    pub(super) const fn route_words(&self, positions: usize) -> usize {
+        positions * (2 * self.places + 1)
+    }
+
+    /// Words of the tables of a step.
+    pub(super) fn table_words(&self) -> usize {
+        let Self { positions, heads, pages, groups, rows, .. } = *self;
+        let of_groups = groups * (12 * positions + rows.max(1) * (pages + 2));
+        let of_heads = 2 * positions * heads + 3 * heads;
+        // Each list begins at a multiple of sixteen bytes.
+        4 * positions
+            + of_groups
+            + of_heads
+            + self.moe_layers * (self.experts + 8)
+            + 9 * positions
+            + 2 * self.router_rows
+            + 4096
+    }
+
+    /// Words of the lists of a mixture: users, and for each expert where it lies and which users it has.
+    pub(super) const fn list_words(&self) -> usize {
+        2 * self.users + self.experts * 13 + 256
+    }
+
+    /// Bytes of pinned memory that results come through.
+    pub(super) fn results_bytes(&self) -> usize {
+        let routes = 2 * self.route_words(self.positions);
+        4 * routes.max(self.positions * self.hidden + self.rows * self.vocab)
+    }
+
+    /// Bytes of a device beside base parameters, cache and experts, for the memory plan.
+    pub(crate) fn overhead_bytes(&self, model: &Model) -> u64 {
+        let arch = model.arch();
+        let tables = u64::from(arch.context) * arch.rope.dims as u64 * 4;
+        self.bytes() + tables + PADDING_BYTES
+    }
+
+    /// Bytes that steps need of the device beside weights, cache and experts.
+    pub(super) fn bytes(&self) -> u64 {
+        let room =
+            self.pieces().iter().map(|&values| (4 * values as u64).next_multiple_of(ALIGN)).sum::<u64>();
+        room + 4 * (self.table_words() + self.list_words()) as u64 + 4 * ALIGN
+    }
+}
+
+/// Pieces of memory of a step.
+const PIECES: usize = 28;
+
+/// Where the values of a step stand.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    pub(super) x: u64,
+    pub(super) normed: u64,
+    pub(super) added: u64,
+    pub(super) packed: Packed,
+    pub(super) packed_inside: Packed,
+    pub(super) q: u64,
+    pub(super) k: u64,
+    pub(super) v: u64,
+    pub(super) mixed: u64,
+    pub(super) first: u64,
+    pub(super) queries: u64,
+    pub(super) apart: u64,
+    pub(super) through: u64,
+    pub(super) attention: u64,
+    pub(super) gates: u64,
+    pub(super) ups: u64,
+    pub(super) inside: u64,
+    pub(super) results: u64,
+    pub(super) shared: u64,
+    pub(super) shared_gates: u64,
+    pub(super) scores: u64,
+    pub(super) routes: u64,
+    pub(super) last: u64,
+    pub(super) logits: u64,
+}
+
+/// Where rows are brought in the order that products want: values, or integers and their scales.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Packed {
+    pub(super) values: u64,
+    pub(super) words: u64,
+    pub(super) scales: u64,
+}
+
+impl Room {
+    /// Pieces one after the other, from an address on; and where they end.
+    pub(super) fn of(sizes: &Sizes, start: u64) -> (Self, u64) {
+        let mut next = start;
+        let at = sizes.pieces().map(|values| {
+            let at = next;
+            next = (at + 4 * values as u64).next_multiple_of(ALIGN);
+            at
+        });
+        let [x, normed, added, values, inner, words, scales, inner_words, inner_scales, rest @ ..] = at;
+        let [q, k, v, mixed, first, queries, apart, through, attention, rest @ ..] = rest;
+        let [gates, ups, inside, results, shared, shared_gates, scores, routes, last, logits] = rest;
+        let packed = Packed { values, words, scales };
+        let packed_inside = Packed { values: inner, words: inner_words, scales: inner_scales };
+        let this = Self {
+            x,
+            normed,
+            added,
+            packed,
+            packed_inside,
+            q,
+            k,
+            v,
+            mixed,
+            first,
+            queries,
+            apart,
+            through,
+            attention,
+            gates,
+            ups,
+            inside,
+            results,
+            shared,
+            shared_gates,
+            scores,
+            routes,
+            last,
+            logits,
+        };
+        (this, next)
+    }
+}
+
+/// Refuses what the kernels do not know.
+fn check(model: &Model, positions: usize) -> Result<(), CudaError> {
+    let (arch, kv) = (model.arch(), model.kv_shape());
+    let refuse = |what: String| Err(CudaError::Unsupported(what));
+    if kv.key_dim > KEY_MAX || kv.value_dim > VALUE_MAX {
+        return refuse(format!(
+            "keys of {} and values of {} values (they know {KEY_MAX} and {VALUE_MAX})",
+            kv.key_dim, kv.value_dim
+        ));
+    }
+    // Four values are loaded at once wherever rows of several experts stand together.
+    let width = arch.moe.as_ref().map_or(4, |moe| moe.intermediate);
+    if !arch.hidden.is_multiple_of(4) || !width.is_multiple_of(4) {
+        return refuse(format!("rows of {} and {width} values, which are not multiples of 4", arch.hidden));
+    }
+    if arch.attention.heads == 0 || kv.kv_heads == 0 || !arch.attention.heads.is_multiple_of(kv.kv_heads) {
+        return refuse(format!("{} heads for {} of keys", arch.attention.heads, kv.kv_heads));
+    }
+    if arch.attention.latent.is_some() && arch.norm == Norm::Layer {
+        return refuse("latent attention beside norms by mean and variance".into());
+    }
+    let Some(moe) = &arch.moe else { return check_grid(positions, 1) };
+    let places = places_of(moe);
+    if moe.router_rows() > OUTPUTS_MAX || places > WARP {
+        return refuse(format!(
+            "a router of {} outputs that selects {places} (they know {OUTPUTS_MAX} and {WARP})",
+            moe.router_rows()
+        ));
+    }
+    let groups = moe.group_limit.as_ref().map_or(0, |limit| limit.groups);
+    let tiers = moe.tiered.as_ref().map_or(0, |router| router.tiers.len());
+    if groups > WARP || tiers > WARP {
+        return refuse(format!("a router of {groups} groups and {tiers} tiers (they know {WARP})"));
+    }
+    if let Some(ExpertPart { storages, matrices, biases: _ }) = model.expert_part() {
+        for (storage, at) in storages.into_iter().zip(matrices) {
+            let align = if storage == Storage::E4m3 { 4 } else { 16 };
+            if !at.is_multiple_of(align) {
+                return refuse(format!("matrices of experts that begin at byte {at} of a slot"));
+            }
+        }
+    }
+    check_grid(positions, places)
+}
+
+fn check_grid(positions: usize, places: usize) -> Result<(), CudaError> {
+    if positions * places.max(1) > GRID_MAX {
+        let what = format!(
+            "steps of {positions} positions with {places} experts each; give limits.step_positions_max of {} or less",
+            GRID_MAX / places.max(1)
+        );
+        return Err(CudaError::Unsupported(what));
+    }
+    Ok(())
+}

@@ -1,0 +1,237 @@
+//! What kernels have to know of a step: tokens, positions, where pages are, which rows attend together, who is eligible.
+
+use super::mirror::Mirror;
+use super::sizes::Sizes;
+use lite_llm_core::output::Forward;
+use lite_llm_model::Model;
+use lite_llm_model::kernels::PAGE_POSITIONS;
+
+/// Rows of one sequence that read a page together.
+const TOGETHER: usize = 16;
+const PAGE: u32 = PAGE_POSITIONS as u32;
+
+/// A position of a step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct At {
+    pub(super) row: usize,
+    pub(super) request: u64,
+    pub(super) position: u32,
+}
+
+/// Rows that attend in one launch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Batch {
+    /// The first of its positions, and how many there are.
+    pub(super) first: usize,
+    pub(super) count: usize,
+    /// Pieces of sequences.
+    pub(super) pieces: u32,
+    /// Pages that rows of one piece see together, at most.
+    pub(super) span: u32,
+    /// Lists: for each piece its first row, counted from `first`, and at their end how many there are; where the pages of its
+    /// sequence begin in the table.
+    pub(super) first_row: u64,
+    pub(super) first_page: u64,
+}
+
+/// The pages of a group of layers.
+#[derive(Debug)]
+pub(super) struct Pages {
+    pub(super) window: u32,
+    /// The page that each position is written to.
+    pub(super) of_position: u64,
+    pub(super) table: u64,
+    pub(super) batches: Vec<Batch>,
+}
+
+/// The tables of a step: addresses of lists.
+#[derive(Debug)]
+pub(super) struct Tables {
+    pub(super) at: Vec<At>,
+    pub(super) tokens: u64,
+    pub(super) positions: u64,
+    /// Zeros, for products that begin where they are said to.
+    pub(super) zeros: u64,
+    /// The rows of a product with all positions; of one for each head.
+    pub(super) all: u64,
+    pub(super) by_head: u64,
+    /// Row by row where each head's row is among heads, head by head where each row's head is among rows.
+    pub(super) from_heads: u64,
+    pub(super) to_heads: u64,
+    pub(super) pages: Vec<Pages>,
+    /// For each layer with experts, whether each expert is eligible, by original number.
+    pub(super) eligible: Vec<Option<u64>>,
+    /// The tiers that may be selected, and how many.
+    pub(super) active: (u64, u32),
+    /// The first child of each tier and group of a tiered router.
+    pub(super) first_child: u64,
+    /// The positions whose logits are wanted, as many at once as there is room for.
+    pub(super) wanted: Vec<Wanted>,
+}
+
+/// Positions whose logits are computed together.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) positions: Vec<u32>,
+    /// Lists: the same; the rows of their product.
+    pub(super) picked: u64,
+    pub(super) all: u64,
+}
+
+impl Tables {
+    /// Writes all lists of a step.
+    pub(super) fn of(
+        model: &Model,
+        sizes: &Sizes,
+        step: &Forward,
+        wants_logits: &dyn Fn(u64) -> bool,
+        mirror: &mut Mirror,
+    ) -> Self {
+        mirror.clear();
+        let mut at = Vec::new();
+        for (row, of_row) in step.rows.iter().enumerate() {
+            let positions = (of_row.start..).take(of_row.tokens.len());
+            at.extend(positions.map(|position| At { row, request: of_row.request, position }));
+        }
+        assert!(at.len() <= sizes.positions, "a step has no more positions than was planned");
+        let tokens: Vec<u32> = step.rows.iter().flat_map(|row| &row.tokens).copied().collect();
+        let positions: Vec<u32> = at.iter().map(|at| at.position).collect();
+        let (count, heads) = (at.len() as u32, sizes.heads as u32);
+        let latent = model.arch().attention.latent.is_some();
+        let pairs = |outer: u32, inner: u32| (0..outer).flat_map(move |o| (0..inner).map(move |i| (o, i)));
+        let list = |wanted: bool, list: &mut dyn Iterator<Item = u32>| -> Vec<u32> {
+            if wanted { list.collect() } else { Vec::new() }
+        };
+        let from_heads = list(latent, &mut pairs(count, heads).map(|(row, head)| head * count + row));
+        let to_heads = list(latent, &mut pairs(heads, count).map(|(head, row)| row * heads + head));
+        let by_head = list(latent, &mut (0..=heads).map(|head| head * count));
+        let is_wanted = |at: &At| {
+            let row = &step.rows[at.row];
+            let last = at.position + 1 == row.start + row.tokens.len() as u32;
+            (last && row.sample.is_some()) || wants_logits(at.request)
+        };
+        let wanted: Vec<u32> = (0..count).filter(|&i| is_wanted(&at[i as usize])).collect();
+        let wanted = wanted.chunks(sizes.rows.max(1)).map(|positions| Wanted {
+            positions: positions.to_vec(),
+            picked: mirror.words(positions),
+            all: mirror.words(&[0, positions.len() as u32]),
+        });
+        let wanted = wanted.collect();
+        let layers = 0..model.arch().layers.len();
+        let eligible = layers.map(|layer| {
+            let mixture = model.arch().layers[layer].dense.is_none();
+            mixture.then(|| {
+                let list = model.checkpoint().eligible(layer as u32, &step.tiers).map(u32::from);
+                mirror.words(&list.collect::<Vec<_>>())
+            })
+        });
+        Self {
+            eligible: eligible.collect(),
+            tokens: mirror.words(&tokens),
+            positions: mirror.words(&positions),
+            zeros: mirror.longs(&[0]),
+            all: mirror.words(&[0, count]),
+            by_head: mirror.words(&by_head),
+            from_heads: mirror.words(&from_heads),
+            to_heads: mirror.words(&to_heads),
+            active: (mirror.words(&step.tiers), step.tiers.len() as u32),
+            first_child: mirror.words(&first_children(model)),
+            pages: (0..sizes.groups).map(|group| pages(model, sizes, step, group, &at, mirror)).collect(),
+            wanted,
+            at,
+        }
+    }
+}
+
+/// For each tier the first row of its groups, for each group that of its experts, and where those of the last end.
+fn first_children(model: &Model) -> Vec<u32> {
+    let tiered = model.arch().moe.as_ref().and_then(|moe| moe.tiered.as_ref());
+    let Some(router) = tiered else { return Vec::new() };
+    let tiers = 0..router.tiers.len();
+    let groups = tiers.clone().flat_map(|tier| router.groups_of(tier));
+    let firsts = tiers.map(|tier| router.groups_of(tier).start);
+    let all = firsts.chain(groups.map(|group| router.experts_of(group).start)).chain([router.rows()]);
+    all.map(|row| row as u32).collect()
+}
+
+/// A piece of a sequence: rows that stand together, pages that they see together, and where its sequence's begin.
+struct Piece {
+    rows: usize,
+    span: u32,
+    first_page: u32,
+}
+
+fn pages(
+    model: &Model,
+    sizes: &Sizes,
+    step: &Forward,
+    group: usize,
+    at: &[At],
+    mirror: &mut Mirror,
+) -> Pages {
+    let window = model.kv_groups()[group].unwrap_or(0);
+    let seen_from = |position: u32| if window == 0 { 0 } else { (position + 1).saturating_sub(window) };
+    let of_position: Vec<u32> = at
+        .iter()
+        .map(|at| {
+            let page = step.rows[at.row].pages[group].page(at.position / PAGE);
+            page.expect("a row has a page for each of its positions")
+        })
+        .collect();
+    // What rows of one piece may be, so that its scores have room.
+    let (mut table, mut pieces) = (Vec::new(), Vec::new());
+    for row in &step.rows {
+        let (run, first_page) = (&row.pages[group], table.len() as u32);
+        // What lies before every window is gone, and nobody looks there.
+        table.extend(std::iter::repeat_n(0, run.first as usize));
+        table.extend(&run.pages);
+        let (mut position, end) = (row.start, row.start + row.tokens.len() as u32);
+        while position < end {
+            let base = seen_from(position) / PAGE;
+            let mut rows = 0;
+            let mut span = 0;
+            while position < end && rows < TOGETHER {
+                let more = position / PAGE + 1 - base;
+                if rows > 0 && values(sizes, rows + 1, more) > sizes.attention {
+                    break;
+                }
+                (rows, span, position) = (rows + 1, more, position + 1);
+            }
+            pieces.push(Piece { rows, span, first_page });
+        }
+    }
+    let mut batches = Vec::new();
+    let (mut rest, mut first) = (&pieces[..], 0);
+    while !rest.is_empty() {
+        let (mut count, mut span, mut taken) = (0, 0, 0);
+        for piece in rest {
+            let (more, wider) = (count + piece.rows, span.max(piece.span));
+            if taken > 0 && values(sizes, more, wider) > sizes.attention {
+                break;
+            }
+            (count, span, taken) = (more, wider, taken + 1);
+        }
+        let (own, after) = rest.split_at(taken);
+        let mut first_row = vec![0u32];
+        first_row.extend(own.iter().scan(0, |end, piece| {
+            *end += piece.rows as u32;
+            Some(*end)
+        }));
+        let first_page: Vec<u32> = own.iter().map(|piece| piece.first_page).collect();
+        batches.push(Batch {
+            first,
+            count,
+            pieces: taken as u32,
+            span,
+            first_row: mirror.words(&first_row),
+            first_page: mirror.words(&first_page),
+        });
+        (rest, first) = (after, first + count);
+    }
+    Pages { window, of_position: mirror.words(&of_position), table: mirror.words(&table), batches }
+}
+
+/// Values that attention has for so many rows that see so many pages.
+const fn values(sizes: &Sizes, rows: usize, span: u32) -> usize {
+    rows * sizes.heads * span as usize * sizes.page_values
+}
