@@ -8,7 +8,7 @@ use super::nvrtc::Nvrtc;
 use cudarc::driver::result::{self, ctx, device, module, primary_ctx};
 use cudarc::driver::sys::{CUcontext, CUdevice, CUmodule};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// How long a device may be without progress, if nobody says otherwise. A kernel of the largest step takes milliseconds.
@@ -28,6 +28,8 @@ pub struct Gpu {
     /// Bytes that may be taken, and those that are.
     limit: AtomicU64,
     taken: AtomicU64,
+    /// Nothing is given back any more: work may be under way for ever, and whoever gives back what it uses waits for it.
+    lost: AtomicBool,
 }
 
 // SAFETY: handles of the driver may be used from any thread in which the context is current; nothing here is changed but atomics.
@@ -57,6 +59,7 @@ impl Gpu {
             patience,
             limit: AtomicU64::new(0),
             taken: AtomicU64::new(0),
+            lost: AtomicBool::new(false),
         };
         this.enter()?;
         let mut loaded = Vec::new();
@@ -98,6 +101,16 @@ impl Gpu {
         Ok((free as u64, total as u64))
     }
 
+    /// Gives the device up: whatever it has is left to the end of the process.
+    pub(crate) fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// Makes the device current to give something back to it; whether that may be done.
+    pub(super) fn takes_back(&self) -> bool {
+        !self.lost.load(Ordering::Acquire) && self.enter().is_ok()
+    }
+
     /// Lets so many bytes be taken, in all.
     pub(crate) fn set_limit(&self, bytes: u64) {
         self.limit.store(bytes, Ordering::Relaxed);
@@ -122,8 +135,9 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // What a lost device does not take back goes with the process.
-        let _ = self.enter();
+        if !self.takes_back() {
+            return;
+        }
         for &module in &self.modules {
             // SAFETY: it was loaded into this context, and nobody has a function of it after this.
             let _ = unsafe { module::unload(module) };

@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 /// Pieces of memory begin at multiples of this: kernels load sixteen bytes at once.
 pub(crate) const ALIGN: u64 = 256;
+/// Bytes that are copied and compared at once.
+const PIECE: usize = 16 << 20;
 /// Pinned memory begins at a multiple of this, as direct reads from a disk want it.
 const PAGE: usize = 4096;
 
@@ -52,7 +54,8 @@ impl Memory {
         self.at
     }
 
-    /// Copies bytes to a place of it, and returns when they are there.
+    /// Copies bytes to a place of it, and returns when they are there: what was copied is copied back and compared, as it stays for as
+    /// long as the process does. A copy that differs is made once more.
     ///
     /// # Errors
     /// If the device is lost.
@@ -61,18 +64,34 @@ impl Memory {
     /// If they do not fit.
     pub(crate) fn fill(&self, offset: u64, bytes: &[u8]) -> Result<(), CudaError> {
         assert!(offset + bytes.len() as u64 <= self.bytes, "what is copied fits");
-        // SAFETY: the place is of this memory, as the assertion says.
-        unsafe { result::memcpy_htod_sync(self.at + offset, bytes) }.map_err(refusal("cuMemcpyHtoD"))
+        let mut back = vec![0; bytes.len().min(PIECE)];
+        for (piece, at) in bytes.chunks(PIECE).zip((self.at + offset..).step_by(PIECE)) {
+            let back = &mut back[..piece.len()];
+            let mut again = true;
+            loop {
+                // SAFETY: the place is of this memory, as the assertion says.
+                unsafe { result::memcpy_htod_sync(at, piece) }.map_err(refusal("cuMemcpyHtoD"))?;
+                // SAFETY: as above.
+                unsafe { result::memcpy_dtoh_sync(back, at) }.map_err(refusal("cuMemcpyDtoH"))?;
+                if back == piece {
+                    break;
+                }
+                if !std::mem::take(&mut again) {
+                    return Err(CudaError::Copy { bytes: piece.len() as u64 });
+                }
+            }
+        }
+        Ok(())
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
         self.gpu.give_back(self.bytes);
-        let _ = self.gpu.enter();
-        // SAFETY: it was allocated once; whoever drops it has waited for the streams that use it. What a lost device does not
-        // take back goes with the process.
-        let _ = unsafe { result::memory_free(self.at) };
+        if self.gpu.takes_back() {
+            // SAFETY: it was allocated once; whoever drops it has waited for the streams that use it.
+            let _ = unsafe { result::memory_free(self.at) };
+        }
     }
 }
 
@@ -124,8 +143,9 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        let _ = self.gpu.enter();
-        // SAFETY: it was allocated once; whoever drops it has waited for the copies that use it.
-        let _ = unsafe { result::free_host(self.raw.cast()) };
+        if self.gpu.takes_back() {
+            // SAFETY: it was allocated once; whoever drops it has waited for the copies that use it.
+            let _ = unsafe { result::free_host(self.raw.cast()) };
+        }
     }
 }

@@ -148,9 +148,10 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        let _ = self.gpu.enter();
-        // SAFETY: both were created once, and are used by nobody after this. What a lost device does not take back goes with the
-        // process.
+        if !self.gpu.takes_back() {
+            return;
+        }
+        // SAFETY: both were created once, and are used by nobody after this.
         unsafe {
             let _ = event::destroy(self.end);
             let _ = stream::destroy(self.raw);

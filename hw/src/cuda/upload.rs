@@ -36,6 +36,11 @@ impl Uploads {
         Self { gpu, ready: None }
     }
 
+    /// Gives the device up, after an error.
+    pub(crate) fn lose(&self) {
+        self.gpu.lose();
+    }
+
     fn ready(&mut self, slot_bytes: usize) -> Result<&Ready, CudaError> {
         self.gpu.enter()?;
         if self.ready.as_ref().is_none_or(|ready| ready.slot_bytes != slot_bytes) {

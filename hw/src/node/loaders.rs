@@ -227,11 +227,13 @@ fn work(
     Ok(match (job, uploads) {
         (Job::Load { load, expert, blob, slot, keep }, Some(uploads)) => {
             let read = |room: &mut SlotWriter| sources.read(loader, expert, blob, room);
-            let result = uploads.load(&slot, keep, read)?;
+            let loaded = uploads.load(&slot, keep, read);
+            let result = loaded.inspect_err(|_| uploads.lose())?;
             (Input::Loaded { load, fault: result.err() }, Timing::Load(load.0))
         }
         (Job::Promote { load, slot, mut warm, exchange }, Some(uploads)) => {
-            uploads.promote(&slot, &mut warm, exchange)?;
+            let promoted = uploads.promote(&slot, &mut warm, exchange);
+            promoted.inspect_err(|_| uploads.lose())?;
             (Input::Loaded { load, fault: None }, Timing::Promote(load.0))
         }
         (Job::Load { load, expert, blob, mut slot, keep }, _) => {

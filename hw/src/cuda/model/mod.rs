@@ -170,25 +170,28 @@ impl CudaModel {
 }
 
 /// What the engine hears of an error in the boot sequence.
-fn boot_fault(error: &CudaError) -> Fault {
+fn boot_fault(gpu: &Gpu, error: &CudaError) -> Fault {
     let what = error.to_string();
     match error {
         CudaError::Budget { .. } | CudaError::Memory { .. } | CudaError::Pinned { .. } => {
             Fault::Resource(what)
         }
-        _ => Fault::Device(what),
+        _ => {
+            gpu.lose();
+            Fault::Device(what)
+        }
     }
 }
 
 impl Backend for CudaModel {
     fn carve(&mut self, arena: &Arc<Arena>, pages: u32) -> Result<(), Fault> {
-        self.carved = Some(self.take_memory(arena, pages).map_err(|error| boot_fault(&error))?);
+        self.carved = Some(self.take_memory(arena, pages).map_err(|error| boot_fault(&self.gpu, &error))?);
         Ok(())
     }
 
     fn load_base(&mut self, shard: u32) -> Result<(), Fault> {
         self.model.load_base(shard).map_err(|error| fault_of(&error))?;
-        self.base = Some(Base::load(&self.gpu, &self.model).map_err(|error| boot_fault(&error))?);
+        self.base = Some(Base::load(&self.gpu, &self.model).map_err(|error| boot_fault(&self.gpu, &error))?);
         // The host keeps none of it.
         self.model.forget_weights();
         Ok(())
@@ -197,7 +200,8 @@ impl Backend for CudaModel {
     fn load_routers(&mut self, routing_seed: u64) -> Result<(), Fault> {
         self.model.set_routing_seed(routing_seed);
         self.model.load_routers().map_err(|error| fault_of(&error))?;
-        self.routers = Some(Routers::load(&self.gpu, &self.model).map_err(|error| boot_fault(&error))?);
+        self.routers =
+            Some(Routers::load(&self.gpu, &self.model).map_err(|error| boot_fault(&self.gpu, &error))?);
         self.model.forget_weights();
         Ok(())
     }
@@ -209,8 +213,12 @@ impl Backend for CudaModel {
         capture: Option<&mut dyn Capture>,
     ) -> Result<Vec<RowResult>, Unfinished> {
         let mut step = Step { forward, outcome: Outcome::new(forward), capture };
-        let lost = |error: CudaError| Unfinished::Lost(error.to_string());
-        match self.step(&mut step, source) {
+        let finished = self.step(&mut step, source);
+        let lost = |error: CudaError| {
+            self.gpu.lose();
+            Unfinished::Lost(error.to_string())
+        };
+        match finished {
             Ok(()) => Ok(step.outcome.results()),
             Err(Failed::Cuda(error)) => Err(lost(error)),
             Err(Failed::Step(error)) => {

@@ -311,9 +311,9 @@ fn check(model: &Model, positions: usize) -> Result<(), CudaError> {
         ));
     }
     // Four values are loaded at once wherever rows of several experts stand together.
-    let width = arch.moe.as_ref().map_or(4, |moe| moe.intermediate);
-    if !arch.hidden.is_multiple_of(4) || !width.is_multiple_of(4) {
-        return refuse(format!("rows of {} and {width} values, which are not multiples of 4", arch.hidden));
+    let width = arch.moe.as_ref().map_or(0, |moe| moe.intermediate);
+    if !width.is_multiple_of(4) {
+        return refuse(format!("experts of {width} values inside, which are not a multiple of 4"));
     }
     if arch.attention.heads == 0 || kv.kv_heads == 0 || !arch.attention.heads.is_multiple_of(kv.kv_heads) {
         return refuse(format!("{} heads for {} of keys", arch.attention.heads, kv.kv_heads));
