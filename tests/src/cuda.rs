@@ -113,22 +113,77 @@ pub fn compile_nvrtc(dir: &Path) -> Option<PathBuf> {
 }
 
 /// Compiles into a folder of its own in `dir` the stand-in for the driver, and gives the folder. `None` if there is no C++ compiler.
+/// What was built of the same sources in the same way is used again.
 ///
 /// # Panics
 /// If the compiler finds an error.
 pub fn compile_driver(dir: &Path) -> Option<PathBuf> {
     static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let built = FOLDER.get_or_init(|| {
-        let (compiler, dir) = (compiler()?, dir.join("cuda-driver"));
-        std::fs::create_dir_all(&dir).expect("a folder for the library");
-        let library = own(&dir, "libcuda.so");
-        let source = sources().join("stand_in_driver.cpp");
-        succeed(compile(&compiler).args(["-shared", "-fPIC"]).arg(source).arg("-o").arg(&library));
-        // The name that is looked for first: before that of a driver that the machine may have.
-        put(&library, &dir, "libcuda.so");
-        Some(dir)
+    FOLDER.get_or_init(|| Some(build_driver(&compiler()?, &dir.join("cuda-driver")))).clone()
+}
+
+// The name that is looked for first: before that of a driver that the machine may have. NVRTC looks for another one, and is content
+// without it.
+const DRIVER: &str = "libcuda.so";
+
+fn build_driver(compiler: &OsString, dir: &Path) -> PathBuf {
+    let folder = sources().join("stand_in");
+    let mut units = files(&folder);
+    units.retain(|file| file.extension().is_some_and(|extension| extension == "cpp"));
+    units.push(sources().join("shim/kernels.cpp"));
+    let commands: Vec<Command> = units.iter().map(|unit| stand_in_unit(compiler, unit)).collect();
+    let mut hasher = blake3::Hasher::new();
+    for file in [folder, sources(), sources().join("shim")].iter().flat_map(|folder| files(folder)) {
+        hasher.update(&std::fs::read(file).expect("a source"));
+    }
+    let version = Command::new(compiler).arg("--version").output().expect("the compiler runs").stdout;
+    hasher.update(&version).update(format!("{commands:?}").as_bytes());
+    let dir = dir.join(&hasher.finalize().to_hex()[..16]);
+    if dir.join(DRIVER).exists() {
+        return dir;
+    }
+    std::fs::create_dir_all(&dir).expect("a folder for the library");
+    let objects: Vec<PathBuf> =
+        units.iter().map(|unit| own(&dir, &unit.file_stem().expect("a name").to_string_lossy())).collect();
+    let started = commands.into_iter().zip(&objects).map(|(mut command, object)| {
+        let child = command.arg("-o").arg(object).spawn().expect("the compiler runs");
+        (command, child)
     });
-    built.clone()
+    for (command, mut child) in started.collect::<Vec<_>>() {
+        let status = child.wait().expect("the compiler ends");
+        assert!(status.success(), "{command:?}: {status}");
+    }
+    let library = own(&dir, DRIVER);
+    // Nothing of it may be taken for a part of the program, or of another library.
+    let options = ["-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs"];
+    succeed(Command::new(compiler).args(options).args(&objects).arg("-lm").arg("-o").arg(&library));
+    for object in objects {
+        std::fs::remove_file(object).expect("the object is there");
+    }
+    put(&library, &dir, DRIVER);
+    dir
+}
+
+/// The command that compiles a source of the stand-in: the bits are those of the shim, and it is as fast as this machine can.
+fn stand_in_unit(compiler: &OsString, unit: &Path) -> Command {
+    let mut command = compile(compiler);
+    command.args(["-O2", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-DLITE_LLM_SHIM"]);
+    command.args(["-ffp-contract=off", "-fno-strict-aliasing", "-pthread"]);
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+        command.args(["-mavx2", "-mfma"]);
+    }
+    command.arg("-c").arg(unit);
+    command
+}
+
+/// The files of a folder, by name.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).expect("a folder of sources");
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry").path()).collect();
+    files.retain(|file| file.is_file());
+    files.sort();
+    files
 }
 
 /// A launch of a kernel.

@@ -1,4 +1,5 @@
-// Every kernel, compiled as it stands for the shim, and a table to launch it by name. The only file that is instrumented.
+// Every kernel, compiled as it stands for the CPU, and a table to launch it by name. The only file that is instrumented for the shim;
+// the stand-in for the driver (../stand_in) has it as it is.
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -39,13 +40,19 @@ constexpr std::size_t count(void (*)(A...)) {
 }
 
 template <class... A>
+const Parameter* parameters(void (*)(A...)) {
+    static const Parameter list[] = {{sizeof(A), std::is_pointer_v<A>, std::is_const_v<std::remove_pointer_t<A>>}...};
+    return list;
+}
+
+template <class... A>
 void call(void (*kernel)(A...), const Argument* arguments) {
     call_with(kernel, arguments, std::index_sequence_for<A...>());
 }
 
 }  // namespace
 
-#define ENTRY(name) {#name, count(name), [](const Argument* arguments) { call(name, arguments); }}
+#define ENTRY(name) {#name, count(name), parameters(name), [](const Argument* arguments) { call(name, arguments); }}
 
 const Kernel kernels[] = {
     ENTRY(arrange),

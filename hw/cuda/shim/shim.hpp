@@ -95,10 +95,17 @@ struct Argument {
     std::uint64_t bits;
 };
 
+// What a kernel takes: how many bytes, and whether they are an address, of what it only reads.
+struct Parameter {
+    std::size_t bytes;
+    bool is_pointer, is_const;
+};
+
 // A kernel, as it is launched by name.
 struct Kernel {
     const char* name;
     std::size_t arguments;
+    const Parameter* parameters;
     void (*call)(const Argument* arguments);
 };
 

@@ -1,0 +1,121 @@
+// What the environment asks of the stand-in (driver.hpp), and how it says that it was used wrongly.
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "driver.hpp"
+
+namespace stand_in {
+namespace {
+
+const char* const NAMES[WHATS] = {"init", "alloc", "pin", "module", "launch", "copy", "fetch"};
+
+const char* variable(const char* name, const char* otherwise) {
+    const char* const value = std::getenv(name);
+    return value && *value ? value : otherwise;
+}
+
+std::uint64_t number(const char* name, std::uint64_t otherwise) {
+    const char* const text = variable(name, nullptr);
+    if (!text) return otherwise;
+    char* end;
+    const std::uint64_t value = std::strtoull(text, &end, 10);
+    if (*end) report("%s=%s is no number", name, text);
+    return value;
+}
+
+struct Wished {
+    What what;
+    std::uint64_t number;
+    Fault fault;
+};
+
+[[noreturn]] void refuse(const std::string& text) { report("LITE_LLM_STAND_IN_FAULT has %s, which is no fault", text.c_str()); }
+
+Wished parse(const std::string& text) {
+    const std::size_t first = text.find(':'), second = first == std::string::npos ? first : text.find(':', first + 1);
+    if (second == std::string::npos) refuse(text);
+    const std::string what = text.substr(0, first), how = text.substr(second + 1);
+    Wished wished = {WHATS, std::strtoull(text.c_str() + first + 1, nullptr, 10), {}};
+    for (int i = 0; i < WHATS; i++) {
+        if (what == NAMES[i]) wished.what = static_cast<What>(i);
+    }
+    wished.fault.code = std::atoi(how.c_str());
+    wished.fault.how = how == "hang" ? Fault::HANG : how == "flip" ? Fault::FLIP : Fault::CODE;
+    const bool is_operation = wished.what >= LAUNCH, is_copy = wished.what >= COPY;
+    const bool fits = how == "hang" ? is_operation : how == "flip" ? is_copy : wished.fault.code > 0;
+    if (wished.what == WHATS || wished.number == 0 || !fits) refuse(text);
+    return wished;
+}
+
+const std::vector<Wished>& faults() {
+    static const std::vector<Wished> list = [] {
+        std::vector<Wished> list;
+        std::string left = variable("LITE_LLM_STAND_IN_FAULT", "");
+        while (!left.empty()) {
+            const std::size_t end = left.find(',');
+            list.push_back(parse(left.substr(0, end)));
+            left = end == std::string::npos ? "" : left.substr(end + 1);
+        }
+        return list;
+    }();
+    return list;
+}
+
+std::uint64_t state;
+
+}  // namespace
+
+const char* kind_of_driver() { return variable("LITE_LLM_STAND_IN", "0"); }
+
+std::size_t memory_of_device() {
+    static const std::size_t bytes = number("LITE_LLM_STAND_IN_MEMORY", std::uint64_t{24} << 30);
+    return bytes;
+}
+
+std::size_t pinned_limit() {
+    static const std::size_t bytes = number("LITE_LLM_STAND_IN_PINNED", ~std::uint64_t{0});
+    return bytes;
+}
+
+Fault count(What what) {
+    static std::uint64_t counts[WHATS];
+    counts[what]++;
+    for (const Wished& wished : faults()) {
+        if (wished.what == what && wished.number == counts[what]) return wished.fault;
+    }
+    return {};
+}
+
+bool is_sticky(int code) {
+    switch (code) {
+        case 214: case 220: case 226: case 700: case 702: case 710: case 714: case 715: case 716: case 717: case 718: case 719: case 721:
+        case UNKNOWN: return true;
+        default: return false;
+    }
+}
+
+// The sequence of splitmix64.
+std::uint64_t draw(std::uint64_t end) {
+    static const bool seeded = (state = number("LITE_LLM_STAND_IN_SEED", 0), true);
+    (void)seeded;
+    std::uint64_t z = state += 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return (z ^ (z >> 31)) % end;
+}
+
+void report(const char* format, ...) {
+    std::va_list list;
+    va_start(list, format);
+    std::fflush(stdout);
+    std::fprintf(stderr, "stand-in for the CUDA driver: ");
+    std::vfprintf(stderr, format, list);
+    if (!running_now.empty()) std::fprintf(stderr, " (in %s)", running_now.c_str());
+    std::fprintf(stderr, "\n");
+    va_end(list);
+    std::abort();
+}
+
+}  // namespace stand_in
