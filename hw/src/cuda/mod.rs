@@ -1,7 +1,6 @@
-//! The host side of the kernels for GPUs, as far as there is one: which devices there are ([`driver`]), the kernels' sources
-//! and what is made of them ([`kernels`]), the compiler that makes it ([`nvrtc`]) and the cache that keeps it ([`cache`]).
-//!
-//! Absent as yet: nothing loads a kernel, holds memory of a device or launches anything.
+//! The host side of the kernels for GPUs: which devices there are ([`driver`]), the kernels' sources and what is made of them
+//! ([`kernels`]), the compiler that makes it ([`nvrtc`]) and the cache that keeps it ([`cache`]); a device that is used ([`gpu`]), its
+//! memory, streams and functions; how experts come to it (`upload.rs`), and a model's steps on it (`model`).
 //!
 //! The libraries are opened while the program runs, never linked: it is the same program where there is no GPU. Whether a library
 //! is there is asked before its first call, which would panic without it.

@@ -1,0 +1,290 @@
+//! Models with `--device cuda`, over a stand-in for the driver that runs the kernels on the CPU, late and in any order that streams
+//! allow: tokens, digests and refusals have to be those of the model on the CPU. Nothing here has met a GPU.
+
+use lite_llm_tests::command::{Place, Ran};
+use lite_llm_tests::cuda::{compile_driver, say_skipped};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// A place for commands, with the libraries of a machine with a GPU.
+struct Machine {
+    place: Place,
+    libraries: std::ffi::OsString,
+    /// Tokens of prompts, at most.
+    length: u64,
+}
+
+/// Tokens that are chosen after a prompt.
+const CHOSEN: &str = "5";
+
+impl Machine {
+    /// None, and said so, where there is no compiler of C++ or no NVRTC.
+    fn new() -> Option<Self> {
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let nvrtc = target.parent()?.join("nvrtc");
+        let driver = compile_driver(target).filter(|_| nvrtc.join("libnvrtc.so.12").exists());
+        let Some(driver) = driver else {
+            say_skipped("models on a stand-in for a GPU, for want of a C++ compiler or hw/cuda/fetch-nvrtc");
+            return None;
+        };
+        let libraries = std::env::join_paths([driver, nvrtc]).unwrap();
+        Some(Self { place: Place::new(), libraries, length: 78 })
+    }
+
+    /// Runs a command, with wishes for the stand-in: names after `LITE_LLM_STAND_IN`, and values.
+    fn run(&self, arguments: &[&str], wishes: &[(&str, &str)]) -> Ran {
+        let mut command = self.place.command(arguments);
+        // Kernels are compiled once for all tests.
+        command.env("XDG_CACHE_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-cache"));
+        command.env("LD_LIBRARY_PATH", &self.libraries).env("LITE_LLM_STAND_IN", "90");
+        for (name, value) in wishes {
+            command.env(format!("LITE_LLM_STAND_IN_{name}"), value);
+        }
+        command.output().unwrap().into()
+    }
+
+    /// Generates on a device, into a state directory of that name.
+    fn generate(&self, model: &Path, state: &str, more: &[&str], wishes: &[(&str, &str)]) -> Ran {
+        let prompt = prompt(model, self.length);
+        let mut arguments = vec!["run", model.to_str().unwrap(), "--prompt-tokens", &prompt, "--json"];
+        arguments.extend(["--state", state, "--request-id", "one", "--max-tokens", CHOSEN, "--ignore-eos"]);
+        arguments.extend(more);
+        self.run(&arguments, wishes)
+    }
+
+    /// The tokens of the CPU.
+    fn expected(&self, model: &Path, more: &[&str]) -> Value {
+        let more: Vec<&str> = [more, &["--device", "cpu"]].concat();
+        let ran = self.generate(model, "cpu", &more, &[]);
+        let tokens = ran.json()["tokens"].clone();
+        std::fs::remove_dir_all(self.place.path("cpu")).unwrap();
+        tokens
+    }
+
+    /// Checks tokens against the CPU's, and every digest by a full replay on the CPU.
+    #[track_caller]
+    fn check(&self, model: &Path, more: &[&str], wishes: &[(&str, &str)], expected: &Value) {
+        let more: Vec<&str> = [more, &["--device", "cuda"]].concat();
+        let found = self.generate(model, "gpu", &more, wishes).json();
+        assert_eq!(found["tokens"], *expected, "{} {more:?}", model.display());
+        self.replay(model);
+        std::fs::remove_dir_all(self.place.path("gpu")).unwrap();
+    }
+
+    /// Recomputes what a device computed on the CPU.
+    #[track_caller]
+    fn replay(&self, model: &Path) {
+        let replayed = self.place.run(["replay", "gpu", "--full", model.to_str().unwrap()]);
+        assert_eq!(replayed.code, Some(0), "{}: {}{}", model.display(), replayed.stdout, replayed.stderr);
+        assert!(replayed.stdout.contains("every digest and token equal"), "{}", replayed.stdout);
+    }
+
+    /// The least memory that a model is served with.
+    fn least(&self, model: &Path, more: &[&str]) -> u64 {
+        let more: Vec<&str> = [more, &["--device", "cuda", "--memory", "1MiB"]].concat();
+        let refused = self.generate(model, "least", &more, &[]);
+        refused.refuses(1, &["memory_bytes is 1048576", "at least"]);
+        std::fs::remove_dir_all(self.place.path("least")).unwrap();
+        let after = refused.stderr.split("at least ").nth(1).unwrap();
+        after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
+    }
+
+    /// A native checkpoint of a model.
+    fn import(&self, model: &Path, more: &[&str]) -> PathBuf {
+        let target = self.place.path("native");
+        let mut arguments = vec!["import", model.to_str().unwrap(), target.to_str().unwrap()];
+        arguments.extend(more);
+        let ran = self.place.run(arguments);
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        target
+    }
+}
+
+/// Tokens for a model: more than a page of positions, where its context has room.
+fn prompt(model: &Path, length: u64) -> String {
+    let config = std::fs::read(model.join("config.json")).or_else(|_| {
+        // A native checkpoint says it elsewhere; those here are of the fixtures.
+        std::fs::read(folder("fixtures").join("olmoe/config.json"))
+    });
+    let config: Value = serde_json::from_slice(&config.unwrap()).unwrap();
+    let context = config["max_position_embeddings"].as_u64().unwrap_or(64);
+    let tokens = (0..length.min(context - 12)).map(|i| (i * 37 % 91 + 2).to_string());
+    tokens.collect::<Vec<_>>().join(",")
+}
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+/// Every small checkpoint of a folder.
+fn models(name: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder(name)).unwrap().map(|entry| entry.unwrap().path());
+    let mut models: Vec<PathBuf> = entries.filter(|path| path.join("config.json").exists()).collect();
+    models.sort();
+    models
+}
+
+#[test]
+fn every_family_has_the_bits_of_the_cpu() {
+    let Some(mut machine) = Machine::new() else { return };
+    let all: Vec<PathBuf> = models("fixtures").into_iter().chain(models("oracles")).collect();
+    assert!(all.len() > 20, "{all:?}");
+    for (seed, model) in all.iter().enumerate() {
+        // Those have shorter contexts than their configurations say.
+        machine.length = if model.starts_with(folder("oracles")) { 50 } else { 78 };
+        let expected = machine.expected(model, &[]);
+        // In chunks, so that pages are read that another step wrote.
+        let more = ["--memory", "400MiB", "--prefill-chunk", "29"];
+        machine.check(model, &more, &[("SEED", &seed.to_string())], &expected);
+    }
+}
+
+#[test]
+fn experts_come_and_go_with_the_same_bits() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.length = 20;
+    for (seed, name) in ["olmoe", "deepseek_v2", "gpt_oss", "qwen2_moe"].into_iter().enumerate() {
+        let (model, seed) = (folder("fixtures").join(name), seed.to_string());
+        let expected = machine.expected(&model, &[]);
+        for more in [&["--foresight", "on"][..], &["--warm", "120KiB"]] {
+            let memory = (machine.least(&model, more) + (100 << 10)).to_string();
+            let more = [more, &["--memory", &memory]].concat();
+            machine.check(&model, &more, &[("SEED", &seed)], &expected);
+        }
+    }
+}
+
+#[test]
+fn every_storage_has_the_bits_of_the_cpu() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.length = 20;
+    let olmoe = folder("fixtures/olmoe");
+    for more in [&["--quantise", "q8"][..], &["--quantise", "q4"], &["--tiers", "core:5:hot,rest:3:cold"]] {
+        let native = machine.import(&olmoe, more);
+        for kv_type in ["f32", "bf16", "f16"] {
+            let kv_type = ["--kv-type", kv_type];
+            let expected = machine.expected(&native, &kv_type);
+            let memory = (machine.least(&native, &kv_type) + (20 << 10)).to_string();
+            let more = [&kv_type[..], &["--memory", &memory]].concat();
+            machine.check(&native, &more, &[], &expected);
+        }
+        std::fs::remove_dir_all(&native).unwrap();
+    }
+    let tiered = machine.place.path("tiered");
+    let arguments = ["synth", "--family", "tiered_moe", "--hidden", "64", "--layers", "2", "--vocab", "300"];
+    let tiers = ["--tiers", "a:2x3:hot,b:3x4:cold", tiered.to_str().unwrap()];
+    assert_eq!(machine.place.run(arguments.iter().chain(&tiers)).code, Some(0));
+    let expected = machine.expected(&tiered, &[]);
+    machine.check(&tiered, &["--memory", "300MiB"], &[], &expected);
+}
+
+#[test]
+fn rows_of_many_requests_share_steps() {
+    let Some(machine) = Machine::new() else { return };
+    let model = folder("fixtures/qwen3_moe");
+    let mut lines = String::new();
+    for (number, length) in [3, 70, 1, 40].into_iter().enumerate() {
+        let prompt: Vec<u64> = (0..length).map(|i| (i * 31 + number as u64) % 90 + 2).collect();
+        let sampling = if number % 2 == 0 { "0.0" } else { "0.9" };
+        lines += &format!(
+            "{{\"id\": \"r{number}\", \"prompt_tokens\": {prompt:?}, \"max_tokens\": 9, \"temperature\": {sampling}, \
+             \"seed\": {number}, \"repetition_penalty\": 1.3}}\n"
+        );
+    }
+    std::fs::write(machine.place.path("in"), lines).unwrap();
+    let batch = |device: &str, state: &str| {
+        let arguments = ["run", model.to_str().unwrap(), "--batch", "in", "--out", state, "--state"];
+        let of_state = format!("{state}-state");
+        let arguments = [&arguments[..], &[&of_state, "--device", device, "--memory", "300MiB"]].concat();
+        let ran = machine.run(&arguments, &[("SEED", "3")]);
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let out = std::fs::read_to_string(machine.place.path(state)).unwrap();
+        let mut lines: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        lines.sort_by_key(|line| line["id"].to_string());
+        lines.into_iter().map(|line| line["tokens"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(batch("cuda", "gpu"), batch("cpu", "cpu"));
+}
+
+#[test]
+fn bench_runs_there_too() {
+    let Some(machine) = Machine::new() else { return };
+    let model = folder("fixtures/olmoe");
+    let bench = |device: &str| {
+        let arguments = ["bench", model.to_str().unwrap(), "--prompt", "8", "--decode", "4", "--batch", "2"];
+        let more = ["--memory", "300MiB", "--threads", "1", "--json", "--device", device];
+        machine.run(&[&arguments[..], &more].concat(), &[]).json()
+    };
+    let (gpu, cpu) = (bench("cuda"), bench("cpu"));
+    assert_eq!((&gpu["device"], &cpu["device"]), (&"cuda".into(), &"cpu".into()));
+    assert_eq!(gpu["tokens_digest"], cpu["tokens_digest"]);
+}
+
+#[test]
+fn a_lost_device_ends_the_node_and_the_stream_goes_on() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.length = 9;
+    let model = folder("fixtures/olmoe");
+    let expected = machine.expected(&model, &[]);
+    let on = ["--device", "cuda", "--memory", "300MiB"];
+    let hasty = [&on[..], &["--device-patience", "1s"]].concat();
+    // An illegal address, an ECC error, a launch without resources, a kernel that never ends; on the device and on the CPU again.
+    for (fault, more, words, after) in [
+        ("launch:150:700", &on[..], "cu", &on[..]),
+        ("launch:200:214", &on, "cu", &["--device", "cpu"]),
+        ("launch:333:701", &on, "cuLaunchKernel", &on),
+        ("launch:190:hang", &hasty, "no progress for 1s", &on),
+        ("fetch:60:hang", &hasty, "no progress for 1s", &["--device", "cpu"]),
+    ] {
+        let ran = machine.generate(&model, "gpu", more, &[("FAULT", fault)]);
+        ran.refuses(1, &["the GPU is lost", words, "start again", "the journal goes on"]);
+        let resumed = machine.generate(&model, "gpu", after, &[]).json();
+        assert_eq!(resumed["tokens"], expected, "after {fault}");
+        machine.replay(&model);
+        std::fs::remove_dir_all(machine.place.path("gpu")).unwrap();
+    }
+}
+
+#[test]
+fn a_flipped_bit_of_what_stays_is_found() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.length = 9;
+    let model = folder("fixtures/olmoe");
+    let expected = machine.expected(&model, &[]);
+    let on = ["--device", "cuda", "--memory", "300MiB", "--threads", "1"];
+    // Of base parameters, then of experts: what is copied once more does, twice is too often.
+    for copy in [3, 20, 40] {
+        machine.check(&model, &on[2..], &[("FAULT", &format!("copy:{copy}:flip"))], &expected);
+        let twice = format!("copy:{copy}:flip,copy:{}:flip", copy + 1);
+        let ran = machine.generate(&model, "gpu", &on, &[("FAULT", &twice)]);
+        ran.refuses(1, &["not there as they were sent"]);
+        std::fs::remove_dir_all(machine.place.path("gpu")).unwrap();
+    }
+}
+
+#[test]
+fn what_cannot_be_had_is_refused_with_numbers() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.length = 9;
+    let model = folder("fixtures/olmoe");
+    let on = ["--device", "cuda"];
+    let small = [("MEMORY", "100000000")];
+    let more = [&on[..], &["--memory", "200MiB"]].concat();
+    let words = ["memory_bytes is 209715200", "100000000 bytes of the GPU", "give at most 100000000"];
+    machine.generate(&model, "a", &more, &small).refuses(1, &words);
+    // Left out, it is what the device has.
+    assert_eq!(machine.generate(&model, "b", &on, &small).code, Some(0));
+    // Somebody else takes it meanwhile.
+    let ran = machine.generate(&model, "c", &on, &[("FAULT", "alloc:1:2")]);
+    ran.refuses(1, &["the GPU has no", "slots of experts", "give --memory less"]);
+    let ran = machine.generate(&model, "d", &on, &[("FAULT", "module:2:209")]);
+    ran.refuses(1, &["the CUDA driver refuses", "cuModuleLoadData"]);
+    let more = [&on[..], &["--warm", "1MiB"]].concat();
+    let ran = machine.generate(&model, "e", &more, &[("PINNED", "20000")]);
+    ran.refuses(1, &["does not pin", "give --warm less"]);
+    let more = [&on[..], &["--nodes", "2"]].concat();
+    let mut arguments =
+        vec!["supervise", "--nodes", "2", "--", "run", model.to_str().unwrap(), "--prompt-tokens", "1"];
+    arguments.extend(&more[..2]);
+    machine.run(&arguments, &[]).refuses(2, &["--device is for one process"]);
+}
