@@ -97,7 +97,10 @@ struct sigaction old_actions[2];
 
 const char* belongs(Address at) {
     static char text[160];
-    const Allocation* const near = find(at);
+    // Or the page behind it.
+    const auto before = live.upper_bound(at);
+    const Allocation* const last = before == live.begin() ? nullptr : &std::prev(before)->second;
+    const Allocation* const near = last && at < last->pages + last->pages_bytes + PAGE ? last : nullptr;
     const auto after = freed.upper_bound(at);
     if (near) {
         std::snprintf(text, sizeof(text), "byte %lld of an allocation of %zu", static_cast<long long>(at - near->at), near->bytes);

@@ -1,4 +1,7 @@
 // What the environment asks of the stand-in (driver.hpp), and how it says that it was used wrongly.
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -106,15 +109,23 @@ std::uint64_t draw(std::uint64_t end) {
     return (z ^ (z >> 31)) % end;
 }
 
+// Also from a handler of signals, whose stack is small: nothing here may need much.
 void report(const char* format, ...) {
+    static char text[1024];
+    static bool reporting;
+    if (reporting) std::abort();
+    reporting = true;
+    std::size_t length = static_cast<std::size_t>(std::snprintf(text, sizeof(text), "stand-in for the CUDA driver: "));
+    const auto add = [&](const char* format, std::va_list list) {
+        length += static_cast<std::size_t>(std::vsnprintf(text + length, sizeof(text) - length, format, list));
+        length = std::min(length, sizeof(text) - 1);
+    };
     std::va_list list;
     va_start(list, format);
-    std::fflush(stdout);
-    std::fprintf(stderr, "stand-in for the CUDA driver: ");
-    std::vfprintf(stderr, format, list);
-    if (!running_now.empty()) std::fprintf(stderr, " (in %s)", running_now.c_str());
-    std::fprintf(stderr, "\n");
+    add(format, list);
     va_end(list);
+    const std::string in = running_now.empty() ? "\n" : " (in " + running_now + ")\n";
+    if (write(2, text, length) < 0 || write(2, in.data(), in.size()) < 0) std::abort();
     std::abort();
 }
 
