@@ -7,6 +7,9 @@ use super::{
 use crate::kernels::Isa;
 use std::arch::x86_64::*;
 
+/// So many rows of a block, at most, go through weights faster than memory brings them.
+const ROWS_THAT_WAIT: usize = 4;
+
 pub(super) fn block_sums(kind: Quantised, x: Rows<'_>, w: &[&[u8]], sums: &mut [Sums]) {
     assert!(Isa::Avx512.available(), "this machine lacks AVX-512 with VNNI");
     // SAFETY: the features were just checked, and the caller has held the lengths against each other.
@@ -62,8 +65,10 @@ unsafe fn of_rows<const Q4: bool, const ROWS: usize, const TILES: usize>(
                 *dots = [_mm512_set1_epi32(*at.add(row)); TILES];
             }
             let fours = at.add(2 * ROWS);
-            if ROWS == 1 {
-                fetch_groups_ahead(w[0], group, kind, scales);
+            if ROWS <= ROWS_THAT_WAIT {
+                for w in w {
+                    fetch_groups_ahead(w, group, kind, scales);
+                }
             }
             for vector in 0..kind.code_bytes() / 4 {
                 let weights = load_vectors(w, codes + vector * GROUP_VECTOR_BYTES);
