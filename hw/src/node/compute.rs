@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,9 @@ use super::error::panic_message;
 use super::reports::{Report, Reports};
 use crate::arena::{Arena, SlotReader};
 use crate::telemetry::Timing;
+
+/// How long the thread stays awake for the next step.
+const SOON: Duration = Duration::from_micros(200);
 
 /// What the compute thread is told.
 #[derive(Debug)]
@@ -140,8 +143,10 @@ struct Memory {
 
 impl Machine {
     fn run(&mut self, work: &Receiver<Work>) {
-        while let Ok(next) = work.recv() {
-            match next {
+        let mut next = work.recv();
+        while let Ok(told) = next {
+            let steps = matches!(told, Work::Forward(_));
+            match told {
                 Work::Carve { arena, pages } => match self.backend.carve(&arena, pages) {
                     Ok(()) => {
                         let readers = (0..arena.slots()).map(|_| None).collect();
@@ -183,6 +188,7 @@ impl Machine {
                     self.say(Input::ResourcesReleased);
                 }
             }
+            next = if steps { soon(work) } else { work.recv() };
         }
     }
 
@@ -266,6 +272,20 @@ impl Machine {
         // A loop that is gone wants to hear nothing.
         self.reports.tell(Report::Done { epoch: self.epoch, input, took });
     }
+}
+
+/// What comes after a step: the engine mostly has the next one at once, and to be woken takes as long as to decide it.
+fn soon(work: &Receiver<Work>) -> Result<Work, RecvError> {
+    let began = Instant::now();
+    while began.elapsed() < SOON {
+        match work.try_recv() {
+            Ok(next) => return Ok(next),
+            Err(TryRecvError::Disconnected) => return Err(RecvError),
+            // The loop itself may want this very core.
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+        }
+    }
+    work.recv()
 }
 
 /// Where the experts of one attempt at a step come from.

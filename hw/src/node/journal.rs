@@ -84,7 +84,7 @@ impl Journal {
         Ok(Self { entries, progress, thread })
     }
 
-    /// Hands over a record, before its input is handled.
+    /// Hands over a record: the next one of the log.
     pub(crate) fn record(&self, record: Record) -> Result<(), NodeError> {
         self.send(Entry::Record(record))
     }

@@ -1,4 +1,4 @@
-//! The event loop: one message, one input, its record, its outputs.
+//! The event loop: one message, one input, its outputs, its record.
 
 mod commands;
 mod release;
@@ -80,6 +80,9 @@ pub(super) struct EventLoop {
     ready: Option<Sender<()>>,
     /// Answers of the event loop itself, not yet handled.
     inbox: VecDeque<Input>,
+    /// The record of the input under way. It is handed over after what the input makes others do: the journal would take a
+    /// core from the step that begins.
+    owed: Option<Record>,
     /// Outputs that wait for the journal, in order.
     held: VecDeque<(Seq, Output)>,
     durable: Seq,
@@ -119,6 +122,7 @@ impl EventLoop {
             on_event,
             ready: Some(ready),
             inbox: VecDeque::new(),
+            owed: None,
             held: VecDeque::new(),
             streams: Streams::default(),
             done: BTreeMap::new(),
@@ -138,8 +142,8 @@ impl EventLoop {
         self.snapshot_bytes = bytes_max.map(|bytes| bytes / 2);
     }
 
-    /// Runs the node to its end, then ends its threads. What is in the journal's channel is written even when the
-    /// engine panics: the input that broke an invariant must be in the log.
+    /// Runs the node to its end, then ends its threads. What was handled is written even when the engine panics: the input that
+    /// broke an invariant must be in the log.
     pub(super) fn run(mut self, messages: Receiver<Message>, first: Input) -> Result<ExitReport, NodeError> {
         self.inbox.push_back(first);
         let end = catch_unwind(AssertUnwindSafe(|| self.turn(&messages)));
@@ -147,6 +151,8 @@ impl EventLoop {
             let (seq, message) = (Seq(self.engine.next_seq().0 - 1), panic_message(&*panic));
             End::Stopped(Err(NodeError::Panic { seq, thread: "node", message }))
         });
+        // A journal that is gone has said why.
+        let _ = self.hand_over();
         // Nobody must wait for a loop that is gone.
         drop(messages);
         let Self { device, journal, mut telemetry, .. } = self;
@@ -207,7 +213,7 @@ impl EventLoop {
         Ok(())
     }
 
-    /// Journals an input, lets the engine handle it, and obeys.
+    /// Lets the engine handle an input, obeys, and journals it.
     fn handle(&mut self, input: Input) -> Result<Seq, NodeError> {
         let payload = encode_input(&input);
         self.handle_encoded(input, payload)
@@ -216,7 +222,7 @@ impl EventLoop {
     fn handle_encoded(&mut self, input: Input, payload: Vec<u8>) -> Result<Seq, NodeError> {
         let (seq, digest) = (self.engine.next_seq(), self.engine.digest());
         let now = self.clock.now().max(self.engine.now());
-        self.journal.record(Record { seq: seq.0, time_ns: now.0, digest: digest.0, payload })?;
+        self.owed = Some(Record { seq: seq.0, time_ns: now.0, digest: digest.0, payload });
         self.engine.handle(now, input);
         let mut snapshot = false;
         loop {
@@ -229,11 +235,16 @@ impl EventLoop {
                 output => self.obey(output)?,
             }
         }
+        self.hand_over()?;
         if snapshot {
             let (next, digest) = (self.engine.next_seq(), self.engine.digest());
             self.journal.snapshot(next, digest.0, self.engine.snapshot())?;
         }
         Ok(seq)
+    }
+
+    fn hand_over(&mut self) -> Result<(), NodeError> {
+        self.owed.take().map_or(Ok(()), |record| self.journal.record(record))
     }
 
     /// Does at once what need not wait, and keeps the rest.
@@ -250,7 +261,10 @@ impl EventLoop {
             | Output::Retire { after, .. }
             | Output::Exit { after, .. } => self.held.push_back((after, output)),
             Output::Event { seq, .. } => self.held.push_back((seq, output)),
-            Output::Trim { before } => self.journal.trim(before)?,
+            Output::Trim { before } => {
+                self.hand_over()?;
+                self.journal.trim(before)?;
+            }
             // It waits for its place among the events.
             Output::FlushTelemetry => {
                 let last = Seq(self.engine.next_seq().0 - 1);
