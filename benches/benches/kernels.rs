@@ -141,6 +141,18 @@ fn attend(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// What sharing work out takes by itself: a job without work, one after the other.
+fn pool(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("pool");
+    for threads in THREADS {
+        let pool = Pool::new(threads);
+        group.bench_function(BenchmarkId::new("job", threads), |bencher| {
+            bencher.iter(|| pool.run(2 * threads, &|task| _ = black_box(task)));
+        });
+    }
+    group.finish();
+}
+
 fn rows(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("rows");
     let source = values(4096);
@@ -160,5 +172,5 @@ fn rows(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(kernels, memory, gemv, gemm, attend, rows);
+criterion_group!(kernels, memory, gemv, gemm, attend, pool, rows);
 criterion_main!(kernels);

@@ -1,9 +1,10 @@
 //! A pool of threads for kernels: tasks of one call, no queue. Idle threads spin for a few microseconds, then park.
 
 use std::any::Any;
+use std::cell::UnsafeCell;
 use std::hint::{black_box, spin_loop};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
@@ -37,23 +38,36 @@ struct Job {
 }
 
 struct Shared {
+    /// What threads that sleep are told under.
     state: Mutex<State>,
     /// Tells parked workers that a job or the end has come.
     wake: Condvar,
     /// Tells the caller that the last worker has left the job.
     left: Condvar,
-    /// Counts jobs and the end; read without the lock while spinning.
+    /// Counts jobs and the end.
     generation: AtomicUsize,
+    /// Whether workers may join the job ([`OPEN`]), and how many are at it.
+    gate: AtomicUsize,
+    /// The job: written by the caller while the gate is 0, read by those that have passed it.
+    job: UnsafeCell<Option<Job>>,
     /// The next task of the job.
     next: AtomicUsize,
+    /// Workers that sleep, or are about to.
+    parked: AtomicUsize,
+    /// The caller sleeps, or is about to.
+    waits: AtomicBool,
     /// Held by the caller whose job it is: the memory of its tasks.
     calling: Mutex<Buffer>,
 }
 
+// SAFETY: all but `job` may be shared as it is; what `gate` says of `job` keeps a write from every other access.
+unsafe impl Sync for Shared {}
+
+/// In the gate: there is a job that workers may join. Below it is how many have.
+const OPEN: usize = 1 << (usize::BITS - 1);
+
 #[derive(Default)]
 struct State {
-    job: Option<Job>,
-    joined: usize,
     closed: bool,
     panic: Option<Box<dyn Any + Send>>,
 }
@@ -70,7 +84,11 @@ impl Pool {
             wake: Condvar::new(),
             left: Condvar::new(),
             generation: AtomicUsize::new(0),
+            gate: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
             next: AtomicUsize::new(0),
+            parked: AtomicUsize::new(0),
+            waits: AtomicBool::new(false),
             calling: Mutex::default(),
         });
         let mut pool = Self { shared, workers: Vec::new() };
@@ -177,9 +195,9 @@ impl Pool {
 
     /// Shares the tasks among all threads. The caller holds the lock, which says that no other job runs.
     fn share(&self, mut calling: MutexGuard<'_, Buffer>, tasks: usize, task: &Task<'_>) {
-        // SAFETY: only the lifetime changes. Workers reach the reference through `state.job` alone, count themselves in
-        // `joined` under the lock while they use it, and `finish` below clears the job and waits until `joined` is 0
-        // before this function returns; nothing between here and there can unwind.
+        // SAFETY: only the lifetime changes. Workers reach the reference through `job` alone, past the gate, which counts them
+        // while they use it; `finish` below shuts it and waits until none is left before this function returns; nothing between
+        // here and there can unwind.
         let run = unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
         let job = Job { run, tasks };
         self.shared.start(job);
@@ -216,31 +234,57 @@ impl Shared {
     }
 
     fn start(&self, job: Job) {
-        let mut state = self.lock();
+        debug_assert_eq!(self.gate.load(Ordering::Relaxed), 0, "the job before is over");
         self.next.store(0, Ordering::Relaxed);
-        state.job = Some(job);
-        self.generation.fetch_add(1, Ordering::Release);
-        drop(state);
-        self.wake.notify_all();
+        // SAFETY: the caller whose job it is is the only one to write, and the gate is shut and nobody past it.
+        unsafe { *self.job.get() = Some(job) };
+        self.gate.store(OPEN, Ordering::Release);
+        // Either this sees a worker that is about to park, or the worker sees the new job: both look after they have written.
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        if self.parked.load(Ordering::SeqCst) > 0 {
+            // Under the lock it has not looked yet, or sleeps.
+            drop(self.lock());
+            self.wake.notify_all();
+        }
     }
 
     /// Withdraws the job and waits until no worker uses it.
     fn finish(&self) -> Option<Box<dyn Any + Send>> {
-        let mut state = self.lock();
-        state.job = None;
+        let mut at_it = self.gate.fetch_and(!OPEN, Ordering::AcqRel) & !OPEN;
         // Tasks are short: the last one ends soon, and a sleep would cost more than it.
-        for _ in 0..SPINS_FOR_LAST / 16 {
-            if state.joined == 0 {
+        for _ in 0..SPINS_FOR_LAST {
+            if at_it == 0 {
                 break;
             }
-            drop(state);
-            (0..16).for_each(|_| spin_loop());
-            state = self.lock();
+            spin_loop();
+            at_it = self.gate.load(Ordering::Acquire);
         }
-        while state.joined > 0 {
-            state = self.left.wait(state).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
+        if at_it > 0 {
+            // As in `start`: either the last worker sees this, or this sees that it has left.
+            self.waits.store(true, Ordering::SeqCst);
+            while self.gate.load(Ordering::SeqCst) > 0 {
+                state = self.left.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            self.waits.store(false, Ordering::Relaxed);
         }
         state.panic.take()
+    }
+
+    /// Lets a worker in to the job, unless it is over.
+    fn join(&self) -> Option<Job> {
+        let open = |gate| (gate & OPEN != 0).then_some(gate + 1);
+        self.gate.fetch_update(Ordering::Acquire, Ordering::Relaxed, open).ok()?;
+        // SAFETY: the gate counts this worker, so that nobody writes before it has left.
+        unsafe { *self.job.get() }
+    }
+
+    fn leave(&self) {
+        let last = self.gate.fetch_sub(1, Ordering::SeqCst) == 1;
+        if last && self.waits.load(Ordering::SeqCst) {
+            drop(self.lock());
+            self.left.notify_one();
+        }
     }
 
     fn take_tasks(&self, job: Job, room: &mut Buffer) {
@@ -266,26 +310,26 @@ impl Shared {
                 }
                 spin_loop();
             }
-            let mut state = self.lock();
-            while self.generation.load(Ordering::Acquire) == seen {
-                state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+            if self.generation.load(Ordering::Acquire) == seen {
+                let mut state = self.lock();
+                self.parked.fetch_add(1, Ordering::SeqCst);
+                while self.generation.load(Ordering::SeqCst) == seen {
+                    state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+                self.parked.fetch_sub(1, Ordering::Relaxed);
             }
             seen = self.generation.load(Ordering::Acquire);
-            if state.closed {
-                return;
-            }
-            let Some(job) = state.job else { continue };
-            state.joined += 1;
-            drop(state);
+            let Some(job) = self.join() else {
+                if self.lock().closed {
+                    return;
+                }
+                continue;
+            };
             let result = catch_unwind(AssertUnwindSafe(|| self.take_tasks(job, &mut room)));
-            let mut state = self.lock();
-            state.joined -= 1;
             if let Err(panic) = result {
-                state.panic = Some(panic);
+                self.lock().panic = Some(panic);
             }
-            if state.joined == 0 {
-                self.left.notify_one();
-            }
+            self.leave();
         }
     }
 }
