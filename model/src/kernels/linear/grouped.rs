@@ -58,6 +58,7 @@ pub(super) fn part(isa: Isa, kind: Quantised, x: &[f32], product: &Product<'_>, 
     let Product { w, bias, .. } = *product;
     let (x, words) = (bytemuck::cast_slice::<f32, u32>(x), row_words(w.inputs()));
     let groups = w.inputs().div_ceil(GROUP);
+    let mut sums = [[0.0; TILES_OF_ROWS * TILE_OUTPUTS]; BLOCK_ROWS];
     let mut tile = tiles.start;
     while tile < tiles.end {
         let together = product.tiles_together().min(tiles.end - tile);
@@ -68,10 +69,11 @@ pub(super) fn part(isa: Isa, kind: Quantised, x: &[f32], product: &Product<'_>, 
         let first = tile * TILE_OUTPUTS;
         let width = (together * TILE_OUTPUTS).min(w.outputs() - first);
         for block in blocks(product.rows) {
-            let mut sums = [[0.0; TILES_OF_ROWS * TILE_OUTPUTS]; BLOCK_ROWS];
+            let sums = &mut sums[..block.len()];
+            sums.fill([0.0; TILES_OF_ROWS * TILE_OUTPUTS]);
             let rows = Rows { words: &x[block.start * words..block.end * words], rows: block.len(), groups };
-            block_sums(isa, kind, rows, &weights[..together], &mut sums[..block.len()]);
-            for (row, sums) in block.zip(&sums) {
+            block_sums(isa, kind, rows, &weights[..together], sums);
+            for (row, sums) in block.zip(&*sums) {
                 let at = row * w.outputs() + first;
                 // SAFETY: every tile has places of its own in a row, and one task has the tile.
                 let out = unsafe { product.out.part(at..at + width) };
