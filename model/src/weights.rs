@@ -4,11 +4,10 @@ use crate::arch::{Arch, Latent, Norm};
 use crate::checkpoint::{
     Checkpoint, Gated, Tensor, expert_parts, latent_projections, projections, qk_norm_sizes,
 };
-use crate::kernels::{DType, Isa, PackedView, Storage, convert, pack, pack_groups, packed_len};
+use crate::kernels::{DType, Isa, PackedView, Piece, Storage, convert, pack, pack_groups, packed_len};
 use crate::model::ModelError;
 use crate::parts::ExpertPart;
 use crate::share::Share;
-use memmap2::{Advice, MmapMut};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -18,8 +17,7 @@ pub(crate) struct Matrix {
     storage: Storage,
     outputs: usize,
     inputs: usize,
-    size: usize,
-    bytes: MmapMut,
+    bytes: Piece,
 }
 
 impl Matrix {
@@ -57,17 +55,12 @@ impl Matrix {
         let size = packed_len(storage, outputs, inputs)
             .ok_or(ModelError::Memory { what: "a matrix", bytes: u64::MAX })?;
         let refused = |_| ModelError::Memory { what: "a matrix", bytes: size as u64 };
-        let mut bytes = MmapMut::map_anon(size.max(1)).map_err(refused)?;
-        // Decode reads all of it once a token: with small pages it would wait for page walks. A kernel without large
-        // pages refuses, and nothing is lost but time.
-        let _ = bytes.advise(Advice::HugePage);
-        pack(&mut bytes[..size]);
-        Ok(Self { storage, outputs, inputs, size, bytes })
+        let bytes = Piece::written(size, pack).map_err(refused)?;
+        Ok(Self { storage, outputs, inputs, bytes })
     }
 
     pub(crate) fn view(&self) -> PackedView<'_> {
-        PackedView::new(self.storage, self.outputs, self.inputs, &self.bytes[..self.size])
-            .expect("packed for this shape")
+        PackedView::new(self.storage, self.outputs, self.inputs, &self.bytes).expect("packed for this shape")
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::arch::Arch;
 use crate::kernels::{KvPage, KvShape};
 use crate::model::{Model, ModelError};
-use memmap2::MmapMut;
+use memmap2::{Advice, MmapMut};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -80,6 +80,8 @@ impl KvCache {
             what: "a KV cache",
             bytes: (page_bytes as u64).saturating_mul(u64::from(pages)),
         })?;
+        // Attention reads all that is there: as with weights, it would wait for page walks.
+        let _ = map.advise(Advice::HugePage);
         let layer_bytes = model.kv.key_page_bytes() + model.kv.value_page_bytes();
         Ok(Self { map, page_bytes, layer_bytes, shape: model.kv, groups: model.kv_groups.clone() })
     }

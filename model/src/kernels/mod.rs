@@ -11,6 +11,7 @@ pub mod linear;
 pub mod math;
 pub mod norm;
 pub mod packed;
+mod pieces;
 pub mod pool;
 pub mod quantise;
 pub mod rope;
@@ -28,6 +29,7 @@ pub use packed::{
     PackedError, PackedView, Storage, TILE_OUTPUTS, pack, pack_e4m3, pack_groups, pack_mxfp4, packed_len,
     unpack,
 };
+pub(crate) use pieces::Piece;
 pub use pool::Pool;
 pub use quantise::Quantised;
 pub use rope::RopeTable;
