@@ -12,7 +12,7 @@ use lite_llm_core::input::Sampling;
 use lite_llm_core::output::{Forward, Row, SampleSpec};
 use lite_llm_core::pages::PageRun;
 use lite_llm_model::checkpoint::import::{Wanted, import};
-use lite_llm_model::kernels::{DType, Isa, Quantised};
+use lite_llm_model::kernels::{DType, Isa, PAGE_POSITIONS, Quantised};
 use lite_llm_model::synth::{SynthFamily, SynthSpec, synth, synth_native};
 use lite_llm_model::{Checkpoint, ExpertSource, KvCache, Model, ModelOptions, Provided, Stopped, Workspace};
 use memmap2::{Advice, MmapMut};
@@ -85,6 +85,8 @@ pub struct Resident {
     workspace: Workspace,
     slots: Slots,
     table: Vec<(ExpertKey, Slot)>,
+    /// What every step reads, whichever experts it needs.
+    every_step_bytes: u64,
 }
 
 struct Slots {
@@ -112,6 +114,7 @@ impl Resident {
     #[must_use]
     pub fn load(dir: &std::path::Path, threads: usize) -> Self {
         let checkpoint = Arc::new(Checkpoint::open(dir).expect("a checkpoint"));
+        let every_step_bytes = checkpoint.step_bytes().expect("a size");
         let options = ModelOptions { threads, isa: Isa::detect(), kv_dtype: None, ..ModelOptions::default() };
         let mut model = Model::open(checkpoint, options).expect("a model");
         model.load_base(0).expect("base parameters");
@@ -131,7 +134,16 @@ impl Resident {
         let slots = Slots { map, slot_bytes };
         let groups = u32::try_from(model.kv_groups().len()).expect("few groups");
         let cache = KvCache::new(&model, 16 * groups).expect("a cache");
-        Self { model, cache, workspace: Workspace::default(), slots, table }
+        Self { model, cache, workspace: Workspace::default(), slots, table, every_step_bytes }
+    }
+
+    /// Bytes of weights, keys and values that a step of one position reads.
+    #[must_use]
+    pub fn step_bytes(&self, position: u32) -> u64 {
+        let arch = self.model.arch();
+        let experts = arch.layers.len() * arch.moe.as_ref().map_or(0, |moe| moe.top_k);
+        let seen = u64::from(position + 1) * self.model.page_bytes() as u64 / PAGE_POSITIONS as u64;
+        self.every_step_bytes + (experts * self.slots.slot_bytes) as u64 + seen
     }
 
     /// Computes positions `start..start + tokens` of one sequence and returns the next token.
