@@ -1,4 +1,4 @@
-// Rules 4 and 6: routers, gates and the combination of experts.
+// Rules 4 and 6: routers, who uses which expert, gates and the combination of experts.
 #include "contract.cuh"
 
 // A router has at most so many outputs, groups and experts of a position: a lane of a warp owns 32 candidates, a group, a choice.
@@ -316,6 +316,87 @@ KERNEL __launch_bounds__(WARP) route_sparsely(const float* __restrict__ logits, 
     const Route found = {sorted, shares, sums};
     const u32 count = found.put(chosen, share, 2);
     found.write(count, 2, 0, normalise, 0.0f, scaling, experts, weights);
+}
+
+constexpr u32 USERS_THREADS = 256;
+
+// Who uses which expert, between the router and the products. Of each choice (positions x k, `count` in all; those of a position with
+// a fault are none) `places` says, by the expert's number, where it stands among the experts of the layer, and `begins`, by that
+// place, where its weights begin. Experts that are used come one after another: of each of `room` of them `weights_at` is where its
+// weights begin and `first_user` its first user, and behind the last one there is nobody. `users` has the position of each user,
+// those of an expert ascending, and 0 where there is none; `results` says which user each choice is, or NONE.
+//
+// A block for each expert of the layer. Each goes through all choices by itself, so that nothing is counted by two.
+KERNEL __launch_bounds__(USERS_THREADS) find_users(const u32* __restrict__ experts, const u32* __restrict__ faults,
+                                                   const u32* __restrict__ places, const u64* __restrict__ begins,
+                                                   u64* __restrict__ weights_at, u32* __restrict__ first_user,
+                                                   u32* __restrict__ users, u32* __restrict__ results, u32 count, u32 k, u32 room) {
+    SHARED(u32, used, EXPERTS_MAX / WARP);
+    SHARED(u32, before_of, USERS_THREADS / WARP);
+    SHARED(u32, all_of, USERS_THREADS / WARP);
+    SHARED(u32, found, USERS_THREADS / WARP);
+    const u32 own = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const auto place = [=](u32 at) {
+        if (at >= count || faults[at / k] != 0) return NONE;
+        return experts[at] == NONE ? NONE : places[experts[at]];
+    };
+    // A bit for each expert that somebody uses, a word of them for each turn of a warp.
+    for (u32 word = warp; word < pieces(gridDim.x, WARP); word += warps) {
+        u32 bits = 0;
+        for (u32 at = lane; at < count; at += WARP) {
+            const u32 of = place(at);
+            bits |= of / WARP == word ? 1u << of % WARP : 0u;
+        }
+#pragma unroll
+        for (u32 lanes = WARP / 2; lanes > 0; lanes /= 2) bits |= __shfl_xor_sync(ALL, bits, lanes);
+        if (lane == 0) used[word] = bits;
+    }
+    u32 before = 0, all = 0;
+    for (u32 at = threadIdx.x; at < count; at += blockDim.x) {
+        const u32 of = place(at);
+        before += of < own ? 1 : 0;
+        all += of == NONE ? 0 : 1;
+    }
+#pragma unroll
+    for (u32 lanes = WARP / 2; lanes > 0; lanes /= 2) {
+        before += __shfl_xor_sync(ALL, before, lanes);
+        all += __shfl_xor_sync(ALL, all, lanes);
+    }
+    if (lane == 0) before_of[warp] = before, all_of[warp] = all;
+    __syncthreads();
+    before = all = 0;
+    for (u32 i = 0; i < warps; i++) before += before_of[i], all += all_of[i];
+    if (own == 0) {
+        // What belongs to no expert.
+        u32 experts_used = 0;
+        for (u32 word = 0; word < pieces(gridDim.x, WARP); word++) experts_used += __popc(used[word]);
+        for (u32 at = experts_used + threadIdx.x; at <= room; at += blockDim.x) {
+            first_user[at] = all;
+            if (at < room) weights_at[at] = 0;
+        }
+        for (u32 at = all + threadIdx.x; at < count; at += blockDim.x) users[at] = 0;
+        for (u32 at = threadIdx.x; at < count; at += blockDim.x) {
+            if (place(at) == NONE) results[at] = NONE;
+        }
+    }
+    const u32 bits = used[own / WARP], bit = 1u << own % WARP;
+    if ((bits & bit) == 0) return;
+    if (threadIdx.x == 0) {
+        u32 number = __popc(bits & (bit - 1u));
+        for (u32 word = 0; word < own / WARP; word++) number += __popc(used[word]);
+        weights_at[number] = begins[own];
+        first_user[number] = before;
+    }
+    u32 next = before;
+    for (u32 first = 0; first < count; first += blockDim.x) {
+        const u32 at = first + threadIdx.x, mine = place(at) == own ? 1 : 0, all_mine = __ballot_sync(ALL, mine);
+        if (lane == 0) found[warp] = __popc(all_mine);
+        __syncthreads();
+        u32 user = next + __popc(all_mine & ((1u << lane) - 1u));
+        for (u32 i = 0; i < warps; i++) user += i < warp ? found[i] : 0, next += found[i];
+        __syncthreads();
+        if (mine != 0) users[user] = at / k, results[at] = user;
+    }
 }
 
 // What is done to four values at once where there are four.

@@ -4,6 +4,7 @@
 use lite_llm_tests::command::{Place, Ran};
 use lite_llm_tests::cuda::{compile_driver, say_skipped};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// A place for commands, with the libraries of a machine with a GPU.
@@ -204,6 +205,71 @@ fn rows_of_many_requests_share_steps() {
         lines.into_iter().map(|line| line["tokens"].clone()).collect::<Vec<_>>()
     };
     assert_eq!(batch("cuda", "gpu"), batch("cpu", "cpu"));
+}
+
+impl Machine {
+    /// How many of each call there were in a run with so many tokens.
+    fn tally(&self, model: &Path, more: &[&str], tokens: usize) -> BTreeMap<String, u64> {
+        let (count, file) = (tokens.to_string(), self.place.path("tally"));
+        let more = [more, &["--max-tokens", &count, "--device", "cuda"]].concat();
+        let prompt = prompt(model, self.length);
+        let mut arguments = vec!["run", model.to_str().unwrap(), "--prompt-tokens", &prompt, "--json"];
+        arguments.extend(["--ignore-eos"]);
+        arguments.extend(more);
+        let found = self.run(&arguments, &[("TALLY", file.to_str().unwrap())]).json();
+        assert_eq!(found["tokens"].as_array().unwrap().len(), tokens);
+        let text = std::fs::read_to_string(&file).unwrap();
+        let lines = text.lines().map(|line| line.split_once(' ').unwrap());
+        lines.map(|(what, count)| (what.to_owned(), count.parse().unwrap())).collect()
+    }
+}
+
+/// Where all experts are resident a step of decode is told its lists once, and is read from once, however many layers it has.
+#[test]
+fn nothing_is_asked_of_the_host_in_a_step_with_all_experts() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.length = 9;
+    let model = folder("fixtures/olmoe");
+    let memory = (machine.least(&model, &[]) + (20 << 10)).to_string();
+    for (memory, all) in [("300MiB", true), (memory.as_str(), false)] {
+        let more = ["--memory", memory];
+        let [few, many] = [4, 12].map(|tokens| machine.tally(&model, &more, tokens));
+        let more = |what: &str| many[what] - few[what];
+        assert_eq!(more("fetch") == 8 && more("copy") == 8, all, "{few:?} {many:?}");
+        assert!(more("fetch") >= 8 && more("launch") > 8, "{few:?} {many:?}");
+    }
+}
+
+/// The layer that first has a value that is not finite is heard of, though the layers after it were computed too.
+#[test]
+fn values_that_are_not_finite_are_the_fault_of_the_cpu() {
+    let Some(machine) = Machine::new() else { return };
+    let fixture = folder("fixtures/olmoe");
+    let model = machine.place.path("poisoned");
+    std::fs::create_dir(&model).unwrap();
+    for entry in std::fs::read_dir(&fixture).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+    }
+    let weights = model.join("model.safetensors");
+    let clean = std::fs::read(&weights).unwrap();
+    let length = u64::from_le_bytes(clean[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&clean[8..8 + length]).unwrap();
+    for tensor in ["model.layers.1.post_attention_layernorm.weight", "model.norm.weight"] {
+        let mut bytes = clean.clone();
+        let [from, until] = [0, 1].map(|i| header[tensor]["data_offsets"][i].as_u64().unwrap() as usize);
+        bytes[8 + length..][from..until][..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
+        std::fs::write(&weights, bytes).unwrap();
+        let [cpu, gpu] = ["cpu", "cuda"].map(|device| {
+            let more = ["--device", device, "--memory", "300MiB"];
+            let ran = machine.generate(&model, device, &more, &[]);
+            std::fs::remove_dir_all(machine.place.path(device)).unwrap();
+            assert_ne!(ran.code, Some(0), "{}", ran.stdout);
+            ran.stderr.lines().find(|line| line.starts_with("error")).unwrap().to_owned()
+        });
+        assert!(cpu.contains("NaN or infinity in layer"), "{cpu}");
+        assert_eq!(gpu, cpu, "{tensor}");
+    }
 }
 
 #[test]

@@ -85,6 +85,7 @@ const Kernel kernels[] = {
     ENTRY(route),
     ENTRY(route_tiers),
     ENTRY(route_sparsely),
+    ENTRY(find_users),
     ENTRY(clip),
     ENTRY(swiglu),
     ENTRY(clamped_swiglu),

@@ -10,6 +10,7 @@
 //   LITE_LLM_STAND_IN_SEED    the order in which what is queued runs (0)
 //   LITE_LLM_STAND_IN_MEMORY  bytes of each device (24 GiB)
 //   LITE_LLM_STAND_IN_PINNED  bytes of host memory that may be pinned (no limit)
+//   LITE_LLM_STAND_IN_TALLY   a file, to which a process that ends well writes how many of each `what` there were, a line for each
 //   LITE_LLM_STAND_IN_FAULT   faults with commas between them, each `what:number:how`
 // The number-th `what` of the process, counted from 1 as the host asks for it: init, alloc (of a device), pin, module, launch (those
 // of a graph count at each of its launches), copy (from the host to a device), fetch (back). `how` is

@@ -379,6 +379,82 @@ fn gates_are_the_definition() {
     assert_bits("swiglu", &shim.launch(&launch, 0, "").unwrap().values(2), &expected);
 }
 
+/// Who uses which expert, as the host finds it: experts by their place, the users of each by their position.
+fn expected_users(
+    experts: &[u32],
+    faults: &[u32],
+    places: &[u32],
+    k: usize,
+) -> (Vec<u32>, Vec<u32>, Vec<u32>, Vec<u32>) {
+    let chosen = experts.iter().enumerate().filter(|(at, expert)| faults[at / k] == 0 && **expert != NONE);
+    let mut all: Vec<(u32, usize)> = chosen.map(|(at, &expert)| (places[expert as usize], at)).collect();
+    all.sort_unstable();
+    let (mut used, mut firsts, mut results) = (vec![], vec![], vec![NONE; experts.len()]);
+    for (user, &(place, at)) in all.iter().enumerate() {
+        if used.last() != Some(&place) {
+            used.push(place);
+            firsts.push(user as u32);
+        }
+        results[at] = user as u32;
+    }
+    (used, firsts, all.iter().map(|&(_, at)| (at / k) as u32).collect(), results)
+}
+
+#[test]
+fn users_of_experts_are_found() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(24);
+    for (positions, k, width, eligible, threads) in [
+        (1, 2, 8, 8, 32),
+        (1, 8, 64, 64, 256),
+        (3, 4, 16, 3, 64),
+        (7, 6, 160, 100, 256),
+        (70, 8, 40, 40, 256),
+        (9, 32, 1024, 1024, 128),
+        (40, 2, 1000, 997, 64),
+    ] {
+        // A permutation: experts stand elsewhere than their numbers say, and those that are not eligible nowhere.
+        let mut order: Vec<u32> = (0..width as u32).collect();
+        order.sort_by_cached_key(|_| operands.word());
+        let mut places = vec![NONE; width];
+        order[..eligible].iter().zip(0..).for_each(|(&expert, place)| places[expert as usize] = place);
+        let begins: Vec<u64> = (0..eligible).map(|_| u64::from(operands.word()) << 20).collect();
+        let mut experts = vec![];
+        for row in 0..positions {
+            // Some have fewer, and one nobody.
+            let count = if row == 4 { 0 } else { k.min(eligible) - row % 3 % k.min(eligible) };
+            let mut own = order[..eligible].to_vec();
+            own.sort_by_cached_key(|expert| operands.word() % 64 + expert % 8);
+            own.truncate(count);
+            own.sort_unstable();
+            own.resize(k, NONE);
+            experts.extend(own);
+        }
+        let mut faults = vec![0; positions];
+        if positions > 5 {
+            // Nobody wrote what such a position would choose.
+            faults[5] = 1;
+            experts[5 * k..6 * k].fill(0xdead_beef);
+        }
+        let (count, room) = (positions * k, eligible.min(positions * k));
+        let launch = Launch::new("find_users", [eligible as u32, 1, 1], threads).words(&experts);
+        let launch = launch.words(&faults).words(&places).longs(&begins);
+        let launch = launch.room(2 * room).room(room + 1).room(count).room(count);
+        let found = shim.check(&launch.word(count).word(k).word(room));
+        let (used, mut firsts, mut users, results) = expected_users(&experts, &faults, &places, k);
+        let mut at: Vec<u64> = used.iter().map(|&place| begins[place as usize]).collect();
+        at.resize(room, 0);
+        firsts.resize(room + 1, users.len() as u32);
+        users.resize(count, 0);
+        let what = format!("{positions} positions, {k} of {eligible} of {width}");
+        assert_eq!(found.longs(4), at, "{what}");
+        assert_eq!(found.words(5), firsts, "{what}");
+        assert_eq!(found.words(6), users, "{what}");
+        assert_eq!(found.words(7), results, "{what}");
+    }
+    shim.finish("moe.cu");
+}
+
 #[test]
 fn results_are_combined_in_order() {
     let Some(mut shim) = ready() else { return };

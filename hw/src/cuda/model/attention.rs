@@ -110,6 +110,7 @@ impl Run<'_> {
             biases_at: 0,
             first_row: self.tables.by_head,
             rows_max: rows,
+            rows_usual: rows,
         };
         self.products(self.room.packed, first, several, self.room.through)
     }

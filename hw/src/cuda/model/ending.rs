@@ -2,44 +2,77 @@
 
 use super::super::CudaError;
 use super::mirror::Results;
+use super::routes::Routes;
 use super::run::Run;
+use super::sizes::Back;
 use super::tables::Wanted;
 use super::{Failed, Step};
 use lite_llm_model::kernels::Isa;
 
 impl Run<'_> {
-    /// Computes logits, chooses tokens, digests rows.
+    /// Computes logits, takes back what is digested, chooses tokens. All of it comes at once, where logits have room for all who
+    /// want them.
     pub(super) fn end(&self, isa: Isa, step: &mut Step<'_, '_>, results: &mut Results) -> Result<(), Failed> {
-        let (arch, hidden) = (self.model.arch(), self.sizes.hidden);
-        let last = self.tables.wanted.len().saturating_sub(1);
+        let Back { routes, logits, end } = self.back;
         if self.tables.wanted.is_empty() {
-            results.ask(self.stream, self.room.x, self.tables.at.len() * hidden)?;
-            self.digest(step, results.look(self.stream)?);
+            results.ask(self.stream, self.room.x, logits)?;
+            let words = results.look(self.stream)?;
+            self.kept_routes(step, &words[routes..])?;
+            self.digest(step, words);
             return Ok(());
         }
+        let last = self.tables.wanted.len() - 1;
         for (number, wanted) in self.tables.wanted.iter().enumerate() {
             self.logits(wanted)?;
-            let values = wanted.positions.len() * arch.vocab;
-            results.ask(self.stream, self.room.logits, values)?;
-            if number == last {
-                results.ask(self.stream, self.room.x, self.tables.at.len() * hidden)?;
+            // Between the first ones and the last ones logits come alone.
+            let from = if number == 0 || number == last { 0 } else { logits };
+            results.ask(self.stream, Self::value(self.room.x, from), end - from)?;
+            let words = results.look(self.stream)?;
+            let (before, words) = words.split_at_mut(logits - from);
+            if number == 0 {
+                self.kept_routes(step, &before[routes..])?;
             }
-            let (logits, x) = results.look(self.stream)?.split_at_mut(values);
-            for (&i, logits) in wanted.positions.iter().zip(logits.chunks_exact_mut(arch.vocab)) {
-                let logits: &mut [f32] = bytemuck::cast_slice_mut(logits);
-                let at = &self.tables.at[i as usize];
-                if let Some(capture) = &mut step.capture
-                    && capture.wants_logits(at.request)
-                {
-                    capture.logits(at.request, at.position, logits);
-                }
-                let row = &step.forward.rows[at.row];
-                if at.position + 1 == row.start + row.tokens.len() as u32 {
-                    step.outcome.logits(isa, at.row, arch.layers.len(), logits)?;
-                }
-            }
+            self.choose(isa, wanted, step, words)?;
             if number == last {
-                self.digest(step, x);
+                self.digest(step, before);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the routes of all layers, if they were kept until now: the first layer with a fault is heard of.
+    fn kept_routes(&self, step: &mut Step<'_, '_>, words: &[u32]) -> Result<(), Failed> {
+        if self.standing.resident.is_none() {
+            return Ok(());
+        }
+        let (rows, each) = (self.tables.at.len(), self.route_words());
+        let mixtures = (0..).zip(&self.routers.of_layer).filter(|(_, router)| router.is_some());
+        for ((number, _), words) in mixtures.zip(words.chunks_exact(each)) {
+            self.take_routes(number, &Routes::new(words, rows, self.sizes.places), step)?;
+        }
+        Ok(())
+    }
+
+    /// Takes logits of some positions.
+    fn choose(
+        &self,
+        isa: Isa,
+        wanted: &Wanted,
+        step: &mut Step<'_, '_>,
+        logits: &mut [u32],
+    ) -> Result<(), Failed> {
+        let arch = self.model.arch();
+        for (&i, logits) in wanted.positions.iter().zip(logits.chunks_exact_mut(arch.vocab)) {
+            let logits: &mut [f32] = bytemuck::cast_slice_mut(logits);
+            let at = &self.tables.at[i as usize];
+            if let Some(capture) = &mut step.capture
+                && capture.wants_logits(at.request)
+            {
+                capture.logits(at.request, at.position, logits);
+            }
+            let row = &step.forward.rows[at.row];
+            if at.position + 1 == row.start + row.tokens.len() as u32 {
+                step.outcome.logits(isa, at.row, arch.layers.len(), logits)?;
             }
         }
         Ok(())

@@ -1,16 +1,21 @@
-//! A mixture layer on the device: its router's choice comes to the host, which asks for experts that are not there and says who uses
-//! which; results wait in a buffer and are combined in ascending order, so that the order of arrival changes no bit.
+//! A mixture layer on the device. Where all experts are resident, the device finds out who uses which, and the host hears of the
+//! router's choice at the end of the step. Else the choice comes to the host first, which asks for experts that are not there and says
+//! who uses which. Results wait in a buffer and are combined in ascending order, so that the order of arrival changes no bit.
 
 use super::super::CudaError;
 use super::super::stream::Arg::{At, Value, Word};
 use super::mirror::{Mirror, Results};
 use super::routes::{Routes, Users, foreseen};
 use super::run::{Run, Several};
+use super::standing::Resident;
 use super::weights::{Layer, Matrix};
 use super::{Failed, Step};
 use lite_llm_core::ids::Slot;
 use lite_llm_model::parts::ExpertPart;
 use lite_llm_model::{ExpertSource, StepError};
+
+/// Positions of a step, at most, whose experts are taken to have few rows.
+const FEW_POSITIONS: u32 = 64;
 
 /// What mixtures are made with on the host.
 #[derive(Debug)]
@@ -35,11 +40,14 @@ impl Run<'_> {
         source: &mut dyn ExpertSource,
         desk: &mut Desk,
     ) -> Result<(), Failed> {
+        if let Some(resident) = &self.standing.resident {
+            return Ok(self.with_resident(index, layer, resident[index])?);
+        }
         let moe = self.model.arch().moe.as_ref().expect("a mixture layer");
         let (number, rows) = (index as u32, self.tables.at.len());
         let next =
             (index + 1..self.routers.of_layer.len()).find(|&next| self.routers.of_layer[next].is_some());
-        let next = next.filter(|_| step.forward.foresee && step.forward.resident.is_none());
+        let next = next.filter(|_| step.forward.foresee);
         let own = self.routers.of_layer[index].as_ref().expect("routers are loaded").scores.storage;
         let other =
             next.and_then(|next| self.routers.of_layer[next].as_ref()).map(|next| next.scores.storage);
@@ -53,14 +61,7 @@ impl Run<'_> {
         }
         let (routes, after) = desk.results.look(self.stream)?.split_at(self.route_words());
         let routes = Routes::new(routes, rows, self.sizes.places);
-        if let Some(at) = routes.faults.iter().position(|&fault| fault != 0) {
-            let at = &self.tables.at[at];
-            let fault = StepError::NonFinite { row: at.row as u32, layer: number, position: at.position };
-            return Err(fault.into());
-        }
-        for (i, at) in self.tables.at.iter().enumerate() {
-            step.route(number, at, routes.experts(i), routes.weights(i));
-        }
+        self.take_routes(number, &routes, step)?;
         let users = &mut desk.users;
         users.find(self.model, number, moe.experts, &routes);
         let foreseen = next.map_or_else(Vec::new, |next| {
@@ -72,33 +73,54 @@ impl Run<'_> {
         let positions = desk.lists.words(&users.positions);
         let results = desk.lists.words(&users.results);
         let first_row = desk.lists.words(&users.firsts);
-        if let Some(resident) = &step.forward.resident {
-            let slots = users.keys.iter().map(|key| {
-                let at = resident.binary_search_by_key(key, |&(key, _)| key);
-                resident[at.expect("every expert of the tiers is resident")].1
-            });
-            let begins: Vec<u64> = slots.map(|slot| self.begin(slot)).collect();
-            let begins = desk.lists.longs(&begins);
-            desk.lists.send(self.stream)?;
-            self.pack_users(&experts, users, positions)?;
-            let several = Several {
-                count: users.keys.len() as u32,
-                weights_at: begins,
-                biases_at: begins,
-                first_row,
-                rows_max: users.most(),
-            };
-            self.together(&experts, several, (0, users.positions.len() as u32))?;
-            self.shared(layer)?;
-        } else {
-            desk.lists.send(self.stream)?;
-            source.need(number, &users.keys, &foreseen)?;
-            self.shared(layer)?;
-            self.pack_users(&experts, users, positions)?;
-            self.as_they_come(number, &experts, users, first_row, source)?;
-        }
+        desk.lists.send(self.stream)?;
+        source.need(number, &users.keys, &foreseen)?;
+        self.shared(layer)?;
+        self.pack_users(&experts, users.positions.len() as u32, positions)?;
+        self.as_they_come(number, &experts, users, first_row, source)?;
         self.combine(layer, results, self.place(false).routes)?;
         Ok(())
+    }
+
+    /// Takes the routes of a layer.
+    pub(super) fn take_routes(
+        &self,
+        number: u32,
+        routes: &Routes<'_>,
+        step: &mut Step<'_, '_>,
+    ) -> Result<(), StepError> {
+        if let Some(at) = routes.faults.iter().position(|&fault| fault != 0) {
+            let at = &self.tables.at[at];
+            return Err(StepError::NonFinite { row: at.row as u32, layer: number, position: at.position });
+        }
+        for (i, at) in self.tables.at.iter().enumerate() {
+            step.route(number, at, routes.experts(i), routes.weights(i));
+        }
+        Ok(())
+    }
+
+    /// A layer whose experts are all there: nothing is asked of the host. What it hears at the end may be that the step has no rows;
+    /// what is computed until then of values that are not finite is nobody's.
+    fn with_resident(&self, index: usize, layer: &Layer, resident: Resident) -> Result<(), CudaError> {
+        let (moe, rows) = (self.model.arch().moe.as_ref().expect("a mixture layer"), self.positions());
+        let storage = self.routers.of_layer[index].as_ref().expect("routers are loaded").scores.storage;
+        self.pack(self.room.normed, 0, rows, self.hidden(), &[storage], self.room.packed)?;
+        let place = self.kept(self.routers.mixtures_before(index));
+        self.route(index, moe, place)?;
+        let found = self.find_users(resident, place.routes)?;
+        let (experts, users) = (self.experts(), rows * self.sizes.places as u32);
+        self.pack_users(&experts, users, found.positions)?;
+        let several = Several {
+            count: found.experts,
+            weights_at: found.weights_at,
+            biases_at: found.weights_at,
+            first_row: found.first_user,
+            rows_max: rows,
+            rows_usual: usual_rows(rows, users, resident.count),
+        };
+        self.together(&experts, several, (0, users))?;
+        self.shared(layer)?;
+        self.combine(layer, found.results, place.routes)
     }
 
     /// Computes each expert when it comes.
@@ -118,10 +140,11 @@ impl Run<'_> {
             let (first, end) = (users.firsts[at], users.firsts[at + 1]);
             let several = Several {
                 count: 1,
-                weights_at: self.tables.zeros,
-                biases_at: self.tables.zeros,
+                weights_at: self.standing.zeros,
+                biases_at: self.standing.zeros,
                 first_row: Self::value(first_row, at),
                 rows_max: end - first,
+                rows_usual: end - first,
             };
             let here = experts.at(self.begin(provided.slot));
             self.together(&here, several, (first, end))?;
@@ -157,9 +180,8 @@ impl Run<'_> {
     }
 
     /// Brings the rows of all users in the order that products want.
-    fn pack_users(&self, experts: &Experts, users: &Users, positions: u64) -> Result<(), CudaError> {
+    fn pack_users(&self, experts: &Experts, count: u32, positions: u64) -> Result<(), CudaError> {
         let [gate, up, _] = &experts.matrices;
-        let count = users.positions.len() as u32;
         if count == 0 {
             return Ok(());
         }
@@ -231,6 +253,16 @@ impl Run<'_> {
         ];
         let blocks = [hidden.div_ceil(4 * 128), rows, 1];
         self.launch(self.functions.combine, blocks, 128, &arguments)
+    }
+}
+
+/// Rows that an expert usually has, where nobody has counted them: twice as many as on average. Of many positions some expert may
+/// have most, and blocks for few rows would be too many that find nothing to do.
+fn usual_rows(positions: u32, users: u32, experts: u32) -> u32 {
+    match positions {
+        1 => 1,
+        2..=FEW_POSITIONS => (2 * users.div_ceil(experts)).clamp(2, positions),
+        _ => positions,
     }
 }
 

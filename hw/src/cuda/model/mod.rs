@@ -12,6 +12,7 @@ mod mixture;
 mod routes;
 mod run;
 pub(crate) mod sizes;
+mod standing;
 mod tables;
 mod weights;
 
@@ -31,6 +32,7 @@ use mixture::Desk;
 use routes::Users;
 use run::Run;
 use sizes::{Room, Sizes};
+use standing::Standing;
 use std::sync::Arc;
 use tables::{At, Tables};
 use weights::{Base, Routers};
@@ -83,8 +85,11 @@ struct Carved {
     // In this order: whatever uses memory goes first.
     desk: Desk,
     tables: Mirror,
+    standing: Standing,
+    /// Where its lists are in the memory.
+    standing_at: u64,
     room: Room,
-    _memory: Memory,
+    memory: Memory,
     cache: Memory,
     page_bytes: u64,
     /// The slots of experts: they outlive steps.
@@ -127,30 +132,41 @@ impl CudaModel {
             results: Results::new(gpu, sizes.results_bytes())?,
             users: Users::default(),
         };
+        let standing_at = lists + 4 * sizes.list_words() as u64;
+        let standing_at = standing_at.next_multiple_of(super::memory::ALIGN) - memory.at();
         let tables = Mirror::new(gpu, tables, sizes.table_words())?;
-        let arena = Arc::clone(arena);
-        Ok(Carved { desk, tables, room, _memory: memory, cache, page_bytes, arena })
+        let (standing, arena) = (Standing::default(), Arc::clone(arena));
+        Ok(Carved { desk, tables, standing, standing_at, room, memory, cache, page_bytes, arena })
     }
 
     fn step<'a>(&mut self, step: &mut Step<'a, '_>, source: &mut dyn ExpertSource) -> Result<(), Failed> {
         self.gpu.enter()?;
         let carved = self.carved.as_mut().expect("memory is carved before the first step");
+        let slots = carved.arena.on_gpu().expect("experts are on the device");
         carved.desk.results.clear();
         let capture = step.capture.as_deref();
         let wants = |request| capture.is_some_and(|capture| capture.wants_logits(request));
         let tables = Tables::of(&self.model, &self.sizes, step.forward, &wants, &mut carved.tables);
         carved.tables.send(&self.stream)?;
+        let place = (&carved.memory, carved.standing_at);
+        let standing = carved.standing.of(&self.model, step.forward, slots.1, place)?;
+        let kept = if standing.resident.is_some() { self.sizes.moe_layers } else { 0 };
+        let logits = tables.wanted.first().map_or(0, |wanted| wanted.positions.len());
+        let back = self.sizes.back(tables.at.len(), kept, logits);
         let run = Run {
             model: &self.model,
             stream: &self.stream,
             functions: &self.gpu.functions,
             sizes: &self.sizes,
-            room: &carved.room,
+            room: &carved.room.with(back),
+            back,
+            lists: carved.desk.lists.device(),
             base: self.base.as_ref().expect("base parameters are loaded before the first step"),
             routers: self.routers.as_ref().expect("routers are loaded before the first step"),
             tables: &tables,
+            standing,
             cache: (carved.cache.at(), carved.page_bytes),
-            slots: carved.arena.on_gpu().expect("experts are on the device"),
+            slots,
         };
         let rows = run.positions();
         run.embed()?;

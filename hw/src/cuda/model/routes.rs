@@ -1,13 +1,17 @@
-//! Routing on the device, and what the host makes of it: who uses which expert.
+//! Routing on the device, and who uses which expert: found there, or by the host.
 
 use super::super::CudaError;
 use super::super::stream::Arg::{At, Long, Value, Word};
 use super::run::Run;
 use super::sizes::places_of;
+use super::standing::Resident;
 use lite_llm_core::ids::ExpertKey;
 use lite_llm_core::routing::GroupScore;
 use lite_llm_model::Model;
 use lite_llm_model::arch::{Moe, Score};
+
+/// Lists begin at multiples of so many words.
+const LIST: usize = 4;
 
 /// What stands for no expert.
 pub(super) const NONE: u32 = 0x7fff_ffff;
@@ -53,10 +57,17 @@ impl Run<'_> {
     /// Where the routes of the layer under way stand, or those that are foreseen.
     pub(super) fn place(&self, foreseen: bool) -> Place {
         let at = |piece, each| Self::value(piece, if foreseen { each } else { 0 });
-        let most = self.sizes.positions;
         Place {
-            scores: at(self.room.scores, most * self.sizes.router_rows),
-            routes: at(self.room.routes, self.sizes.route_words(most)),
+            scores: at(self.room.scores, self.sizes.positions * self.sizes.router_rows),
+            routes: at(self.room.routes, self.route_words()),
+        }
+    }
+
+    /// Where those of the so-manieth mixture layer stay until the end of the step.
+    pub(super) fn kept(&self, mixture: usize) -> Place {
+        Place {
+            scores: self.room.scores,
+            routes: Self::value(self.room.routes, mixture * self.route_words()),
         }
     }
 
@@ -81,7 +92,7 @@ impl Run<'_> {
         let positions = At(self.tables.positions);
         let blocks = [rows, 1, 1];
         if let Some(tiered) = &moe.tiered {
-            let (active, actives) = self.tables.active;
+            let (active, actives) = self.standing.active;
             let groups = tiered.tiers.iter().map(|tier| tier.groups);
             let experts = tiered.tiers.iter().map(|tier| tier.experts);
             let best = [
@@ -89,7 +100,7 @@ impl Run<'_> {
                 tiered.select.groups.min(groups.clone().max().unwrap_or(0)),
                 tiered.select.experts.min(experts.max().unwrap_or(0)),
             ];
-            let mut arguments = vec![At(place.scores), At(active), At(self.tables.first_child), positions];
+            let mut arguments = vec![At(place.scores), At(active), At(self.standing.first_child), positions];
             arguments.extend(out);
             arguments
                 .extend([width, actives, tiered.tiers.len() as u32, groups.sum::<usize>() as u32].map(Word));
@@ -98,7 +109,7 @@ impl Run<'_> {
             arguments.extend(seed);
             return self.launch(self.functions.route_tiers, blocks, 32, &arguments);
         }
-        let eligible = At(self.tables.eligible[layer].expect("a layer with experts"));
+        let eligible = At(self.standing.eligible[layer].expect("a layer with experts"));
         let score = match moe.score {
             Score::Softmax => 0,
             Score::SoftmaxOfSelected => 1,
@@ -121,6 +132,47 @@ impl Run<'_> {
         arguments.extend(seed);
         self.launch(self.functions.route, blocks, 32, &arguments)
     }
+
+    /// Finds who uses which of the experts of a layer, all of which are resident.
+    pub(super) fn find_users(&self, resident: Resident, routes: u64) -> Result<Found, CudaError> {
+        let (rows, places) = (self.tables.at.len(), self.sizes.places);
+        let count = rows * places;
+        let experts = (resident.count).min(count as u32);
+        let weights_at = self.lists;
+        let first_user = Self::value(weights_at, (2 * experts as usize).next_multiple_of(LIST));
+        let positions = Self::value(first_user, (experts as usize + 1).next_multiple_of(LIST));
+        let results = Self::value(positions, count.next_multiple_of(LIST));
+        let arguments = [
+            At(routes),
+            At(Self::value(routes, 2 * count)),
+            At(resident.places),
+            At(resident.begins),
+            At(weights_at),
+            At(first_user),
+            At(positions),
+            At(results),
+            Word(count as u32),
+            Word(places as u32),
+            Word(experts),
+        ];
+        self.launch(self.functions.find_users, [resident.count, 1, 1], 256, &arguments)?;
+        Ok(Found { experts, weights_at, first_user, positions, results })
+    }
+}
+
+/// Who uses which expert, as the device found it: addresses of lists.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found {
+    /// Experts that have a place in the lists, at most as many as are used.
+    pub(super) experts: u32,
+    /// Where the weights of each begin, counted from the first slot.
+    pub(super) weights_at: u64,
+    /// The first user of each, and where those of the last end.
+    pub(super) first_user: u64,
+    /// The position of each user.
+    pub(super) positions: u64,
+    /// For each position, place by place: which user it is, or [`NONE`].
+    pub(super) results: u64,
 }
 
 /// Who uses which expert, expert by expert.
@@ -173,11 +225,6 @@ impl Users {
                 *user += 1;
             }
         }
-    }
-
-    /// The most users that an expert has.
-    pub(super) fn most(&self) -> u32 {
-        self.firsts.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0)
     }
 }
 

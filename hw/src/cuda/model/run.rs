@@ -3,7 +3,8 @@
 use super::super::CudaError;
 use super::super::functions::{Function, Functions};
 use super::super::stream::{Arg, Stream};
-use super::sizes::{Packed, Room, Sizes};
+use super::sizes::{Back, Packed, Room, Sizes};
+use super::standing::Lists;
 use super::tables::Tables;
 use super::weights::{Base, Matrix, Norm, Routers};
 use Arg::{At, Value, Word};
@@ -33,10 +34,15 @@ pub(super) struct Run<'a> {
     pub(super) stream: &'a Stream,
     pub(super) functions: &'a Functions,
     pub(super) sizes: &'a Sizes,
+    /// Where the values of this step stand, and what comes back of them.
     pub(super) room: &'a Room,
+    pub(super) back: Back,
+    /// Where the lists of a mixture stand.
+    pub(super) lists: u64,
     pub(super) base: &'a Base,
     pub(super) routers: &'a Routers,
     pub(super) tables: &'a Tables,
+    pub(super) standing: &'a Lists,
     /// Where the cache begins, and bytes of a page.
     pub(super) cache: (u64, u64),
     /// Where the slots of experts begin, and bytes of each.
@@ -53,8 +59,9 @@ pub(super) struct Several {
     pub(super) biases_at: u64,
     /// A list of the first row of each, and where those of the last end.
     pub(super) first_row: u64,
-    /// The most rows that one has.
+    /// The most rows that one has, and how many are usual, by which their form is chosen.
     pub(super) rows_max: u32,
+    pub(super) rows_usual: u32,
 }
 
 impl Run<'_> {
@@ -169,8 +176,15 @@ impl Run<'_> {
         (all, rows): (u64, u32),
         out: u64,
     ) -> Result<(), CudaError> {
-        let zeros = self.tables.zeros;
-        let one = Several { count: 1, weights_at: zeros, biases_at: zeros, first_row: all, rows_max: rows };
+        let zeros = self.standing.zeros;
+        let one = Several {
+            count: 1,
+            weights_at: zeros,
+            biases_at: zeros,
+            first_row: all,
+            rows_max: rows,
+            rows_usual: rows,
+        };
         self.products(packed, matrix, one, out)
     }
 
@@ -184,9 +198,9 @@ impl Run<'_> {
     ) -> Result<(), CudaError> {
         let forms = self.functions.linear(matrix.storage);
         let (rows, outputs) = (several.rows_max, matrix.outputs);
-        let (function, x, y) = match rows {
+        let (function, x, y) = match several.rows_usual {
             0 => return Ok(()),
-            1 => (forms.one_row, outputs.div_ceil(TILE), 1),
+            1 => (forms.one_row, outputs.div_ceil(TILE), rows),
             2..=FEW_MAX => (forms.few_rows, outputs.div_ceil(TILE), rows.div_ceil(FEW)),
             _ => (forms.many_rows, outputs.div_ceil(SPAN), rows.div_ceil(SPAN)),
         };

@@ -23,6 +23,8 @@ const PADDING_BYTES: u64 = 16 << 20;
 const CHUNK: usize = 1024;
 /// Inputs of a group of integers.
 const GROUP: usize = 32;
+/// Words that pieces of what comes back are multiples of.
+const BACK: usize = 64;
 
 /// The largest step, and what of a model its memory depends on.
 #[derive(Clone, Debug)]
@@ -138,7 +140,7 @@ impl Sizes {
         let [q, k, v, mixed] = self.wide.map(|values| values * positions);
         let [first, queries, cached, of_latents, by_head] = self.latent.map(|values| values * positions);
         [
-            positions * hidden,
+            self.back(positions, self.moe_layers, self.rows).end,
             positions * hidden,
             positions * hidden,
             self.packed,
@@ -164,15 +166,28 @@ impl Sizes {
             positions * hidden,
             positions,
             2 * positions * self.router_rows,
-            2 * self.route_words(positions),
             self.rows * hidden,
-            self.rows * self.vocab,
         ]
+    }
+
+    /// Where what comes back of a step stands: the residual stream, the routes of so many layers, logits, one behind the other, so
+    /// that one copy brings them. There is room for two layers at least: the one under way, and the next one that is foreseen.
+    pub(super) const fn back(&self, positions: usize, layers: usize, rows: usize) -> Back {
+        let layers = if layers < 2 { 2 } else { layers };
+        let routes = (positions * self.hidden).next_multiple_of(BACK);
+        let logits = routes + (layers * self.route_words(positions)).next_multiple_of(BACK);
+        Back { routes, logits, end: logits + rows * self.vocab }
     }
 
     /// Words of the routes of a layer: experts, weights, faults.
     pub(super) const fn route_words(&self, positions: usize) -> usize {
         positions * (2 * self.places + 1)
+    }
+
+    /// Words of the lists that stay from step to step: which expert is eligible, where each stands and begins.
+    pub(super) const fn standing_words(&self) -> usize {
+        // Each list begins at a multiple of sixteen bytes.
+        self.moe_layers * (4 * self.experts + 12) + 2 * self.router_rows + 64
     }
 
     /// Words of the tables of a step.
@@ -181,13 +196,7 @@ impl Sizes {
         let of_groups = groups * (12 * positions + rows.max(1) * (pages + 2));
         let of_heads = 2 * positions * heads + 3 * heads;
         // Each list begins at a multiple of sixteen bytes.
-        4 * positions
-            + of_groups
-            + of_heads
-            + self.moe_layers * (self.experts + 8)
-            + 9 * positions
-            + 2 * self.router_rows
-            + 4096
+        4 * positions + of_groups + of_heads + 9 * positions + 4096
     }
 
     /// Words of the lists of a mixture: users, and for each expert where it lies and which users it has.
@@ -197,8 +206,7 @@ impl Sizes {
 
     /// Bytes of pinned memory that results come through.
     pub(super) fn results_bytes(&self) -> usize {
-        let routes = 2 * self.route_words(self.positions);
-        4 * routes.max(self.positions * self.hidden + self.rows * self.vocab)
+        4 * self.back(self.positions, self.moe_layers, self.rows).end
     }
 
     /// Bytes of a device beside base parameters, cache and experts, for the memory plan.
@@ -212,16 +220,25 @@ impl Sizes {
     pub(super) fn bytes(&self) -> u64 {
         let room =
             self.pieces().iter().map(|&values| (4 * values as u64).next_multiple_of(ALIGN)).sum::<u64>();
-        room + 4 * (self.table_words() + self.list_words()) as u64 + 4 * ALIGN
+        room + 4 * (self.table_words() + self.list_words() + self.standing_words()) as u64 + 4 * ALIGN
     }
 }
 
 /// Pieces of memory of a step.
-const PIECES: usize = 28;
+const PIECES: usize = 26;
+
+/// Offsets in what comes back of a step, in words from the residual stream on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Back {
+    pub(super) routes: usize,
+    pub(super) logits: usize,
+    pub(super) end: usize,
+}
 
 /// Where the values of a step stand.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
+    /// The residual stream; routes and logits stand behind it, where a step says ([`Room::with`]).
     pub(super) x: u64,
     pub(super) normed: u64,
     pub(super) added: u64,
@@ -267,7 +284,7 @@ impl Room {
         });
         let [x, normed, added, values, inner, words, scales, inner_words, inner_scales, rest @ ..] = at;
         let [q, k, v, mixed, first, queries, apart, through, attention, rest @ ..] = rest;
-        let [gates, ups, inside, results, shared, shared_gates, scores, routes, last, logits] = rest;
+        let [gates, ups, inside, results, shared, shared_gates, scores, last] = rest;
         let packed = Packed { values, words, scales };
         let packed_inside = Packed { values: inner, words: inner_words, scales: inner_scales };
         let this = Self {
@@ -292,11 +309,17 @@ impl Room {
             shared,
             shared_gates,
             scores,
-            routes,
+            routes: 0,
             last,
-            logits,
+            logits: 0,
         };
         (this, next)
+    }
+
+    /// The same of a step, whose routes and logits come back from these places.
+    pub(super) const fn with(self, back: Back) -> Self {
+        let (routes, logits) = (self.x + 4 * back.routes as u64, self.x + 4 * back.logits as u64);
+        Self { routes, logits, ..self }
     }
 }
 

@@ -1,4 +1,4 @@
-//! What kernels have to know of a step: tokens, positions, where pages are, which rows attend together, who is eligible.
+//! What kernels have to know of a step: tokens, positions, where pages are, which rows attend together.
 
 use super::mirror::Mirror;
 use super::sizes::Sizes;
@@ -50,8 +50,6 @@ pub(super) struct Tables {
     pub(super) at: Vec<At>,
     pub(super) tokens: u64,
     pub(super) positions: u64,
-    /// Zeros, for products that begin where they are said to.
-    pub(super) zeros: u64,
     /// The rows of a product with all positions; of one for each head.
     pub(super) all: u64,
     pub(super) by_head: u64,
@@ -59,12 +57,6 @@ pub(super) struct Tables {
     pub(super) from_heads: u64,
     pub(super) to_heads: u64,
     pub(super) pages: Vec<Pages>,
-    /// For each layer with experts, whether each expert is eligible, by original number.
-    pub(super) eligible: Vec<Option<u64>>,
-    /// The tiers that may be selected, and how many.
-    pub(super) active: (u64, u32),
-    /// The first child of each tier and group of a tiered router.
-    pub(super) first_child: u64,
     /// The positions whose logits are wanted, as many at once as there is room for.
     pub(super) wanted: Vec<Wanted>,
 }
@@ -117,41 +109,18 @@ impl Tables {
             all: mirror.words(&[0, positions.len() as u32]),
         });
         let wanted = wanted.collect();
-        let layers = 0..model.arch().layers.len();
-        let eligible = layers.map(|layer| {
-            let mixture = model.arch().layers[layer].dense.is_none();
-            mixture.then(|| {
-                let list = model.checkpoint().eligible(layer as u32, &step.tiers).map(u32::from);
-                mirror.words(&list.collect::<Vec<_>>())
-            })
-        });
         Self {
-            eligible: eligible.collect(),
             tokens: mirror.words(&tokens),
             positions: mirror.words(&positions),
-            zeros: mirror.longs(&[0]),
             all: mirror.words(&[0, count]),
             by_head: mirror.words(&by_head),
             from_heads: mirror.words(&from_heads),
             to_heads: mirror.words(&to_heads),
-            active: (mirror.words(&step.tiers), step.tiers.len() as u32),
-            first_child: mirror.words(&first_children(model)),
             pages: (0..sizes.groups).map(|group| pages(model, sizes, step, group, &at, mirror)).collect(),
             wanted,
             at,
         }
     }
-}
-
-/// For each tier the first row of its groups, for each group that of its experts, and where those of the last end.
-fn first_children(model: &Model) -> Vec<u32> {
-    let tiered = model.arch().moe.as_ref().and_then(|moe| moe.tiered.as_ref());
-    let Some(router) = tiered else { return Vec::new() };
-    let tiers = 0..router.tiers.len();
-    let groups = tiers.clone().flat_map(|tier| router.groups_of(tier));
-    let firsts = tiers.map(|tier| router.groups_of(tier).start);
-    let all = firsts.chain(groups.map(|group| router.experts_of(group).start)).chain([router.rows()]);
-    all.map(|row| row as u32).collect()
 }
 
 /// A piece of a sequence: rows that stand together, pages that they see together, and where its sequence's begin.

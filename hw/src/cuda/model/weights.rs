@@ -212,6 +212,11 @@ impl Base {
 }
 
 impl Routers {
+    /// How many mixture layers come before this one.
+    pub(super) fn mixtures_before(&self, layer: usize) -> usize {
+        self.of_layer[..layer].iter().flatten().count()
+    }
+
     /// Copies routers that are loaded into memory of the device.
     ///
     /// # Errors

@@ -1,0 +1,148 @@
+//! Lists that stay on the device until tiers or slots change: who is eligible, and where each resident expert is.
+
+use super::super::CudaError;
+use super::super::memory::Memory;
+use super::routes::NONE;
+use lite_llm_core::ids::{ExpertKey, Slot};
+use lite_llm_core::output::Forward;
+use lite_llm_model::Model;
+
+/// Lists begin at multiples of this.
+const ALIGN: usize = 16;
+
+/// The lists, and what they were made of.
+#[derive(Debug, Default)]
+pub(super) struct Standing {
+    tiers: Vec<u32>,
+    resident: Option<Vec<(ExpertKey, Slot)>>,
+    lists: Option<Lists>,
+}
+
+/// Addresses of lists.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Lists {
+    /// Zeros, for products that begin where they are said to.
+    pub(super) zeros: u64,
+    /// For each layer with experts, whether each expert is eligible, by original number.
+    pub(super) eligible: Vec<Option<u64>>,
+    /// The tiers that may be selected, and how many.
+    pub(super) active: (u64, u32),
+    /// The first child of each tier and group of a tiered router.
+    pub(super) first_child: u64,
+    /// For each layer, if all its experts are resident, which they are; nothing if not all of the step are.
+    pub(super) resident: Option<Vec<Resident>>,
+}
+
+/// The experts of a layer that may be chosen, all of them resident: none of a dense one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Resident {
+    /// How many.
+    pub(super) count: u32,
+    /// A list of the place of each among them, by original number, or `NONE`; they stand in the order of their keys.
+    pub(super) places: u64,
+    /// A list of where each begins, by its place, counted from the first slot: a number of 64 bits each.
+    pub(super) begins: u64,
+}
+
+impl Standing {
+    /// The lists for a step: written again only where they have to be, and verified then, as all that stays.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub(super) fn of(
+        &mut self,
+        model: &Model,
+        step: &Forward,
+        slot_bytes: u64,
+        (memory, offset): (&Memory, u64),
+    ) -> Result<&Lists, CudaError> {
+        let lists = match self.lists.take() {
+            Some(lists) if self.tiers == step.tiers && self.resident == step.resident => lists,
+            _ => {
+                let mut writer = Writer { bytes: Vec::new(), start: memory.at() + offset };
+                let lists = writer.lists(model, step, slot_bytes);
+                memory.fill(offset, &writer.bytes)?;
+                (self.tiers, self.resident) = (step.tiers.clone(), step.resident.clone());
+                lists
+            }
+        };
+        Ok(self.lists.insert(lists))
+    }
+}
+
+/// Lists one behind the other, from an address on.
+struct Writer {
+    bytes: Vec<u8>,
+    start: u64,
+}
+
+impl Writer {
+    fn words(&mut self, list: &[u32]) -> u64 {
+        self.put(bytemuck::cast_slice(list))
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> u64 {
+        self.bytes.resize(self.bytes.len().next_multiple_of(ALIGN), 0);
+        let at = self.start + self.bytes.len() as u64;
+        self.bytes.extend_from_slice(bytes);
+        at
+    }
+
+    fn lists(&mut self, model: &Model, step: &Forward, slot_bytes: u64) -> Lists {
+        let layers = 0..model.arch().layers.len();
+        let eligible = layers.clone().map(|layer| {
+            let mixture = model.arch().layers[layer].dense.is_none();
+            mixture.then(|| {
+                let list = model.checkpoint().eligible(layer as u32, &step.tiers).map(u32::from);
+                self.words(&list.collect::<Vec<_>>())
+            })
+        });
+        let eligible = eligible.collect();
+        let resident = step.resident.as_ref().map(|resident| {
+            let of_layer = layers.map(|layer| self.resident(model, layer as u32, resident, slot_bytes));
+            of_layer.collect()
+        });
+        Lists {
+            eligible,
+            resident,
+            zeros: self.words(&[0; 2]),
+            active: (self.words(&step.tiers), step.tiers.len() as u32),
+            first_child: self.words(&first_children(model)),
+        }
+    }
+
+    fn resident(
+        &mut self,
+        model: &Model,
+        layer: u32,
+        resident: &[(ExpertKey, Slot)],
+        slot_bytes: u64,
+    ) -> Resident {
+        let first = resident.partition_point(|(key, _)| key.layer < layer);
+        let end = resident.partition_point(|(key, _)| key.layer <= layer);
+        let own = &resident[first..end];
+        if own.is_empty() {
+            return Resident::default();
+        }
+        assert!(own.is_sorted_by_key(|(key, _)| *key), "resident experts come in the order of their keys");
+        let mut places = vec![NONE; model.arch().moe.as_ref().map_or(0, |moe| moe.experts)];
+        for (place, (key, _)) in (0..).zip(own) {
+            let expert = model.checkpoint().ordinal(*key).expect("an expert of the checkpoint");
+            places[expert as usize] = place;
+        }
+        let begins: Vec<u64> = own.iter().map(|(_, slot)| u64::from(slot.0) * slot_bytes).collect();
+        let count = own.len() as u32;
+        Resident { count, places: self.words(&places), begins: self.put(bytemuck::cast_slice(&begins)) }
+    }
+}
+
+/// For each tier the first row of its groups, for each group that of its experts, and where those of the last end.
+fn first_children(model: &Model) -> Vec<u32> {
+    let tiered = model.arch().moe.as_ref().and_then(|moe| moe.tiered.as_ref());
+    let Some(router) = tiered else { return Vec::new() };
+    let tiers = 0..router.tiers.len();
+    let groups = tiers.clone().flat_map(|tier| router.groups_of(tier));
+    let firsts = tiers.map(|tier| router.groups_of(tier).start);
+    let all = firsts.chain(groups.map(|group| router.experts_of(group).start)).chain([router.rows()]);
+    all.map(|row| row as u32).collect()
+}
