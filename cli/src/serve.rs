@@ -93,8 +93,10 @@ impl Service {
             if let Some(status) = &status {
                 progress.suspend(|| {
                     tell!("{}", memory_plan(status));
-                    if !node.reading().is_empty() {
-                        tell!("{}", node.reading());
+                    for how in [node.reading(), node.launching()] {
+                        if !how.is_empty() {
+                            tell!("{how}");
+                        }
                     }
                     tell!("model {}, state {}", model.display(), state.path().display());
                 });

@@ -114,6 +114,11 @@ __device__ __forceinline__ void score(const Rows& of, const float* __restrict__ 
     // Padded with zeros to whole steps.
     const u32 padded = pieces(key_dim, LANES) * LANES;
     const bool aligned = key_dim * T::BYTES % 16 == 0, exists = position < of.until();
+    // A grid may be wider than what its rows see.
+    if (page * PAGE >= of.until()) {
+        for (u32 n = threadIdx.x; n < of.queries(); n += SCORE_THREADS) maxima[of.number(n) * of.span + blockIdx.x] = -infinity();
+        return;
+    }
     const byte* key = nullptr;
     if (exists) key = of.page(page) + keys_at + (u64(blockIdx.y) * PAGE + slot) * key_dim * T::BYTES;
     for (u32 first = 0; first < of.queries(); first += QUERIES) {

@@ -13,10 +13,9 @@ struct Machine {
     libraries: std::ffi::OsString,
     /// Tokens of prompts, at most.
     length: u64,
+    /// Tokens that are chosen after a prompt.
+    chosen: &'static str,
 }
-
-/// Tokens that are chosen after a prompt.
-const CHOSEN: &str = "5";
 
 impl Machine {
     /// None, and said so, where there is no compiler of C++ or no NVRTC.
@@ -29,7 +28,7 @@ impl Machine {
             return None;
         };
         let libraries = std::env::join_paths([driver, nvrtc]).unwrap();
-        Some(Self { place: Place::new(), libraries, length: 78 })
+        Some(Self { place: Place::new(), libraries, length: 78, chosen: "5" })
     }
 
     /// Runs a command, with wishes for the stand-in: names after `LITE_LLM_STAND_IN`, and values.
@@ -48,7 +47,15 @@ impl Machine {
     fn generate(&self, model: &Path, state: &str, more: &[&str], wishes: &[(&str, &str)]) -> Ran {
         let prompt = prompt(model, self.length);
         let mut arguments = vec!["run", model.to_str().unwrap(), "--prompt-tokens", &prompt, "--json"];
-        arguments.extend(["--state", state, "--request-id", "one", "--max-tokens", CHOSEN, "--ignore-eos"]);
+        arguments.extend([
+            "--state",
+            state,
+            "--request-id",
+            "one",
+            "--max-tokens",
+            self.chosen,
+            "--ignore-eos",
+        ]);
         arguments.extend(more);
         self.run(&arguments, wishes)
     }
@@ -235,8 +242,36 @@ fn nothing_is_asked_of_the_host_in_a_step_with_all_experts() {
         let more = ["--memory", memory];
         let [few, many] = [4, 12].map(|tokens| machine.tally(&model, &more, tokens));
         let more = |what: &str| many[what] - few[what];
+        // Steps are recorded when there is nothing that the host has to hear of.
+        assert_eq!((more("replay"), more("graph")), if all { (8, 0) } else { (0, 0) }, "{few:?} {many:?}");
         assert_eq!(more("fetch") == 8 && more("copy") == 8, all, "{few:?} {many:?}");
         assert!(more("fetch") >= 8 && more("launch") > 8, "{few:?} {many:?}");
+    }
+}
+
+/// Steps of decode are recorded the second time a shape comes, and launched again: lists change, and now and then the shape does.
+#[test]
+fn recorded_steps_have_the_bits_of_the_cpu() {
+    let Some(mut machine) = Machine::new() else { return };
+    (machine.length, machine.chosen) = (57, "80");
+    // Pages of a whole sequence and of a window, latent attention, a dense model.
+    for (seed, name) in ["olmoe", "gpt_oss", "deepseek_v2", "llama"].into_iter().enumerate() {
+        let (model, seed) = (folder("fixtures").join(name), seed.to_string());
+        let expected = machine.expected(&model, &[]);
+        machine.check(&model, &["--memory", "400MiB"], &[("SEED", &seed)], &expected);
+    }
+    // A driver that makes no graphs, from the start or later.
+    (machine.length, machine.chosen) = (9, "8");
+    let (model, tally) = (folder("fixtures/olmoe"), machine.place.path("tally"));
+    let expected = machine.expected(&model, &[]);
+    for (fault, said) in [("graph:1:801", true), ("graph:2:801", false)] {
+        let wishes = [("FAULT", fault), ("TALLY", tally.to_str().unwrap())];
+        let ran = machine.generate(&model, "gpu", &["--memory", "300MiB", "--device", "cuda"], &wishes);
+        assert_eq!(ran.json()["tokens"], expected, "{fault}");
+        let words = "launched kernel by kernel: the CUDA driver refuses";
+        assert_eq!(ran.stderr.matches(words).count(), usize::from(said), "{}", ran.stderr);
+        assert!(std::fs::read_to_string(&tally).unwrap().contains("replay 0\n"));
+        std::fs::remove_dir_all(machine.place.path("gpu")).unwrap();
     }
 }
 
@@ -295,12 +330,18 @@ fn a_lost_device_ends_the_node_and_the_stream_goes_on() {
     let on = ["--device", "cuda", "--memory", "300MiB"];
     let hasty = [&on[..], &["--device-patience", "1s"]].concat();
     // An illegal address, an ECC error, a launch without resources, a kernel that never ends; on the device and on the CPU again.
+    let launches = machine.tally(&model, &on[2..], 5)["launch"];
+    let [lost, hangs] = ["700", "hang"].map(|how| format!("launch:{}:{how}", launches - 9));
     for (fault, more, words, after) in [
         ("launch:150:700", &on[..], "cu", &on[..]),
         ("launch:200:214", &on, "cu", &["--device", "cpu"]),
-        ("launch:333:701", &on, "cuLaunchKernel", &on),
+        ("launch:100:701", &on, "cuLaunchKernel", &on),
         ("launch:190:hang", &hasty, "no progress for 1s", &on),
         ("fetch:60:hang", &hasty, "no progress for 1s", &["--device", "cpu"]),
+        // In a recorded step.
+        (&lost, &on, "cu", &on),
+        (&hangs, &hasty, "no progress for 1s", &on),
+        ("replay:2:999", &on, "cuGraphLaunch", &["--device", "cpu"]),
     ] {
         let ran = machine.generate(&model, "gpu", more, &[("FAULT", fault)]);
         ran.refuses(1, &["the GPU is lost", words, "start again", "the journal goes on"]);

@@ -12,8 +12,9 @@
 //   LITE_LLM_STAND_IN_PINNED  bytes of host memory that may be pinned (no limit)
 //   LITE_LLM_STAND_IN_TALLY   a file, to which a process that ends well writes how many of each `what` there were, a line for each
 //   LITE_LLM_STAND_IN_FAULT   faults with commas between them, each `what:number:how`
-// The number-th `what` of the process, counted from 1 as the host asks for it: init, alloc (of a device), pin, module, launch (those
-// of a graph count at each of its launches), copy (from the host to a device), fetch (back). `how` is
+// The number-th `what` of the process, counted from 1 as the host asks for it: init, alloc (of a device), pin, module, graph (one that
+// is made), replay (its launch), launch (of a kernel; those of a graph count at each replay), copy (from the host to a device), fetch
+// (back). `how` is
 //   a code    the call fails with it. One after which a context is lost (214, 700, 719, 999 and others) comes when the operation
 //             runs, so that a later call has it first; and from then on nothing runs, and every call has it
 //   hang      the operation never ends, and nothing that waits for it begins
@@ -80,7 +81,7 @@ struct Fault {
     enum How { NOTHING, CODE, HANG, FLIP } how = NOTHING;
     int code = 0;
 };
-enum What { INIT, ALLOC, PIN, MODULE, LAUNCH, COPY, FETCH, WHATS };
+enum What { INIT, ALLOC, PIN, MODULE, GRAPH, REPLAY, LAUNCH, COPY, FETCH, WHATS };
 
 const char* kind_of_driver();
 std::size_t memory_of_device();

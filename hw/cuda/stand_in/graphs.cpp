@@ -90,6 +90,7 @@ CALL cuGraphInstantiateWithFlags(void** executable, void* handle, unsigned long 
     ENTER(CONTEXT);
     auto* const graph = static_cast<Graph*>(handle);
     if (graphs.count(graph) == 0) return INVALID_HANDLE;
+    if (const Fault fault = count(GRAPH); fault.how == Fault::CODE) return fault.code;
     auto* const made = new Executable{graph->nodes, nullptr};
     executables.insert(made);
     return *executable = made, SUCCESS;
@@ -117,6 +118,7 @@ CALL cuGraphLaunch(void* handle, void* stream_handle) {
         stream->capture->invalid = true;
         return NOT_SUPPORTED;
     }
+    if (const Fault fault = count(REPLAY); fault.how == Fault::CODE) return fault.code;
     std::vector<Op> first = before_next(*stream), all;
     if (executable->last) first.push_back(executable->last);
     for (const Node& node : executable->nodes) {

@@ -12,7 +12,7 @@
 namespace stand_in {
 namespace {
 
-const char* const NAMES[WHATS] = {"init", "alloc", "pin", "module", "launch", "copy", "fetch"};
+const char* const NAMES[WHATS] = {"init", "alloc", "pin", "module", "graph", "replay", "launch", "copy", "fetch"};
 
 const char* variable(const char* name, const char* otherwise) {
     const char* const value = std::getenv(name);

@@ -9,6 +9,7 @@ pub mod cache;
 pub mod driver;
 mod functions;
 pub mod gpu;
+mod graph;
 pub mod kernels;
 pub(crate) mod memory;
 pub(crate) mod model;

@@ -44,8 +44,8 @@ impl Arg {
 /// A stream of a device. It is used by one thread at a time.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    gpu: Arc<Gpu>,
-    raw: CUstream,
+    pub(super) gpu: Arc<Gpu>,
+    pub(super) raw: CUstream,
     end: CUevent,
 }
 

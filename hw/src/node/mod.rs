@@ -321,6 +321,11 @@ impl Node {
         self.handle.reading()
     }
 
+    /// How a GPU is told what to do, if not in the best way, for people; else empty.
+    pub fn launching(&self) -> &str {
+        &self.handle.launching
+    }
+
     /// A handle for other threads.
     pub fn handle(&self) -> NodeHandle {
         self.handle.clone()
@@ -358,6 +363,7 @@ pub struct NodeHandle {
     messages: SyncSender<Message>,
     identity: Arc<Identity>,
     reading: Arc<str>,
+    launching: Arc<str>,
 }
 
 impl NodeHandle {

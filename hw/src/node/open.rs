@@ -137,9 +137,13 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let (ready_sender, ready) = channel();
     let reports = Reports::to(messages.clone());
     let loaders = Loaders::start(loaders, loader, cold, &blobs, gpu.as_ref(), &reports)?;
-    let backend: Box<dyn Backend> = match (&gpu, sizes) {
-        (Some(gpu), Some(sizes)) => Box::new(CudaModel::new(gpu, model, sizes, isa)?),
-        _ => Box::new(Cpu::new(model)),
+    let (backend, launching): (Box<dyn Backend>, String) = match (&gpu, sizes) {
+        (Some(gpu), Some(sizes)) => {
+            let model = CudaModel::new(gpu, model, sizes, isa)?;
+            let launching = model.launching();
+            (Box::new(model), launching)
+        }
+        _ => (Box::new(Cpu::new(model)), String::new()),
     };
     let compute = Compute::start(backend, capture, reports.clone())?;
     let journal = Journal::start(store, bytes, reports)?;
@@ -150,7 +154,8 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
         .name("node".into())
         .spawn(move || event_loop.run(receiver, first))
         .map_err(|source| NodeError::System { what: "cannot start the event loop", source })?;
-    Ok(Node { handle: NodeHandle { messages, identity, reading }, ready, thread: Some(thread) })
+    let handle = NodeHandle { messages, identity, reading, launching: launching.into() };
+    Ok(Node { handle, ready, thread: Some(thread) })
 }
 
 /// The log that a journal holds after it was cut or replaced.

@@ -117,7 +117,8 @@ impl Case {
         let (scale, sinks) = (0.117_851_13, operands.values(self.heads));
         let sinks = self.has_sinks.then_some(&sinks[..]);
 
-        let (span, queries) = (PAGES[0].len(), rows * self.heads);
+        // One page more than anybody sees, as grids of steps that are recorded are rounded up.
+        let (span, queries) = (PAGES[0].len() + 1, rows * self.heads);
         let grid = [span as u32, kv_heads as u32, ROWS.len() as u32];
         let launch =
             self.rows(&format!("attention_scores_{}", name(dtype)), grid, 128, &cache, span).values(&q);

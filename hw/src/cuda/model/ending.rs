@@ -10,8 +10,8 @@ use super::{Failed, Step};
 use lite_llm_model::kernels::Isa;
 
 impl Run<'_> {
-    /// Computes logits, takes back what is digested, chooses tokens. All of it comes at once, where logits have room for all who
-    /// want them.
+    /// Takes back what is digested, chooses tokens. All of it comes at once, where logits have room for all who want them; else the
+    /// first logits are there, and others are computed.
     pub(super) fn end(&self, isa: Isa, step: &mut Step<'_, '_>, results: &mut Results) -> Result<(), Failed> {
         let Back { routes, logits, end } = self.back;
         if self.tables.wanted.is_empty() {
@@ -23,7 +23,9 @@ impl Run<'_> {
         }
         let last = self.tables.wanted.len() - 1;
         for (number, wanted) in self.tables.wanted.iter().enumerate() {
-            self.logits(wanted)?;
+            if number > 0 {
+                self.logits(wanted)?;
+            }
             // Between the first ones and the last ones logits come alone.
             let from = if number == 0 || number == last { 0 } else { logits };
             results.ask(self.stream, Self::value(self.room.x, from), end - from)?;
@@ -45,7 +47,7 @@ impl Run<'_> {
         if self.standing.resident.is_none() {
             return Ok(());
         }
-        let (rows, each) = (self.tables.at.len(), self.route_words());
+        let (rows, each) = (self.at.len(), self.route_words());
         let mixtures = (0..).zip(&self.routers.of_layer).filter(|(_, router)| router.is_some());
         for ((number, _), words) in mixtures.zip(words.chunks_exact(each)) {
             self.take_routes(number, &Routes::new(words, rows, self.sizes.places), step)?;
@@ -64,7 +66,7 @@ impl Run<'_> {
         let arch = self.model.arch();
         for (&i, logits) in wanted.positions.iter().zip(logits.chunks_exact_mut(arch.vocab)) {
             let logits: &mut [f32] = bytemuck::cast_slice_mut(logits);
-            let at = &self.tables.at[i as usize];
+            let at = &self.at[i as usize];
             if let Some(capture) = &mut step.capture
                 && capture.wants_logits(at.request)
             {
@@ -78,7 +80,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn logits(&self, wanted: &Wanted) -> Result<(), CudaError> {
+    pub(super) fn logits(&self, wanted: &Wanted) -> Result<(), CudaError> {
         let (room, hidden, head) = (self.room, self.hidden(), &self.base.head);
         let rows = wanted.positions.len() as u32;
         self.arrange((room.x, hidden, 0), wanted.picked, (room.last, hidden, 0), hidden, rows)?;
@@ -94,7 +96,7 @@ impl Run<'_> {
 
     fn digest(&self, step: &mut Step<'_, '_>, x: &[u32]) {
         let x: &[f32] = bytemuck::cast_slice(x);
-        for (at, x) in self.tables.at.iter().zip(x.chunks_exact(self.sizes.hidden)) {
+        for (at, x) in self.at.iter().zip(x.chunks_exact(self.sizes.hidden)) {
             step.outcome.hidden(at.row, x);
         }
     }

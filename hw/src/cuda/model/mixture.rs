@@ -32,6 +32,7 @@ struct Experts {
 }
 
 impl Run<'_> {
+    /// A layer whose experts come and go: the host hears of the choice, and asks for what it needs.
     pub(super) fn mixture(
         &self,
         index: usize,
@@ -40,11 +41,8 @@ impl Run<'_> {
         source: &mut dyn ExpertSource,
         desk: &mut Desk,
     ) -> Result<(), Failed> {
-        if let Some(resident) = &self.standing.resident {
-            return Ok(self.with_resident(index, layer, resident[index])?);
-        }
         let moe = self.model.arch().moe.as_ref().expect("a mixture layer");
-        let (number, rows) = (index as u32, self.tables.at.len());
+        let (number, rows) = (index as u32, self.at.len());
         let next =
             (index + 1..self.routers.of_layer.len()).find(|&next| self.routers.of_layer[next].is_some());
         let next = next.filter(|_| step.forward.foresee);
@@ -90,10 +88,10 @@ impl Run<'_> {
         step: &mut Step<'_, '_>,
     ) -> Result<(), StepError> {
         if let Some(at) = routes.faults.iter().position(|&fault| fault != 0) {
-            let at = &self.tables.at[at];
+            let at = &self.at[at];
             return Err(StepError::NonFinite { row: at.row as u32, layer: number, position: at.position });
         }
-        for (i, at) in self.tables.at.iter().enumerate() {
+        for (i, at) in self.at.iter().enumerate() {
             step.route(number, at, routes.experts(i), routes.weights(i));
         }
         Ok(())
@@ -101,7 +99,12 @@ impl Run<'_> {
 
     /// A layer whose experts are all there: nothing is asked of the host. What it hears at the end may be that the step has no rows;
     /// what is computed until then of values that are not finite is nobody's.
-    fn with_resident(&self, index: usize, layer: &Layer, resident: Resident) -> Result<(), CudaError> {
+    pub(super) fn with_resident(
+        &self,
+        index: usize,
+        layer: &Layer,
+        resident: Resident,
+    ) -> Result<(), CudaError> {
         let (moe, rows) = (self.model.arch().moe.as_ref().expect("a mixture layer"), self.positions());
         let storage = self.routers.of_layer[index].as_ref().expect("routers are loaded").scores.storage;
         self.pack(self.room.normed, 0, rows, self.hidden(), &[storage], self.room.packed)?;

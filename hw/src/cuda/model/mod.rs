@@ -7,6 +7,8 @@
 
 mod attention;
 mod ending;
+mod graphs;
+mod layers;
 mod mirror;
 mod mixture;
 mod routes;
@@ -22,6 +24,7 @@ use super::memory::Memory;
 use super::stream::Stream;
 use crate::arena::Arena;
 use crate::node::backend::{Backend, Unfinished, fault_of};
+use graphs::Graphs;
 use lite_llm_core::input::{Fault, RowResult};
 use lite_llm_core::output::Forward;
 use lite_llm_model::forward::Outcome;
@@ -34,7 +37,7 @@ use run::Run;
 use sizes::{Room, Sizes};
 use standing::Standing;
 use std::sync::Arc;
-use tables::{At, Tables};
+use tables::{At, Tables, positions};
 use weights::{Base, Routers};
 
 /// Why a step has no rows.
@@ -83,6 +86,7 @@ impl Step<'_, '_> {
 #[derive(Debug)]
 struct Carved {
     // In this order: whatever uses memory goes first.
+    graphs: Graphs,
     desk: Desk,
     tables: Mirror,
     standing: Standing,
@@ -103,6 +107,8 @@ pub(crate) struct CudaModel {
     base: Option<Base>,
     routers: Option<Routers>,
     stream: Stream,
+    /// Why the driver makes no graphs, if it makes none.
+    no_graphs: Option<CudaError>,
     sizes: Sizes,
     isa: Isa,
     model: Model,
@@ -116,8 +122,15 @@ impl CudaModel {
     /// If the device is lost.
     pub(crate) fn new(gpu: &Arc<Gpu>, model: Model, sizes: Sizes, isa: Isa) -> Result<Self, CudaError> {
         let stream = Stream::new(gpu)?;
+        let no_graphs = graphs::refusal(&stream, gpu.functions.add);
         let (carved, base, routers) = (None, None, None);
-        Ok(Self { carved, base, routers, stream, sizes, isa, model, gpu: Arc::clone(gpu) })
+        Ok(Self { carved, base, routers, stream, no_graphs, sizes, isa, model, gpu: Arc::clone(gpu) })
+    }
+
+    /// What people may want to know of how steps are launched; empty if there is nothing.
+    pub(crate) fn launching(&self) -> String {
+        let why = |error: &CudaError| format!("steps of decode are launched kernel by kernel: {error}");
+        self.no_graphs.as_ref().map_or_else(String::new, why)
     }
 
     fn take_memory(&self, arena: &Arc<Arena>, pages: u32) -> Result<Carved, CudaError> {
@@ -136,7 +149,15 @@ impl CudaModel {
         let standing_at = standing_at.next_multiple_of(super::memory::ALIGN) - memory.at();
         let tables = Mirror::new(gpu, tables, sizes.table_words())?;
         let (standing, arena) = (Standing::default(), Arc::clone(arena));
-        Ok(Carved { desk, tables, standing, standing_at, room, memory, cache, page_bytes, arena })
+        let graphs = Graphs::new(self.no_graphs.is_some());
+        Ok(Carved { graphs, desk, tables, standing, standing_at, room, memory, cache, page_bytes, arena })
+    }
+
+    /// Weights are elsewhere from now on.
+    fn forget_graphs(&mut self) {
+        if let Some(carved) = &mut self.carved {
+            carved.graphs.clear();
+        }
     }
 
     fn step<'a>(&mut self, step: &mut Step<'a, '_>, source: &mut dyn ExpertSource) -> Result<(), Failed> {
@@ -146,13 +167,14 @@ impl CudaModel {
         carved.desk.results.clear();
         let capture = step.capture.as_deref();
         let wants = |request| capture.is_some_and(|capture| capture.wants_logits(request));
-        let tables = Tables::of(&self.model, &self.sizes, step.forward, &wants, &mut carved.tables);
+        let at = positions(step.forward);
+        let tables = Tables::of(&self.model, &self.sizes, step.forward, &at, &wants, &mut carved.tables);
         carved.tables.send(&self.stream)?;
         let place = (&carved.memory, carved.standing_at);
         let standing = carved.standing.of(&self.model, step.forward, slots.1, place)?;
         let kept = if standing.resident.is_some() { self.sizes.moe_layers } else { 0 };
         let logits = tables.wanted.first().map_or(0, |wanted| wanted.positions.len());
-        let back = self.sizes.back(tables.at.len(), kept, logits);
+        let back = self.sizes.back(at.len(), kept, logits);
         let run = Run {
             model: &self.model,
             stream: &self.stream,
@@ -163,22 +185,18 @@ impl CudaModel {
             lists: carved.desk.lists.device(),
             base: self.base.as_ref().expect("base parameters are loaded before the first step"),
             routers: self.routers.as_ref().expect("routers are loaded before the first step"),
+            at: &at,
             tables: &tables,
             standing,
             cache: (carved.cache.at(), carved.page_bytes),
             slots,
         };
-        let rows = run.positions();
-        run.embed()?;
-        for (index, layer) in run.base.layers.iter().enumerate() {
-            run.norm(run.room.x, layer.attention_norm, run.room.normed, rows)?;
-            run.attend(index, layer)?;
-            run.norm(run.room.x, layer.block_norm, run.room.normed, rows)?;
-            if let Some(dense) = &layer.dense {
-                run.gated(dense, run.room.added)?;
-                run.add(run.room.added)?;
-            } else {
-                run.mixture(index, layer, step, source, &mut carved.desk)?;
+        match &standing.resident {
+            None => run.by_layers(step, source, &mut carved.desk)?,
+            Some(resident) if !tables.decode => run.launches(resident)?,
+            Some(resident) => {
+                let launches = || run.launches(resident);
+                carved.graphs.launch(&self.stream, (standing, &tables), launches)?;
             }
         }
         run.end(self.isa, step, &mut carved.desk.results)
@@ -206,6 +224,7 @@ impl Backend for CudaModel {
     }
 
     fn load_base(&mut self, shard: u32) -> Result<(), Fault> {
+        self.forget_graphs();
         self.model.load_base(shard).map_err(|error| fault_of(&error))?;
         self.base = Some(Base::load(&self.gpu, &self.model).map_err(|error| boot_fault(&self.gpu, &error))?);
         // The host keeps none of it.
@@ -214,6 +233,7 @@ impl Backend for CudaModel {
     }
 
     fn load_routers(&mut self, routing_seed: u64) -> Result<(), Fault> {
+        self.forget_graphs();
         self.model.set_routing_seed(routing_seed);
         self.model.load_routers().map_err(|error| fault_of(&error))?;
         self.routers =
@@ -252,6 +272,7 @@ impl Backend for CudaModel {
     fn take(&mut self, model: Model) {
         // A node with a device computes a whole model, of which there is one share.
         self.model = model;
+        self.forget_graphs();
         (self.base, self.routers) = (None, None);
     }
 

@@ -73,7 +73,7 @@ impl Run<'_> {
 
     /// Words of the routes of the step's positions.
     pub(super) fn route_words(&self) -> usize {
-        self.sizes.route_words(self.tables.at.len())
+        self.sizes.route_words(self.at.len())
     }
 
     /// Routes the normalised input, which is packed, by the router of a layer.
@@ -135,7 +135,7 @@ impl Run<'_> {
 
     /// Finds who uses which of the experts of a layer, all of which are resident.
     pub(super) fn find_users(&self, resident: Resident, routes: u64) -> Result<Found, CudaError> {
-        let (rows, places) = (self.tables.at.len(), self.sizes.places);
+        let (rows, places) = (self.at.len(), self.sizes.places);
         let count = rows * places;
         let experts = (resident.count).min(count as u32);
         let weights_at = self.lists;

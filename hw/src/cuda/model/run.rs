@@ -5,7 +5,7 @@ use super::super::functions::{Function, Functions};
 use super::super::stream::{Arg, Stream};
 use super::sizes::{Back, Packed, Room, Sizes};
 use super::standing::Lists;
-use super::tables::Tables;
+use super::tables::{self, Tables};
 use super::weights::{Base, Matrix, Norm, Routers};
 use Arg::{At, Value, Word};
 use lite_llm_model::Model;
@@ -41,6 +41,8 @@ pub(super) struct Run<'a> {
     pub(super) lists: u64,
     pub(super) base: &'a Base,
     pub(super) routers: &'a Routers,
+    /// The positions of the step.
+    pub(super) at: &'a [tables::At],
     pub(super) tables: &'a Tables,
     pub(super) standing: &'a Lists,
     /// Where the cache begins, and bytes of a page.
@@ -81,7 +83,7 @@ impl Run<'_> {
 
     /// Positions of the step.
     pub(super) fn positions(&self) -> u32 {
-        self.tables.at.len() as u32
+        self.at.len() as u32
     }
 
     pub(super) fn hidden(&self) -> u32 {

@@ -19,7 +19,7 @@ pub(super) struct At {
 }
 
 /// Rows that attend in one launch.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Batch {
     /// The first of its positions, and how many there are.
     pub(super) first: usize,
@@ -35,7 +35,7 @@ pub(super) struct Batch {
 }
 
 /// The pages of a group of layers.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Pages {
     pub(super) window: u32,
     /// The page that each position is written to.
@@ -44,10 +44,13 @@ pub(super) struct Pages {
     pub(super) batches: Vec<Batch>,
 }
 
-/// The tables of a step: addresses of lists.
-#[derive(Debug)]
+/// The tables of a step: addresses of lists, and how long they are.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Tables {
-    pub(super) at: Vec<At>,
+    /// How many positions there are.
+    pub(super) count: usize,
+    /// Whether each row has one position. What grows as such rows do is rounded up, so that many steps have one shape.
+    pub(super) decode: bool,
     pub(super) tokens: u64,
     pub(super) positions: u64,
     /// The rows of a product with all positions; of one for each head.
@@ -62,7 +65,7 @@ pub(super) struct Tables {
 }
 
 /// Positions whose logits are computed together.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Wanted {
     pub(super) positions: Vec<u32>,
     /// Lists: the same; the rows of their product.
@@ -76,15 +79,11 @@ impl Tables {
         model: &Model,
         sizes: &Sizes,
         step: &Forward,
+        at: &[At],
         wants_logits: &dyn Fn(u64) -> bool,
         mirror: &mut Mirror,
     ) -> Self {
         mirror.clear();
-        let mut at = Vec::new();
-        for (row, of_row) in step.rows.iter().enumerate() {
-            let positions = (of_row.start..).take(of_row.tokens.len());
-            at.extend(positions.map(|position| At { row, request: of_row.request, position }));
-        }
         assert!(at.len() <= sizes.positions, "a step has no more positions than was planned");
         let tokens: Vec<u32> = step.rows.iter().flat_map(|row| &row.tokens).copied().collect();
         let positions: Vec<u32> = at.iter().map(|at| at.position).collect();
@@ -116,11 +115,26 @@ impl Tables {
             by_head: mirror.words(&by_head),
             from_heads: mirror.words(&from_heads),
             to_heads: mirror.words(&to_heads),
-            pages: (0..sizes.groups).map(|group| pages(model, sizes, step, group, &at, mirror)).collect(),
+            pages: (0..sizes.groups).map(|group| pages(model, sizes, step, group, at, mirror)).collect(),
             wanted,
-            at,
+            count: at.len(),
+            decode: is_decode(step),
         }
     }
+}
+
+/// The positions of a step.
+pub(super) fn positions(step: &Forward) -> Vec<At> {
+    let mut at = Vec::new();
+    for (row, of_row) in step.rows.iter().enumerate() {
+        let positions = (of_row.start..).take(of_row.tokens.len());
+        at.extend(positions.map(|position| At { row, request: of_row.request, position }));
+    }
+    at
+}
+
+fn is_decode(step: &Forward) -> bool {
+    step.rows.iter().all(|row| row.tokens.len() == 1)
 }
 
 /// A piece of a sequence: rows that stand together, pages that they see together, and where its sequence's begin.
@@ -139,6 +153,11 @@ fn pages(
     mirror: &mut Mirror,
 ) -> Pages {
     let window = model.kv_groups()[group].unwrap_or(0);
+    // What a graph is to be launched with for a while.
+    let decode = is_decode(step);
+    let rounded = |count: usize, most: usize| {
+        if decode { count.next_power_of_two().min(most).max(count) } else { count }
+    };
     let seen_from = |position: u32| if window == 0 { 0 } else { (position + 1).saturating_sub(window) };
     let of_position: Vec<u32> = at
         .iter()
@@ -160,7 +179,7 @@ fn pages(
             let mut rows = 0;
             let mut span = 0;
             while position < end && rows < TOGETHER {
-                let more = position / PAGE + 1 - base;
+                let more = rounded((position / PAGE + 1 - base) as usize, sizes.pages) as u32;
                 if rows > 0 && values(sizes, rows + 1, more) > sizes.attention {
                     break;
                 }
@@ -169,6 +188,7 @@ fn pages(
             pieces.push(Piece { rows, span, first_page });
         }
     }
+    table.resize(rounded(table.len(), sizes.rows * sizes.pages), 0);
     let mut batches = Vec::new();
     let (mut rest, mut first) = (&pieces[..], 0);
     while !rest.is_empty() {
