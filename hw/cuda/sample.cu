@@ -149,18 +149,20 @@ __device__ __forceinline__ u64 sum_of(const Candidates& of, const Sums& sums) {
     return own[0];
 }
 
-// Tokens of rows whose temperatures are above 0, by one draw each. `best` is what argmax found; shares are in multiples of 2^-32,
-// `top_p` NOBODY where it keeps all, `min_p` 0; `top_k` is 0 where it keeps all. `weights` is room for a number for each logit.
-KERNEL __launch_bounds__(SAMPLE_THREADS) sample(const float* __restrict__ logits, const u32* __restrict__ best,
+// Tokens of rows whose temperatures are above 0, by one draw each. `tokens` and `faults` are what argmax found, and rows that it found
+// faults in, or that take the largest logit, are left as they are; shares are in multiples of 2^-32, `top_p` NOBODY where it keeps all,
+// `min_p` 0; `top_k` is 0 where it keeps all. `weights` is room for a number for each logit.
+KERNEL __launch_bounds__(SAMPLE_THREADS) sample(const float* __restrict__ logits, const u32* __restrict__ faults,
                                                 const float* __restrict__ temperatures, const u32* __restrict__ top_k,
                                                 const u64* __restrict__ top_p, const u64* __restrict__ min_p,
-                                                const u64* __restrict__ draws, u64* weights, u32* __restrict__ tokens, u32 n) {
+                                                const u64* __restrict__ draws, u64* weights, u32* tokens, u32 n) {
     SHARED(u64, of_warps, SAMPLE_THREADS / WARP * DIGITS);
     SHARED(u64, all, DIGITS);
     const u32 row = blockIdx.x;
     const Sums sums = {of_warps, all};
     Candidates left = {logits + u64(row) * n, weights + u64(row) * n, n, NOBODY};
-    const float max = left.logits[best[row]], temperature = temperatures[row];
+    if (faults[row] != ALL || !(temperatures[row] > 0.0f)) return;
+    const float max = left.logits[tokens[row]], temperature = temperatures[row];
     // Until the first barrier each thread reads the weights that it wrote itself, and no others.
     for (u32 token = threadIdx.x; token < n; token += blockDim.x) {
         const float x = (left.logits[token] - max) / temperature;

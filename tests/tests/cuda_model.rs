@@ -191,12 +191,18 @@ fn rows_of_many_requests_share_steps() {
     let Some(machine) = Machine::new() else { return };
     let model = folder("fixtures/qwen3_moe");
     let mut lines = String::new();
-    for (number, length) in [3, 70, 1, 40].into_iter().enumerate() {
+    // Tokens are chosen on the device, but where those before them count.
+    let ways = [
+        "\"temperature\": 0.0",
+        "\"temperature\": 0.9, \"repetition_penalty\": 1.3",
+        "\"temperature\": 0.0, \"repetition_penalty\": 1.3",
+        "\"temperature\": 0.9",
+        "\"temperature\": 1.5, \"top_k\": 40, \"top_p\": 0.9, \"min_p\": 0.02",
+    ];
+    for (number, (length, way)) in [3, 70, 1, 40, 5].into_iter().zip(ways).enumerate() {
         let prompt: Vec<u64> = (0..length).map(|i| (i * 31 + number as u64) % 90 + 2).collect();
-        let sampling = if number % 2 == 0 { "0.0" } else { "0.9" };
         lines += &format!(
-            "{{\"id\": \"r{number}\", \"prompt_tokens\": {prompt:?}, \"max_tokens\": 9, \"temperature\": {sampling}, \
-             \"seed\": {number}, \"repetition_penalty\": 1.3}}\n"
+            "{{\"id\": \"r{number}\", \"prompt_tokens\": {prompt:?}, \"max_tokens\": 9, \"seed\": {number}, {way}}}\n"
         );
     }
     std::fs::write(machine.place.path("in"), lines).unwrap();
@@ -242,11 +248,20 @@ fn nothing_is_asked_of_the_host_in_a_step_with_all_experts() {
         let more = ["--memory", memory];
         let [few, many] = [4, 12].map(|tokens| machine.tally(&model, &more, tokens));
         let more = |what: &str| many[what] - few[what];
+        // Each token is chosen there.
+        assert_eq!(more("argmax"), 8, "{few:?} {many:?}");
+        assert!(!many.contains_key("sample"), "{many:?}");
         // Steps are recorded when there is nothing that the host has to hear of.
         assert_eq!((more("replay"), more("graph")), if all { (8, 0) } else { (0, 0) }, "{few:?} {many:?}");
         assert_eq!(more("fetch") == 8 && more("copy") == 8, all, "{few:?} {many:?}");
         assert!(more("fetch") >= 8 && more("launch") > 8, "{few:?} {many:?}");
     }
+    // One that is drawn is chosen there too, but where tokens before it count.
+    let drawn = ["--memory", "300MiB", "--temperature", "0.8"];
+    let tally = machine.tally(&model, &drawn, 4);
+    assert_eq!((tally["argmax"], tally["sample"]), (4, 4), "{tally:?}");
+    let tally = machine.tally(&model, &[&drawn[..], &["--repetition-penalty", "1.2"]].concat(), 4);
+    assert!(!tally.contains_key("argmax") && !tally.contains_key("sample"), "{tally:?}");
 }
 
 /// Steps of decode are recorded the second time a shape comes, and launched again: lists change, and now and then the shape does.

@@ -10,7 +10,8 @@
 //   LITE_LLM_STAND_IN_SEED    the order in which what is queued runs (0)
 //   LITE_LLM_STAND_IN_MEMORY  bytes of each device (24 GiB)
 //   LITE_LLM_STAND_IN_PINNED  bytes of host memory that may be pinned (no limit)
-//   LITE_LLM_STAND_IN_TALLY   a file, to which a process that ends well writes how many of each `what` there were, a line for each
+//   LITE_LLM_STAND_IN_TALLY   a file, to which a process that ends well writes how many of each `what` there were, and how often each
+//                             kernel ran: a line for each
 //   LITE_LLM_STAND_IN_FAULT   faults with commas between them, each `what:number:how`
 // The number-th `what` of the process, counted from 1 as the host asks for it: init, alloc (of a device), pin, module, graph (one that
 // is made), replay (its launch), launch (of a kernel; those of a graph count at each replay), copy (from the host to a device), fetch
@@ -88,6 +89,7 @@ std::size_t memory_of_device();
 std::size_t pinned_limit();
 // Counts one more of them, and says what is to become of it.
 Fault count(What what);
+void count_run(const char* kernel);
 // Whether a context is lost with this code.
 bool is_sticky(int code);
 // The next number below `end`, of the sequence that the seed begins.

@@ -53,6 +53,7 @@ void launch(const Operation& operation) {
             report("argument %zu is %#llx, which no device reaches", i, static_cast<unsigned long long>(arguments[i].bits));
         }
     }
+    count_run(work.kernel->name);
     run_grid(*work.kernel, arguments, work.grid, work.block);
     for (std::size_t i = 0; i < work.arguments.size(); i++) {
         const bool writes = work.kernel->parameters[i].is_pointer && !work.kernel->parameters[i].is_const;

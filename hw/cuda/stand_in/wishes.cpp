@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 
 #include "driver.hpp"
 
@@ -71,12 +72,14 @@ std::uint64_t state;
 // What there was of each, and where that is written as the library is let go of.
 struct Tally {
     std::uint64_t counts[WHATS] = {};
+    std::map<std::string, std::uint64_t> runs;
 
     ~Tally() {
         const char* const path = variable("LITE_LLM_STAND_IN_TALLY", nullptr);
         std::FILE* const file = path ? std::fopen(path, "w") : nullptr;
         if (!file) return;
         for (int i = 0; i < WHATS; i++) std::fprintf(file, "%s %llu\n", NAMES[i], static_cast<unsigned long long>(counts[i]));
+        for (const auto& [kernel, times] : runs) std::fprintf(file, "%s %llu\n", kernel.c_str(), static_cast<unsigned long long>(times));
         std::fclose(file);
     }
 };
@@ -104,6 +107,8 @@ Fault count(What what) {
     }
     return {};
 }
+
+void count_run(const char* kernel) { tally.runs[kernel]++; }
 
 bool is_sticky(int code) {
     switch (code) {

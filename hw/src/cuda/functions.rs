@@ -61,6 +61,8 @@ pub(crate) struct Functions {
     pub(crate) add: Function,
     pub(crate) combine: Function,
     pub(crate) divide: Function,
+    pub(crate) argmax: Function,
+    pub(crate) sample: Function,
 }
 
 /// Names of storages in kernels' names, and the source of their products.
@@ -131,6 +133,8 @@ impl Functions {
         this.repack = find("linear.cu", "repack")?;
         this.quantise = find("grouped.cu", "quantise")?;
         this.divide = find("sample.cu", "divide")?;
+        this.argmax = find("sample.cu", "argmax")?;
+        this.sample = find("sample.cu", "sample")?;
         let of_moe = [
             ("route", &mut this.route),
             ("route_tiers", &mut this.route_tiers),

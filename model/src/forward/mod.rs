@@ -22,7 +22,7 @@ use experts::ROWS_TOGETHER;
 pub(crate) use workspace::planned_bytes;
 
 pub use cache::KvCache;
-pub use outcome::Outcome;
+pub use outcome::{Outcome, choice};
 pub use workspace::Workspace;
 
 use crate::arch::Activation;

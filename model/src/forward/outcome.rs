@@ -2,12 +2,20 @@
 //! give of the same values.
 
 use super::StepError;
-use super::output::{digest_values, token};
+use super::output::{digest_values, params, penalises, token};
 use super::ranks::RowDigest;
 use crate::kernels::Isa;
+use crate::kernels::sample::Params;
 use crate::share::Share;
 use lite_llm_core::input::RowResult;
-use lite_llm_core::output::Forward;
+use lite_llm_core::output::{Forward, Row};
+
+/// How the token of a row is chosen, by which parameters and draw, if its logits alone decide: not if it samples none, or if tokens
+/// before it change them.
+pub fn choice(row: &Row) -> Option<(Params, u64)> {
+    let spec = row.sample.as_ref().filter(|spec| !penalises(&spec.sampling))?;
+    Some((params(&spec.sampling), spec.draw))
+}
 
 /// The results of a step's rows as they become known, in this order: routes, layer by layer and in each position by position;
 /// the logits of rows that sample; what stands in the residual stream at last, position by position.
@@ -53,9 +61,32 @@ impl<'a> Outcome<'a> {
         let of_row = &self.step.rows[row];
         let Some(spec) = &of_row.sample else { return Ok(()) };
         digest_values(&mut self.digests[row], logits);
+        self.choose(row, layers, token(isa, of_row, spec, logits))
+    }
+
+    /// The same of a row that samples, whose token was chosen elsewhere as [`choice`] says: none if a logit is not finite.
+    ///
+    /// # Errors
+    /// If one is not finite; the model has so many layers.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn chosen(
+        &mut self,
+        row: usize,
+        layers: usize,
+        logits: &[f32],
+        token: Option<u32>,
+    ) -> Result<(), StepError> {
+        digest_values(&mut self.digests[row], logits);
+        self.choose(row, layers, token)
+    }
+
+    fn choose(&mut self, row: usize, layers: usize, token: Option<u32>) -> Result<(), StepError> {
+        let of_row = &self.step.rows[row];
         let position = of_row.start + of_row.tokens.len() as u32 - 1;
         let fault = StepError::NonFinite { row: row as u32, layer: layers as u32, position };
-        self.tokens[row] = Some(token(isa, of_row, spec, logits).ok_or(fault)?);
+        self.tokens[row] = Some(token.ok_or(fault)?);
         Ok(())
     }
 

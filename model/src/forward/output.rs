@@ -6,7 +6,7 @@ use crate::kernels::sample::{Params, penalise, sample};
 use crate::kernels::{Buffer, Isa, Product};
 use crate::model::Model;
 use crate::weights::Base;
-use lite_llm_core::input::RowResult;
+use lite_llm_core::input::{RowResult, Sampling};
 use lite_llm_core::output::{Forward, Row, SampleSpec};
 
 /// What the end of a step works in.
@@ -107,21 +107,29 @@ fn is_wanted(at: &At, step: &Forward, capture: Option<&dyn Capture>) -> bool {
     (last && row.sample.is_some()) || capture.is_some_and(|capture| capture.wants_logits(at.request))
 }
 
+/// Whether tokens that were there change logits.
+pub(super) fn penalises(sampling: &Sampling) -> bool {
+    sampling.repetition_penalty.to_bits() != 1.0f32.to_bits()
+}
+
 pub(super) fn token(isa: Isa, row: &Row, spec: &SampleSpec, logits: &mut [f32]) -> Option<u32> {
     let sampling = &spec.sampling;
-    if sampling.repetition_penalty.to_bits() != 1.0f32.to_bits() {
+    if penalises(sampling) {
         penalise(logits, &spec.history, sampling.repetition_penalty);
         let fresh: Vec<u32> =
             row.tokens.iter().copied().filter(|token| !spec.history.contains(token)).collect();
         penalise(logits, &fresh, sampling.repetition_penalty);
     }
-    let params = Params {
+    sample(isa, logits, &params(sampling), spec.draw).ok()
+}
+
+pub(super) fn params(sampling: &Sampling) -> Params {
+    Params {
         temperature: sampling.temperature,
         top_k: sampling.top_k,
         top_p: sampling.top_p,
         min_p: sampling.min_p,
-    };
-    sample(isa, logits, &params, spec.draw).ok()
+    }
 }
 
 pub(super) fn digest_values(digest: &mut RowDigest, values: &[f32]) {

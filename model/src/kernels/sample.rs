@@ -61,7 +61,7 @@ pub fn argmax(logits: &[f32]) -> Result<u32, NonFinite> {
 /// If there is no logit.
 pub fn sample(isa: Isa, logits: &[f32], params: &Params, draw: u64) -> Result<u32, NonFinite> {
     let best = argmax(logits)?;
-    if params.temperature <= 0.0 || params.temperature.is_nan() {
+    if params.is_greedy() {
         return Ok(best);
     }
     let max = logits[best as usize];
@@ -83,8 +83,12 @@ pub fn sample(isa: Isa, logits: &[f32], params: &Params, draw: u64) -> Result<u3
         candidates.select_nth_unstable_by(top_k - 1, Candidate::order);
         candidates.truncate(top_k);
     }
-    keep_top_p(&mut candidates, params.top_p);
-    keep_min_p(&mut candidates, params.min_p);
+    if let Some(share) = params.top_p_share() {
+        keep_top_p(&mut candidates, share);
+    }
+    if let Some(share) = params.min_p_share() {
+        keep_min_p(&mut candidates, share);
+    }
     Ok(choose(&mut candidates, draw))
 }
 
@@ -162,28 +166,39 @@ fn weigh_body(logits: &[f32], max: f32, temperature: f32, out: &mut [u64]) {
     }
 }
 
+impl Params {
+    /// Whether the largest logit is taken, without a draw.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature <= 0.0 || self.temperature.is_nan()
+    }
+
+    /// The share that top-p keeps, in multiples of 2^-32; none if it keeps all.
+    pub fn top_p_share(&self) -> Option<u64> {
+        (!(self.top_p >= 1.0 || self.top_p.is_nan())).then(|| share(self.top_p))
+    }
+
+    /// The share of the largest weight that min-p asks for, in multiples of 2^-32; none if it keeps all.
+    pub fn min_p_share(&self) -> Option<u64> {
+        (self.min_p > 0.0 || self.min_p.is_nan()).then(|| share(self.min_p.min(1.0)))
+    }
+}
+
 /// A share as a multiple of 2^-32, rounded to nearest even.
 fn share(value: f32) -> u64 {
     (f64::from(value) * 4_294_967_296.0).round_ties_even() as u64
 }
 
 /// Keeps the shortest run whose weight reaches the share of the whole.
-fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f32) {
-    if top_p >= 1.0 || top_p.is_nan() {
-        return;
-    }
-    let threshold = sum(candidates) * u128::from(share(top_p));
+fn keep_top_p(candidates: &mut Vec<Candidate>, share: u64) {
+    let threshold = sum(candidates) * u128::from(share);
     let kept = shortest_run(candidates, |sum| sum << 32 >= threshold);
     candidates.truncate(kept);
 }
 
 /// Keeps the run before the first weight that does not reach the share of the largest.
-fn keep_min_p(candidates: &mut Vec<Candidate>, min_p: f32) {
-    if min_p <= 0.0 {
-        return;
-    }
+fn keep_min_p(candidates: &mut Vec<Candidate>, share: u64) {
     let first = candidates.iter().copied().min_by(Candidate::order).expect("the largest logit is one");
-    let threshold = u128::from(first.weight) * u128::from(share(min_p.min(1.0)));
+    let threshold = u128::from(first.weight) * u128::from(share);
     let reaches = |candidate: &&Candidate| u128::from(candidate.weight) << 32 >= threshold;
     let below = candidates.iter().filter(|candidate| !reaches(candidate)).copied().min_by(Candidate::order);
     if let Some(below) = below {

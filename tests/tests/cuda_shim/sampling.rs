@@ -74,14 +74,25 @@ fn check(shim: &mut Shim, row: &[f32], temperature: f32, threads: u32, ways: &[(
     }
     let (rows, n) = (ways.len(), row.len());
     let launch = Launch::new("sample", [rows as u32, 1, 1], threads).values(&row.repeat(rows));
-    let launch =
-        launch.words(&vec![argmax(row).unwrap(); rows]).values(&vec![temperature; rows]).words(&top_k);
-    let launch = launch.longs(&top_p).longs(&min_p).longs(&draws).room(rows * n * 2).room(rows).word(n);
-    let found = shim.check(&launch).words(8);
+    let best = argmax(row).unwrap();
+    let launch = launch.words(&vec![u32::MAX; rows]).values(&vec![temperature; rows]).words(&top_k);
+    let launch = launch.longs(&top_p).longs(&min_p).longs(&draws).room(rows * n * 2);
+    let found = shim.check(&launch.words(&vec![best; rows]).word(n)).words(8);
     for (&(top_k, top_p, min_p, draw), found) in ways.iter().zip(found) {
         let params = Params { temperature, top_k, top_p, min_p };
         assert_eq!(found, sample(Isa::Scalar, row, &params, draw).unwrap(), "{params:?} of {n}, {draw:x}");
     }
+}
+
+/// Rows that take the largest logit, and rows with a logit that is not finite, whose largest may be nowhere.
+#[test]
+fn rows_without_a_draw_are_left_alone() {
+    let Some(mut shim) = ready() else { return };
+    let logits = [1.0, 3.0, 2.0, f32::NAN, f32::NAN, f32::NAN, 0.5, 0.25, 0.125];
+    let launch = Launch::new("sample", [3, 1, 1], 32).values(&logits).words(&[u32::MAX, 0, u32::MAX]);
+    let launch = launch.values(&[0.0, 1.0, 1.0]).words(&[0; 3]).longs(&[u64::MAX; 3]).longs(&[0; 3]);
+    let launch = launch.longs(&[u64::MAX; 3]).room(18).words(&[1, u32::MAX, 0]).word(3);
+    assert_eq!(shim.check(&launch).words(8), [1, u32::MAX, 2]);
 }
 
 #[test]

@@ -1,21 +1,28 @@
 //! The end of a step: logits where they are wanted, then all that is digested comes back.
 
 use super::super::CudaError;
+use super::super::stream::Arg::{At, Word};
 use super::mirror::Results;
 use super::routes::Routes;
 use super::run::Run;
 use super::sizes::Back;
-use super::tables::Wanted;
+use super::tables::{Wanted, last_of};
 use super::{Failed, Step};
+use lite_llm_model::forward::choice;
 use lite_llm_model::kernels::Isa;
+
+/// The most threads of a block that chooses a token.
+const SAMPLE_THREADS: u32 = 1024;
+/// What stands for no token whose logit is not finite.
+const NO_FAULT: u32 = u32::MAX;
 
 impl Run<'_> {
     /// Takes back what is digested, chooses tokens. All of it comes at once, where logits have room for all who want them; else the
     /// first logits are there, and others are computed.
     pub(super) fn end(&self, isa: Isa, step: &mut Step<'_, '_>, results: &mut Results) -> Result<(), Failed> {
-        let Back { routes, logits, end } = self.back;
+        let Back { routes, tokens, logits, end, .. } = self.back;
         if self.tables.wanted.is_empty() {
-            results.ask(self.stream, self.room.x, logits)?;
+            results.ask(self.stream, self.room.x, tokens)?;
             let words = results.look(self.stream)?;
             self.kept_routes(step, &words[routes..])?;
             self.digest(step, words);
@@ -26,15 +33,15 @@ impl Run<'_> {
             if number > 0 {
                 self.logits(wanted)?;
             }
-            // Between the first ones and the last ones logits come alone.
-            let from = if number == 0 || number == last { 0 } else { logits };
+            // Between the first ones and the last ones logits come with nothing but tokens.
+            let from = if number == 0 || number == last { 0 } else { tokens };
             results.ask(self.stream, Self::value(self.room.x, from), end - from)?;
             let words = results.look(self.stream)?;
             let (before, words) = words.split_at_mut(logits - from);
             if number == 0 {
                 self.kept_routes(step, &before[routes..])?;
             }
-            self.choose(isa, wanted, step, words)?;
+            self.choose(isa, wanted, step, &before[tokens - from..], words)?;
             if number == last {
                 self.digest(step, before);
             }
@@ -55,16 +62,20 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Takes logits of some positions.
+    /// Takes logits of some positions, and the tokens that were chosen by them.
     fn choose(
         &self,
         isa: Isa,
         wanted: &Wanted,
         step: &mut Step<'_, '_>,
+        tokens: &[u32],
         logits: &mut [u32],
     ) -> Result<(), Failed> {
         let arch = self.model.arch();
-        for (&i, logits) in wanted.positions.iter().zip(logits.chunks_exact_mut(arch.vocab)) {
+        let (tokens, faults) = tokens.split_at(self.back.faults - self.back.tokens);
+        let found = tokens.iter().zip(faults).map(|(&token, &fault)| (fault == NO_FAULT).then_some(token));
+        let each = wanted.positions.iter().zip(logits.chunks_exact_mut(arch.vocab)).zip(found);
+        for ((&i, logits), token) in each {
             let logits: &mut [f32] = bytemuck::cast_slice_mut(logits);
             let at = &self.at[i as usize];
             if let Some(capture) = &mut step.capture
@@ -72,14 +83,43 @@ impl Run<'_> {
             {
                 capture.logits(at.request, at.position, logits);
             }
-            let row = &step.forward.rows[at.row];
-            if at.position + 1 == row.start + row.tokens.len() as u32 {
+            let Some(row) = last_of(step.forward, at) else { continue };
+            if choice(row).is_some() {
+                step.outcome.chosen(at.row, arch.layers.len(), logits, token)?;
+            } else {
                 step.outcome.logits(isa, at.row, arch.layers.len(), logits)?;
             }
         }
         Ok(())
     }
 
+    /// Chooses tokens by logits alone.
+    fn tokens(&self, wanted: &Wanted) -> Result<(), CudaError> {
+        let (room, rows, vocab) = (self.room, wanted.positions.len() as u32, self.base.head.outputs);
+        if !wanted.chooses {
+            return Ok(());
+        }
+        // Some logits a thread, so that a small vocabulary does not wait for threads without any.
+        let threads = vocab.div_ceil(8).next_multiple_of(32).min(SAMPLE_THREADS);
+        let arguments = [At(room.logits), At(room.tokens), At(room.faults), Word(vocab)];
+        self.launch(self.functions.argmax, [rows, 1, 1], threads, &arguments)?;
+        let Some(draws) = &wanted.draws else { return Ok(()) };
+        let arguments = [
+            At(room.logits),
+            At(room.faults),
+            At(draws.temperatures),
+            At(draws.top_k),
+            At(draws.top_p),
+            At(draws.min_p),
+            At(draws.draws),
+            At(room.shares),
+            At(room.tokens),
+            Word(vocab),
+        ];
+        self.launch(self.functions.sample, [rows, 1, 1], threads, &arguments)
+    }
+
+    /// Computes logits, and chooses tokens by them.
     pub(super) fn logits(&self, wanted: &Wanted) -> Result<(), CudaError> {
         let (room, hidden, head) = (self.room, self.hidden(), &self.base.head);
         let rows = wanted.positions.len() as u32;
@@ -91,7 +131,7 @@ impl Run<'_> {
         if by.to_bits() != 1.0f32.to_bits() {
             self.divide(room.logits, by, rows * head.outputs)?;
         }
-        Ok(())
+        self.tokens(wanted)
     }
 
     fn digest(&self, step: &mut Step<'_, '_>, x: &[u32]) {

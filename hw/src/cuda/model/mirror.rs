@@ -39,7 +39,15 @@ impl Mirror {
     /// # Panics
     /// If there is no room, which the sizes of the largest step plan.
     pub(super) fn words(&mut self, list: &[u32]) -> u64 {
-        let bytes: &[u8] = bytemuck::cast_slice(list);
+        self.put(bytemuck::cast_slice(list))
+    }
+
+    /// The same of numbers with 64 bits.
+    pub(super) fn longs(&mut self, list: &[u64]) -> u64 {
+        self.put(bytemuck::cast_slice(list))
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> u64 {
         let at = self.used.next_multiple_of(ALIGN);
         assert!(at + bytes.len() <= self.pinned.len(), "lists of a step that was planned fit");
         // SAFETY: the place is within the memory, as the assertion says; it was not sent yet, so that no copy reads it.

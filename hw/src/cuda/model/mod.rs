@@ -2,7 +2,7 @@
 //!
 //! Weights, cache, experts and the values of a step are in memory of the device that is taken at start, within a hard budget
 //! ([`sizes`]). The host makes lists ([`tables`]), launches ([`run`], [`attention`], [`mixture`]) and takes back what is digested: the
-//! routes of each layer, logits, the residual stream. Tokens are chosen and rows digested by the model's own code
+//! routes of each layer, logits, the residual stream, and the tokens that were chosen. Rows are digested by the model's own code
 //! ([`lite_llm_model::forward::Outcome`]).
 
 mod attention;

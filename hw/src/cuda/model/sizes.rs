@@ -167,16 +167,20 @@ impl Sizes {
             positions,
             2 * positions * self.router_rows,
             self.rows * hidden,
+            2 * self.rows * self.vocab,
         ]
     }
 
-    /// Where what comes back of a step stands: the residual stream, the routes of so many layers, logits, one behind the other, so
-    /// that one copy brings them. There is room for two layers at least: the one under way, and the next one that is foreseen.
+    /// Where what comes back of a step stands: the residual stream, the routes of so many layers, tokens of so many rows, their logits,
+    /// one behind the other, so that one copy brings them. There is room for two layers at least: the one under way, and the next one
+    /// that is foreseen.
     pub(super) const fn back(&self, positions: usize, layers: usize, rows: usize) -> Back {
         let layers = if layers < 2 { 2 } else { layers };
         let routes = (positions * self.hidden).next_multiple_of(BACK);
-        let logits = routes + (layers * self.route_words(positions)).next_multiple_of(BACK);
-        Back { routes, logits, end: logits + rows * self.vocab }
+        let tokens = routes + (layers * self.route_words(positions)).next_multiple_of(BACK);
+        let faults = tokens + rows.next_multiple_of(BACK);
+        let logits = faults + rows.next_multiple_of(BACK);
+        Back { routes, tokens, faults, logits, end: logits + rows * self.vocab }
     }
 
     /// Words of the routes of a layer: experts, weights, faults.
@@ -196,7 +200,7 @@ impl Sizes {
         let of_groups = groups * (12 * positions + rows.max(1) * (pages + 2));
         let of_heads = 2 * positions * heads + 3 * heads;
         // Each list begins at a multiple of sixteen bytes.
-        4 * positions + of_groups + of_heads + 9 * positions + 4096
+        4 * positions + of_groups + of_heads + 9 * positions + 8 * rows + 4096
     }
 
     /// Words of the lists of a mixture: users, and for each expert where it lies and which users it has.
@@ -225,12 +229,15 @@ impl Sizes {
 }
 
 /// Pieces of memory of a step.
-const PIECES: usize = 26;
+const PIECES: usize = 27;
 
 /// Offsets in what comes back of a step, in words from the residual stream on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Back {
     pub(super) routes: usize,
+    pub(super) tokens: usize,
+    /// Of each row the lowest token whose logit is not finite.
+    pub(super) faults: usize,
     pub(super) logits: usize,
     pub(super) end: usize,
 }
@@ -238,7 +245,7 @@ pub(super) struct Back {
 /// Where the values of a step stand.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Room {
-    /// The residual stream; routes and logits stand behind it, where a step says ([`Room::with`]).
+    /// The residual stream; routes, tokens and logits stand behind it, where a step says ([`Room::with`]).
     pub(super) x: u64,
     pub(super) normed: u64,
     pub(super) added: u64,
@@ -262,6 +269,10 @@ pub(super) struct Room {
     pub(super) scores: u64,
     pub(super) routes: u64,
     pub(super) last: u64,
+    /// A number of 64 bits for each logit.
+    pub(super) shares: u64,
+    pub(super) tokens: u64,
+    pub(super) faults: u64,
     pub(super) logits: u64,
 }
 
@@ -284,7 +295,7 @@ impl Room {
         });
         let [x, normed, added, values, inner, words, scales, inner_words, inner_scales, rest @ ..] = at;
         let [q, k, v, mixed, first, queries, apart, through, attention, rest @ ..] = rest;
-        let [gates, ups, inside, results, shared, shared_gates, scores, last] = rest;
+        let [gates, ups, inside, results, shared, shared_gates, scores, last, shares] = rest;
         let packed = Packed { values, words, scales };
         let packed_inside = Packed { values: inner, words: inner_words, scales: inner_scales };
         let this = Self {
@@ -311,15 +322,20 @@ impl Room {
             scores,
             routes: 0,
             last,
+            shares,
+            tokens: 0,
+            faults: 0,
             logits: 0,
         };
         (this, next)
     }
 
-    /// The same of a step, whose routes and logits come back from these places.
+    /// The same of a step, of which all comes back from these places.
     pub(super) const fn with(self, back: Back) -> Self {
-        let (routes, logits) = (self.x + 4 * back.routes as u64, self.x + 4 * back.logits as u64);
-        Self { routes, logits, ..self }
+        let Back { routes, tokens, faults, logits, end: _ } = back;
+        let (routes, tokens) = (self.x + 4 * routes as u64, self.x + 4 * tokens as u64);
+        let (faults, logits) = (self.x + 4 * faults as u64, self.x + 4 * logits as u64);
+        Self { routes, tokens, faults, logits, ..self }
     }
 }
 

@@ -2,9 +2,11 @@
 
 use super::mirror::Mirror;
 use super::sizes::Sizes;
-use lite_llm_core::output::Forward;
+use lite_llm_core::output::{Forward, Row};
 use lite_llm_model::Model;
+use lite_llm_model::forward::choice;
 use lite_llm_model::kernels::PAGE_POSITIONS;
+use lite_llm_model::kernels::sample::Params;
 
 /// Rows of one sequence that read a page together.
 const TOGETHER: usize = 16;
@@ -71,6 +73,20 @@ pub(super) struct Wanted {
     /// Lists: the same; the rows of their product.
     pub(super) picked: u64,
     pub(super) all: u64,
+    /// Whether the token of one is chosen by its logits alone, and the lists by which, if one is drawn.
+    pub(super) chooses: bool,
+    pub(super) draws: Option<Draws>,
+}
+
+/// Lists of how tokens are drawn, position by position: temperatures, 0 where the largest logit is taken; top-k; shares of top-p and
+/// min-p; draws.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Draws {
+    pub(super) temperatures: u64,
+    pub(super) top_k: u64,
+    pub(super) top_p: u64,
+    pub(super) min_p: u64,
+    pub(super) draws: u64,
 }
 
 impl Tables {
@@ -96,17 +112,10 @@ impl Tables {
         let from_heads = list(latent, &mut pairs(count, heads).map(|(row, head)| head * count + row));
         let to_heads = list(latent, &mut pairs(heads, count).map(|(head, row)| row * heads + head));
         let by_head = list(latent, &mut (0..=heads).map(|head| head * count));
-        let is_wanted = |at: &At| {
-            let row = &step.rows[at.row];
-            let last = at.position + 1 == row.start + row.tokens.len() as u32;
-            (last && row.sample.is_some()) || wants_logits(at.request)
-        };
+        let is_wanted =
+            |at: &At| last_of(step, at).is_some_and(|row| row.sample.is_some()) || wants_logits(at.request);
         let wanted: Vec<u32> = (0..count).filter(|&i| is_wanted(&at[i as usize])).collect();
-        let wanted = wanted.chunks(sizes.rows.max(1)).map(|positions| Wanted {
-            positions: positions.to_vec(),
-            picked: mirror.words(positions),
-            all: mirror.words(&[0, positions.len() as u32]),
-        });
+        let wanted = wanted.chunks(sizes.rows.max(1)).map(|chunk| wanted_of(step, at, chunk, mirror));
         let wanted = wanted.collect();
         Self {
             tokens: mirror.words(&tokens),
@@ -120,6 +129,42 @@ impl Tables {
             count: at.len(),
             decode: is_decode(step),
         }
+    }
+}
+
+/// The row whose last position this is.
+pub(super) fn last_of<'a>(step: &'a Forward, at: &At) -> Option<&'a Row> {
+    let row = &step.rows[at.row];
+    (at.position + 1 == row.start + row.tokens.len() as u32).then_some(row)
+}
+
+/// Positions whose logits are computed together, and how the tokens after them are chosen.
+fn wanted_of(step: &Forward, at: &[At], positions: &[u32], mirror: &mut Mirror) -> Wanted {
+    let choices = positions.iter().map(|&i| last_of(step, &at[i as usize]).and_then(choice));
+    let choices: Vec<Option<(Params, u64)>> = choices.collect();
+    let drawn: Vec<Option<(Params, u64)>> =
+        choices.iter().map(|choice| choice.filter(|(params, _)| !params.is_greedy())).collect();
+    let draws = drawn.iter().any(Option::is_some).then(|| {
+        let words = |of: &dyn Fn(&Params) -> u32| -> Vec<u32> {
+            drawn.iter().map(|choice| choice.map_or(0, |(params, _)| of(&params))).collect()
+        };
+        let longs = |of: &dyn Fn(&Params, u64) -> u64| -> Vec<u64> {
+            drawn.iter().map(|choice| choice.map_or(0, |(params, draw)| of(&params, draw))).collect()
+        };
+        Draws {
+            temperatures: mirror.words(&words(&|params| params.temperature.to_bits())),
+            top_k: mirror.words(&words(&|params| params.top_k)),
+            top_p: mirror.longs(&longs(&|params, _| params.top_p_share().unwrap_or(u64::MAX))),
+            min_p: mirror.longs(&longs(&|params, _| params.min_p_share().unwrap_or(0))),
+            draws: mirror.longs(&longs(&|_, draw| draw)),
+        }
+    });
+    Wanted {
+        positions: positions.to_vec(),
+        picked: mirror.words(positions),
+        all: mirror.words(&[0, positions.len() as u32]),
+        chooses: choices.iter().any(Option::is_some),
+        draws,
     }
 }
 
