@@ -346,6 +346,8 @@ fn a_lost_device_ends_the_node_and_the_stream_goes_on() {
     let hasty = [&on[..], &["--device-patience", "1s"]].concat();
     // An illegal address, an ECC error, a launch without resources, a kernel that never ends; on the device and on the CPU again.
     let launches = machine.tally(&model, &on[2..], 5)["launch"];
+    // Lists that stay are copied back before the first step is read from.
+    let lists = format!("fetch:{}:hang", machine.tally(&model, &on[2..], 1)["fetch"] - 1);
     let [lost, hangs] = ["700", "hang"].map(|how| format!("launch:{}:{how}", launches - 9));
     for (fault, more, words, after) in [
         ("launch:150:700", &on[..], "cu", &on[..]),
@@ -353,6 +355,7 @@ fn a_lost_device_ends_the_node_and_the_stream_goes_on() {
         ("launch:100:701", &on, "cuLaunchKernel", &on),
         ("launch:190:hang", &hasty, "no progress for 1s", &on),
         ("fetch:60:hang", &hasty, "no progress for 1s", &["--device", "cpu"]),
+        (&lists, &hasty, "no progress for 1s", &on),
         // In a recorded step.
         (&lost, &on, "cu", &on),
         (&hangs, &hasty, "no progress for 1s", &on),
@@ -374,8 +377,10 @@ fn a_flipped_bit_of_what_stays_is_found() {
     let model = folder("fixtures/olmoe");
     let expected = machine.expected(&model, &[]);
     let on = ["--device", "cuda", "--memory", "300MiB", "--threads", "1"];
-    // Of base parameters, then of experts: what is copied once more does, twice is too often.
-    for copy in [3, 20, 40] {
+    // Of base parameters, of experts, of lists that stay: what is copied once more does, twice is too often. The lists are sent before
+    // those of the first step.
+    let lists = machine.tally(&model, &on[2..], 1)["copy"] - 1;
+    for copy in [3, 20, 40, lists] {
         machine.check(&model, &on[2..], &[("FAULT", &format!("copy:{copy}:flip"))], &expected);
         let twice = format!("copy:{copy}:flip,copy:{}:flip", copy + 1);
         let ran = machine.generate(&model, "gpu", &on, &[("FAULT", &twice)]);

@@ -65,6 +65,26 @@ impl Mirror {
         self.sent = self.used;
         Ok(())
     }
+
+    /// Copies all that was written to the device, and returns when it is there: what was copied is copied back and compared, as it is
+    /// there for more than a step. A copy that differs is made once more.
+    pub(super) fn send_to_stay(&mut self, stream: &Stream, results: &mut Results) -> Result<(), CudaError> {
+        let mut again = true;
+        loop {
+            self.sent = 0;
+            self.send(stream)?;
+            results.ask(stream, self.device, self.used / 4)?;
+            let back = results.look(stream)?;
+            // SAFETY: the memory begins at a page boundary and has so many words; only copies that have ended read it.
+            if back == unsafe { std::slice::from_raw_parts(self.pinned.start().cast::<u32>(), self.used / 4) }
+            {
+                return Ok(());
+            }
+            if !std::mem::take(&mut again) {
+                return Err(CudaError::Copy { bytes: self.used as u64 });
+            }
+        }
+    }
 }
 
 /// Pinned memory that results come through.

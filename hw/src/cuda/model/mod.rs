@@ -90,10 +90,8 @@ struct Carved {
     desk: Desk,
     tables: Mirror,
     standing: Standing,
-    /// Where its lists are in the memory.
-    standing_at: u64,
     room: Room,
-    memory: Memory,
+    _memory: Memory,
     cache: Memory,
     page_bytes: u64,
     /// The slots of experts: they outlive steps.
@@ -145,12 +143,12 @@ impl CudaModel {
             results: Results::new(gpu, sizes.results_bytes())?,
             users: Users::default(),
         };
-        let standing_at = lists + 4 * sizes.list_words() as u64;
-        let standing_at = standing_at.next_multiple_of(super::memory::ALIGN) - memory.at();
+        let standing = (lists + 4 * sizes.list_words() as u64).next_multiple_of(super::memory::ALIGN);
+        let standing = Standing::new(Mirror::new(gpu, standing, sizes.standing_words())?);
         let tables = Mirror::new(gpu, tables, sizes.table_words())?;
-        let (standing, arena) = (Standing::default(), Arc::clone(arena));
+        let arena = Arc::clone(arena);
         let graphs = Graphs::new(self.no_graphs.is_some());
-        Ok(Carved { graphs, desk, tables, standing, standing_at, room, memory, cache, page_bytes, arena })
+        Ok(Carved { graphs, desk, tables, standing, room, _memory: memory, cache, page_bytes, arena })
     }
 
     /// Weights are elsewhere from now on.
@@ -165,13 +163,13 @@ impl CudaModel {
         let carved = self.carved.as_mut().expect("memory is carved before the first step");
         let slots = carved.arena.on_gpu().expect("experts are on the device");
         carved.desk.results.clear();
+        let through = (&self.stream, &mut carved.desk.results);
+        let standing = carved.standing.of(&self.model, step.forward, slots.1, through)?;
         let capture = step.capture.as_deref();
         let wants = |request| capture.is_some_and(|capture| capture.wants_logits(request));
         let at = positions(step.forward);
         let tables = Tables::of(&self.model, &self.sizes, step.forward, &at, &wants, &mut carved.tables);
         carved.tables.send(&self.stream)?;
-        let place = (&carved.memory, carved.standing_at);
-        let standing = carved.standing.of(&self.model, step.forward, slots.1, place)?;
         let kept = if standing.resident.is_some() { self.sizes.moe_layers } else { 0 };
         let logits = tables.wanted.first().map_or(0, |wanted| wanted.positions.len());
         let back = self.sizes.back(at.len(), kept, logits);

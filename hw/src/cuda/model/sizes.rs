@@ -210,7 +210,7 @@ impl Sizes {
 
     /// Bytes of pinned memory that results come through.
     pub(super) fn results_bytes(&self) -> usize {
-        4 * self.back(self.positions, self.moe_layers, self.rows).end
+        4 * self.back(self.positions, self.moe_layers, self.rows).end.max(self.standing_words())
     }
 
     /// Bytes of a device beside base parameters, cache and experts, for the memory plan.

@@ -1,18 +1,17 @@
 //! Lists that stay on the device until tiers or slots change: who is eligible, and where each resident expert is.
 
 use super::super::CudaError;
-use super::super::memory::Memory;
+use super::super::stream::Stream;
+use super::mirror::{Mirror, Results};
 use super::routes::NONE;
 use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_core::output::Forward;
 use lite_llm_model::Model;
 
-/// Lists begin at multiples of this.
-const ALIGN: usize = 16;
-
 /// The lists, and what they were made of.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Standing {
+    mirror: Mirror,
     tiers: Vec<u32>,
     resident: Option<Vec<(ExpertKey, Slot)>>,
     lists: Option<Lists>,
@@ -45,6 +44,10 @@ pub(super) struct Resident {
 }
 
 impl Standing {
+    pub(super) const fn new(mirror: Mirror) -> Self {
+        Self { mirror, tiers: Vec::new(), resident: None, lists: None }
+    }
+
     /// The lists for a step: written again only where they have to be, and verified then, as all that stays.
     ///
     /// # Errors
@@ -54,14 +57,14 @@ impl Standing {
         model: &Model,
         step: &Forward,
         slot_bytes: u64,
-        (memory, offset): (&Memory, u64),
+        (stream, results): (&Stream, &mut Results),
     ) -> Result<&Lists, CudaError> {
         let lists = match self.lists.take() {
             Some(lists) if self.tiers == step.tiers && self.resident == step.resident => lists,
             _ => {
-                let mut writer = Writer { bytes: Vec::new(), start: memory.at() + offset };
-                let lists = writer.lists(model, step, slot_bytes);
-                memory.fill(offset, &writer.bytes)?;
+                self.mirror.clear();
+                let lists = Writer(&mut self.mirror).lists(model, step, slot_bytes);
+                self.mirror.send_to_stay(stream, results)?;
                 (self.tiers, self.resident) = (step.tiers.clone(), step.resident.clone());
                 lists
             }
@@ -70,31 +73,17 @@ impl Standing {
     }
 }
 
-/// Lists one behind the other, from an address on.
-struct Writer {
-    bytes: Vec<u8>,
-    start: u64,
-}
+/// Where lists are written.
+struct Writer<'a>(&'a mut Mirror);
 
-impl Writer {
-    fn words(&mut self, list: &[u32]) -> u64 {
-        self.put(bytemuck::cast_slice(list))
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> u64 {
-        self.bytes.resize(self.bytes.len().next_multiple_of(ALIGN), 0);
-        let at = self.start + self.bytes.len() as u64;
-        self.bytes.extend_from_slice(bytes);
-        at
-    }
-
+impl Writer<'_> {
     fn lists(&mut self, model: &Model, step: &Forward, slot_bytes: u64) -> Lists {
         let layers = 0..model.arch().layers.len();
         let eligible = layers.clone().map(|layer| {
             let mixture = model.arch().layers[layer].dense.is_none();
             mixture.then(|| {
                 let list = model.checkpoint().eligible(layer as u32, &step.tiers).map(u32::from);
-                self.words(&list.collect::<Vec<_>>())
+                self.0.words(&list.collect::<Vec<_>>())
             })
         });
         let eligible = eligible.collect();
@@ -105,9 +94,9 @@ impl Writer {
         Lists {
             eligible,
             resident,
-            zeros: self.words(&[0; 2]),
-            active: (self.words(&step.tiers), step.tiers.len() as u32),
-            first_child: self.words(&first_children(model)),
+            zeros: self.0.longs(&[0]),
+            active: (self.0.words(&step.tiers), step.tiers.len() as u32),
+            first_child: self.0.words(&first_children(model)),
         }
     }
 
@@ -132,7 +121,7 @@ impl Writer {
         }
         let begins: Vec<u64> = own.iter().map(|(_, slot)| u64::from(slot.0) * slot_bytes).collect();
         let count = own.len() as u32;
-        Resident { count, places: self.words(&places), begins: self.put(bytemuck::cast_slice(&begins)) }
+        Resident { count, places: self.0.words(&places), begins: self.0.longs(&begins) }
     }
 }
 
