@@ -84,9 +84,17 @@ impl Graphs {
     }
 }
 
-/// Why the driver makes no graph, if it makes none: asked at start with a launch that never runs.
-pub(super) fn refusal(stream: &Stream, add: Function) -> Option<CudaError> {
+/// Why the driver makes no graph, if it makes none: asked at start, with a launch that does nothing.
+///
+/// # Errors
+/// If the device is lost.
+pub(super) fn refusal(stream: &Stream, add: Function) -> Result<Option<CudaError>, CudaError> {
     let nothing = [At(0), At(0), Value(0.0), Word(0)];
     // SAFETY: the arguments are those of the kernel, which adds up nothing.
-    stream.record(|| unsafe { stream.launch(add, [1; 3], 32, &nothing) }).err()
+    let launch = || unsafe { stream.launch(add, [1; 3], 32, &nothing) };
+    // A driver may load a kernel only when it is first launched, which it may not do while it records. Those of a step were launched
+    // when its shape came first.
+    launch()?;
+    stream.wait()?;
+    Ok(stream.record(launch).err())
 }

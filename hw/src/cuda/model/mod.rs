@@ -120,7 +120,7 @@ impl CudaModel {
     /// If the device is lost.
     pub(crate) fn new(gpu: &Arc<Gpu>, model: Model, sizes: Sizes, isa: Isa) -> Result<Self, CudaError> {
         let stream = Stream::new(gpu)?;
-        let no_graphs = graphs::refusal(&stream, gpu.functions.add);
+        let no_graphs = graphs::refusal(&stream, gpu.functions.add)?;
         let (carved, base, routers) = (None, None, None);
         Ok(Self { carved, base, routers, stream, no_graphs, sizes, isa, model, gpu: Arc::clone(gpu) })
     }
