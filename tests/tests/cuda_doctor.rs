@@ -17,6 +17,18 @@ fn look(place: &Place, driver: &str, folders: &[&Path], more: &[&str]) -> Ran {
     command.env("LD_LIBRARY_PATH", folders).output().unwrap().into()
 }
 
+/// Runs a command there, with wishes for the stand-in: what its variables end with, and values.
+fn run(place: &Place, arguments: &[&str], folders: &[&Path], wishes: &[(&str, &str)]) -> Ran {
+    let mut command = place.command(arguments);
+    // Kernels are compiled once for all tests.
+    command.env("XDG_CACHE_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-cache"));
+    for (name, value) in wishes {
+        command.env(format!("LITE_LLM_STAND_IN{name}"), value);
+    }
+    let folders = std::env::join_paths(folders).unwrap();
+    command.env("LD_LIBRARY_PATH", folders).output().unwrap().into()
+}
+
 fn stand_in() -> Option<PathBuf> {
     let folder = compile_driver(Path::new(env!("CARGO_TARGET_TMPDIR")));
     if folder.is_none() {
@@ -112,4 +124,119 @@ fn kernels_are_compiled_once_for_a_kind_of_device() {
     for part in ["sm_80", "compiled in", "not kept", "XDG_CACHE_HOME"] {
         assert!(ran.stdout.contains(part), "{part} in {}", ran.stdout);
     }
+}
+
+/// The kernels that a process launched, those with a bug on purpose apart, and how often.
+fn launched(counts: &Path) -> Vec<(String, u64)> {
+    let counts = std::fs::read_to_string(counts).unwrap();
+    let lines = counts.lines().map(|line| line.split_once(' ').unwrap());
+    let lines = lines.map(|(what, count)| (what.to_owned(), count.parse().unwrap()));
+    let kernels = lines.skip_while(|(what, _)| what != "fetch").skip(1);
+    kernels.filter(|(what, _)| !what.starts_with("planted")).collect()
+}
+
+/// The kernels that a doctor found wrong on a device.
+fn wrong(found: &serde_json::Value, device: usize) -> Vec<&str> {
+    let kernels = found["golden"][device]["kernels"].as_array().unwrap();
+    kernels.iter().filter(|of| of["golden"] == false).map(|of| of["kernel"].as_str().unwrap()).collect()
+}
+
+/// Kernels that are wrong together, and what is wrong then: apart from each other where one would hide the other.
+fn passes(kernels: &[(String, u64)]) -> Vec<(Vec<String>, Vec<String>)> {
+    let split = |names: &str| names.split(", ").map(str::to_owned).collect::<Vec<_>>();
+    let each = |of: &str, names: &str| {
+        let with = |name: String| of.replace('*', &name);
+        split(names).into_iter().map(with).collect::<Vec<_>>()
+    };
+    let (types, storages) = ("f32, bf16, f16", "f32, bf16, f16, mxfp4, e4m3, q8, q4");
+    let attention = "attention f32, attention bf16, attention f16, attention over latents";
+    let mut passes = vec![
+        (each("write_cache_*", types), split(&format!("{attention}, convert"))),
+        (each("attention_scores_*", types), split(attention)),
+        (each("attention_mix_*", types), split(attention)),
+        (split("attention_sum, sample"), split(&format!("{attention}, sample"))),
+        (
+            split("argmax, embed_f32, embed_q8, rope, route"),
+            split("rope, rope of neighbours, convert, embed f32, embed q8, route, argmax, sample"),
+        ),
+    ];
+    let forms = ["one", "few", "many"];
+    for form in forms {
+        let rows = if form == "one" { "row" } else { "rows" };
+        let of_form = each(&format!("linear_{form}_{rows}_*"), storages);
+        passes.push((of_form, each(&format!("linear * of {form} {rows}"), storages)));
+    }
+    let rest = kernels.iter().map(|(name, _)| name.clone()).filter(|name| {
+        let is_input = ["repack", "quantise"].contains(&name.as_str());
+        !is_input && passes.iter().all(|(broken, _)| !broken.contains(name))
+    });
+    let of_rest = "rms_norm, rms_norm of latents, layer_norm, exp, sigmoid, silu, gate, clamped gate, \
+                   clamped gate of every size, combine, add, clip, divide, arrange, convert, embed bf16, embed f16, \
+                   embed q4, route by tiers, route sparsely, penalise, users of experts, exp of 16777216 inputs";
+    let rest = (rest.collect(), split(of_rest));
+    passes.push(rest);
+    passes
+}
+
+#[test]
+fn every_kernel_gives_the_golden_bits_or_is_refused() {
+    let (Some(driver), Some(nvrtc)) = (stand_in(), nvrtc()) else { return };
+    let (place, folders) = (Place::new(), [&*driver, &*nvrtc]);
+    let doctor = [&ARGUMENTS[..], &["--json"]].concat();
+    let counts = place.path("counts");
+    let there = ("", "90");
+    let found = run(&place, &doctor, &folders, &[there, ("_TALLY", counts.to_str().unwrap())]);
+    assert_eq!(found.code, Some(0), "{}{}", found.stdout, found.stderr);
+    let found = found.json();
+    for device in [0, 1] {
+        assert_eq!(found["golden"][device]["device"], device);
+        assert!(wrong(&found, device).is_empty() && !found["golden"][device]["kernels"].is_null());
+    }
+    let kernels = launched(&counts);
+    assert!(kernels.len() > 50 && kernels.iter().all(|(_, count)| *count > 0), "{kernels:?}");
+
+    // Kernels that are wrong by a bit at each of their launches.
+    let look = |broken: &[String]| {
+        let faults: Vec<String> = broken.iter().map(|kernel| format!("{kernel}:*:flip")).collect();
+        let ran = run(&place, &doctor, &folders, &[there, ("_FAULT", &faults.join(","))]);
+        assert_eq!(ran.code, Some(1), "{broken:?}: {}{}", ran.stdout, ran.stderr);
+        let found: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+        let names: Vec<String> = wrong(&found, 0).into_iter().map(str::to_owned).collect();
+        let refusal = found["refusal"].as_str().unwrap();
+        let first = format!("the kernel {} gives other bits than the contract on Stand-in 0", names[0]);
+        assert!(refusal.contains(&first), "{refusal}");
+        names
+    };
+    for (broken, expected) in passes(&kernels) {
+        assert_eq!(look(&broken), expected, "{broken:?}");
+    }
+    // The last bit of an input may be lost where all is rounded.
+    for (input, products) in [("repack", 15), ("quantise", 6)] {
+        let found = look(&[input.to_owned()]);
+        assert!(found.iter().all(|name| name.starts_with("linear")), "{input}: {found:?}");
+        assert!(products / 2 < found.len() && found.len() <= products, "{input}: {found:?}");
+    }
+    let ran = run(&place, &ARGUMENTS, &folders, &[there, ("_FAULT", "clip:*:flip")]);
+    for part in ["54 of 55 give the golden bits", "not clip", "refused", "sm_90"] {
+        assert!(ran.stdout.contains(part), "{part} in {}", ran.stdout);
+    }
+}
+
+#[test]
+fn a_start_with_a_wrong_kernel_is_refused() {
+    let (Some(driver), Some(nvrtc)) = (stand_in(), nvrtc()) else { return };
+    let (place, folders) = (Place::new(), [&*driver, &*nvrtc]);
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/olmoe");
+    let run_model =
+        ["run", model.to_str().unwrap(), "--prompt-tokens", "1", "--state", "s", "--device", "cuda"];
+    let wishes = [("", "90"), ("_FAULT", "linear_few_rows_bf16:2:flip")];
+    let words =
+        ["linear bf16 of few rows", "Stand-in 0", "driver of CUDA 12.8", "NVRTC 12", "sm_90", "--device cpu"];
+    run(&place, &run_model, &folders, &wishes).refuses(1, &words);
+    // A fault of the device meanwhile is the device's.
+    for fault in ["launch:7:700", "fetch:9:214"] {
+        let ran = run(&place, &run_model, &folders, &[("", "90"), ("_FAULT", fault)]);
+        ran.refuses(1, &["the CUDA driver refuses"]);
+    }
+    assert_eq!(run(&place, &run_model, &folders, &[("", "90")]).code, Some(0));
 }

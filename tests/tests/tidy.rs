@@ -112,8 +112,10 @@ fn functions_fit_on_a_screen() {
             {
                 continue;
             }
-            let end = format!("{indent}}}");
-            let length = lines[at..].iter().position(|line| **line == end).map_or(0, |n| n + 1);
+            // A declaration in several lines ends without a body.
+            let (end, declared) = (format!("{indent}}}"), format!("{indent})"));
+            let is_last = |line: &&str| *line == end || (line.starts_with(&declared) && line.ends_with(';'));
+            let length = lines[at..].iter().position(is_last).map_or(0, |n| n + 1);
             if length > FUNCTION_LINES_MAX {
                 found.push(format!("{}:{}: {length} lines", file.name, at + 1));
             }

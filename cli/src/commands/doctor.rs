@@ -53,9 +53,12 @@ pub(crate) struct DoctorArgs {
     /// Which experts a text uses, as trace wrote it: hits are those of the most used ones
     #[arg(long, value_name = "TRACE", requires = "model")]
     trace: Option<PathBuf>,
-    /// What to look at: cuda says which GPUs there are and compiles the kernels for them
+    /// What to look at: cuda says which GPUs there are, compiles the kernels for them, and tries each on fixed operands
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     device: Device,
+    /// Try the exponential of all 2^32 inputs on a GPU, not of 2^24
+    #[arg(long)]
+    thorough: bool,
     /// Print one JSON object
     #[arg(long, help_heading = "Output")]
     json: bool,
@@ -112,7 +115,7 @@ impl DoctorArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
         if self.device == Device::Cuda {
             return match self.model {
-                None => cuda::run(self.json),
+                None => cuda::run(self.json, self.thorough),
                 Some(_) => Err(usage(
                     "nothing is measured on a GPU yet, so nothing can be said of a model on one: give --device cuda without a checkpoint",
                 )),

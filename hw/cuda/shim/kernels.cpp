@@ -7,6 +7,7 @@
 #include "../arrange.cu"
 #include "../attention.cu"
 #include "../embed.cu"
+#include "../exponential.cu"
 #include "../grouped.cu"
 #include "../linear.cu"
 #include "../moe.cu"
@@ -59,6 +60,8 @@ const Kernel kernels[] = {
     ENTRY(embed_f32),
     ENTRY(embed_bf16),
     ENTRY(embed_f16),
+    ENTRY(exponentials),
+    ENTRY(exponential_hashes),
     ENTRY(rms_norm),
     ENTRY(layer_norm),
     ENTRY(rope),

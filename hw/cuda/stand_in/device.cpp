@@ -127,7 +127,8 @@ bool is_device(int device) { return device >= 0 && device < DEVICES; }
 void look_at_end() {
     // A thread that runs something, or hangs, goes down with the process.
     const std::unique_lock<std::mutex> lock(door(), std::try_to_lock);
-    if (lock && running_now.empty() && !lost) check_all_guards("found at the end");
+    if (!lock) return;
+    if (running_now.empty() && !lost) check_all_guards("found at the end");
 }
 
 }  // namespace

@@ -13,13 +13,13 @@
 //   LITE_LLM_STAND_IN_TALLY   a file, to which a process that ends well writes how many of each `what` there were, and how often each
 //                             kernel ran: a line for each
 //   LITE_LLM_STAND_IN_FAULT   faults with commas between them, each `what:number:how`
-// The number-th `what` of the process, counted from 1 as the host asks for it: init, alloc (of a device), pin, module, graph (one that
-// is made), replay (its launch), launch (of a kernel; those of a graph count at each replay), copy (from the host to a device), fetch
-// (back). `how` is
+// The number-th `what` of the process, counted from 1 as the host asks for it, or each where the number is *: init, alloc (of a device),
+// pin, module, graph (one that is made), replay (its launch), launch (of a kernel; those of a graph count at each replay), copy (from
+// the host to a device), fetch (back), and the name of a kernel for its launches. `how` is
 //   a code    the call fails with it. One after which a context is lost (214, 700, 719, 999 and others) comes when the operation
 //             runs, so that a later call has it first; and from then on nothing runs, and every call has it
 //   hang      the operation never ends, and nothing that waits for it begins
-//   flip      one bit of what is copied is another
+//   flip      one bit of what is copied is another, or of each list that a kernel wrote
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -89,7 +89,8 @@ std::size_t memory_of_device();
 std::size_t pinned_limit();
 // Counts one more of them, and says what is to become of it.
 Fault count(What what);
-void count_run(const char* kernel);
+// The same of a launch, by its kernel too.
+Fault count_launch(const char* kernel);
 // Whether a context is lost with this code.
 bool is_sticky(int code);
 // The next number below `end`, of the sequence that the seed begins.

@@ -115,7 +115,7 @@ bool run_for(Path& path) { return (draw(4) < temper().broad && run_any()) || run
 
 Op make(Stream& stream, std::shared_ptr<const Work> work, const std::vector<Op>& after) {
     const Op op = std::make_shared<Operation>();
-    op->fault = work->kind == Work::RUN                        ? count(LAUNCH)
+    op->fault = work->kind == Work::RUN                        ? count_launch(work->kernel->name)
                 : work->kind == Work::MOVE && work->from_host  ? count(COPY)
                 : work->kind == Work::MOVE && work->to_host    ? count(FETCH)
                                                                : Fault{};

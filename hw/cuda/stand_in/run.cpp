@@ -1,6 +1,7 @@
 // Runs an operation on the CPU, having looked at what it touches.
 #include <chrono>
 #include <cstring>
+#include <map>
 
 #include "driver.hpp"
 
@@ -40,6 +41,36 @@ void fill(const Operation& operation) {
     for (std::size_t i = 0; i < work.bytes; i++) std::memcpy(to + i * work.width, &work.pattern, work.width);
 }
 
+// What a kernel may write as it was before, where a bit of each list that it wrote is to be another. Lists end where the next begins,
+// or the allocation does.
+struct Written {
+    std::map<Address, std::string> before;
+
+    explicit Written(const Operation& operation) {
+        const Work& work = *operation.work;
+        for (std::size_t i = 0; operation.fault.how == Fault::FLIP && i < work.arguments.size(); i++) {
+            const shim::Parameter& parameter = work.kernel->parameters[i];
+            if (!parameter.is_pointer || parameter.is_const || !is_device_address(work.arguments[i].bits)) continue;
+            const Address at = work.arguments[i].bits;
+            const Allocation& of = *find(at);
+            before[at] = std::string(reach(at), of.at + of.bytes - at);
+        }
+        for (auto list = before.begin(); list != before.end(); ++list) {
+            const auto next = std::next(list);
+            if (next != before.end() && next->first - list->first < list->second.size()) list->second.resize(next->first - list->first);
+        }
+    }
+    void flip() const {
+        for (const auto& [at, bytes] : before) {
+            std::vector<char*> differing;
+            for (std::size_t i = 0; i < bytes.size(); i++) {
+                if (reach(at)[i] != bytes[i]) differing.push_back(reach(at) + i);
+            }
+            if (!differing.empty()) *differing[draw(differing.size())] ^= static_cast<char>(1 << draw(8));
+        }
+    }
+};
+
 void launch(const Operation& operation) {
     const Work& work = *operation.work;
     shim::Argument arguments[64];
@@ -53,8 +84,9 @@ void launch(const Operation& operation) {
             report("argument %zu is %#llx, which no device reaches", i, static_cast<unsigned long long>(arguments[i].bits));
         }
     }
-    count_run(work.kernel->name);
+    const Written written(operation);
     run_grid(*work.kernel, arguments, work.grid, work.block);
+    if (operation.fault.how == Fault::FLIP) written.flip();
     for (std::size_t i = 0; i < work.arguments.size(); i++) {
         const bool writes = work.kernel->parameters[i].is_pointer && !work.kernel->parameters[i].is_const;
         if (writes && is_device_address(work.arguments[i].bits)) check_guards(*find(work.arguments[i].bits), false, "by this kernel");

@@ -30,7 +30,9 @@ std::uint64_t number(const char* name, std::uint64_t otherwise) {
 }
 
 struct Wished {
-    What what;
+    // By its name: a `What`, or a kernel.
+    std::string what;
+    // 0 for each.
     std::uint64_t number;
     Fault fault;
 };
@@ -41,15 +43,16 @@ Wished parse(const std::string& text) {
     const std::size_t first = text.find(':'), second = first == std::string::npos ? first : text.find(':', first + 1);
     if (second == std::string::npos) refuse(text);
     const std::string what = text.substr(0, first), how = text.substr(second + 1);
-    Wished wished = {WHATS, std::strtoull(text.c_str() + first + 1, nullptr, 10), {}};
-    for (int i = 0; i < WHATS; i++) {
-        if (what == NAMES[i]) wished.what = static_cast<What>(i);
-    }
+    Wished wished = {what, std::strtoull(text.c_str() + first + 1, nullptr, 10), {}};
     wished.fault.code = std::atoi(how.c_str());
     wished.fault.how = how == "hang" ? Fault::HANG : how == "flip" ? Fault::FLIP : Fault::CODE;
-    const bool is_operation = wished.what >= LAUNCH, is_copy = wished.what >= COPY;
-    const bool fits = how == "hang" ? is_operation : how == "flip" ? is_copy : wished.fault.code > 0;
-    if (wished.what == WHATS || wished.number == 0 || !fits) refuse(text);
+    bool is_kernel = false;
+    for (std::size_t i = 0; i < shim::kernels_count; i++) is_kernel |= what == shim::kernels[i].name;
+    const bool is_operation = is_kernel || std::find(NAMES + LAUNCH, NAMES + WHATS, what) != NAMES + WHATS;
+    const bool is_any = is_operation || std::find(NAMES, NAMES + WHATS, what) != NAMES + WHATS;
+    const bool fits = wished.fault.how == Fault::CODE ? wished.fault.code > 0 : is_operation;
+    const bool is_counted = wished.number > 0 || text.compare(first, 3, ":*:") == 0;
+    if (!is_any || !is_counted || !fits) refuse(text);
     return wished;
 }
 
@@ -71,20 +74,28 @@ std::uint64_t state;
 
 // What there was of each, and where that is written as the library is let go of.
 struct Tally {
-    std::uint64_t counts[WHATS] = {};
-    std::map<std::string, std::uint64_t> runs;
+    std::map<std::string, std::uint64_t> counts;
 
     ~Tally() {
         const char* const path = variable("LITE_LLM_STAND_IN_TALLY", nullptr);
         std::FILE* const file = path ? std::fopen(path, "w") : nullptr;
         if (!file) return;
-        for (int i = 0; i < WHATS; i++) std::fprintf(file, "%s %llu\n", NAMES[i], static_cast<unsigned long long>(counts[i]));
-        for (const auto& [kernel, times] : runs) std::fprintf(file, "%s %llu\n", kernel.c_str(), static_cast<unsigned long long>(times));
+        const auto write = [&](const char* name) { std::fprintf(file, "%s %llu\n", name, static_cast<unsigned long long>(counts[name])); };
+        for (const char* const name : NAMES) write(name);
+        for (std::size_t i = 0; i < shim::kernels_count; i++) write(shim::kernels[i].name);
         std::fclose(file);
     }
 };
 
 Tally tally;
+
+Fault count_named(const char* what) {
+    const std::uint64_t number = ++tally.counts[what];
+    for (const Wished& wished : faults()) {
+        if (wished.what == what && (wished.number == 0 || wished.number == number)) return wished.fault;
+    }
+    return {};
+}
 
 }  // namespace
 
@@ -100,15 +111,12 @@ std::size_t pinned_limit() {
     return bytes;
 }
 
-Fault count(What what) {
-    tally.counts[what]++;
-    for (const Wished& wished : faults()) {
-        if (wished.what == what && wished.number == tally.counts[what]) return wished.fault;
-    }
-    return {};
-}
+Fault count(What what) { return count_named(NAMES[what]); }
 
-void count_run(const char* kernel) { tally.runs[kernel]++; }
+Fault count_launch(const char* kernel) {
+    const Fault of_kernel = count_named(kernel), of_launch = count(LAUNCH);
+    return of_launch.how == Fault::NOTHING ? of_kernel : of_launch;
+}
 
 bool is_sticky(int code) {
     switch (code) {

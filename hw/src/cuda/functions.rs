@@ -38,7 +38,7 @@ pub(crate) struct OfCache {
     pub(crate) mix: Function,
 }
 
-/// All kernels that a step launches.
+/// All kernels: those that a step launches, and those that the self-test alone does.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Functions {
     embed: [Function; 5],
@@ -61,8 +61,11 @@ pub(crate) struct Functions {
     pub(crate) add: Function,
     pub(crate) combine: Function,
     pub(crate) divide: Function,
+    pub(crate) penalise: Function,
     pub(crate) argmax: Function,
     pub(crate) sample: Function,
+    pub(crate) exponentials: Function,
+    pub(crate) exponential_hashes: Function,
 }
 
 /// Names of storages in kernels' names, and the source of their products.
@@ -133,8 +136,11 @@ impl Functions {
         this.repack = find("linear.cu", "repack")?;
         this.quantise = find("grouped.cu", "quantise")?;
         this.divide = find("sample.cu", "divide")?;
+        this.penalise = find("sample.cu", "penalise")?;
         this.argmax = find("sample.cu", "argmax")?;
         this.sample = find("sample.cu", "sample")?;
+        this.exponentials = find("exponential.cu", "exponentials")?;
+        this.exponential_hashes = find("exponential.cu", "exponential_hashes")?;
         let of_moe = [
             ("route", &mut this.route),
             ("route_tiers", &mut this.route_tiers),

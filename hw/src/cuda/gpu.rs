@@ -5,6 +5,7 @@ use super::cache::Cache;
 use super::driver::{self, refusal};
 use super::functions::Functions;
 use super::nvrtc::Nvrtc;
+use super::self_test::{self, Tried};
 use cudarc::driver::result::{self, ctx, device, module, primary_ctx};
 use cudarc::driver::sys::{CUcontext, CUdevice, CUmodule};
 use std::sync::Arc;
@@ -23,6 +24,8 @@ pub struct Gpu {
     pub(crate) functions: Functions,
     /// As its maker calls it.
     name: String,
+    /// The driver, and what the kernels were made by and for.
+    made_by: String,
     /// How long it may be without progress.
     pub(crate) patience: Duration,
     /// Bytes that may be taken, and those that are.
@@ -38,16 +41,35 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
-    /// Opens the first device, with kernels compiled for it or from the user's cache.
+    /// Opens a device by its number, with kernels compiled for it or from the user's cache, each of which gives the golden bits.
+    ///
+    /// # Errors
+    /// If there is no driver, device or compiler, one of them fails, or a kernel gives other bits.
+    pub fn open(number: u32, patience: Duration) -> Result<Arc<Self>, CudaError> {
+        let this = Self::open_untried(number, patience)?;
+        match self_test::try_kernels(&this)?.into_iter().find(|tried| !tried.is_right()) {
+            None => Ok(this),
+            Some(tried) => Err(this.wrong(tried)),
+        }
+    }
+
+    /// Opens it without a look at what its kernels give.
     ///
     /// # Errors
     /// If there is no driver, device or compiler, or one of them fails.
-    pub fn open(patience: Duration) -> Result<Arc<Self>, CudaError> {
+    pub fn open_untried(number: u32, patience: Duration) -> Result<Arc<Self>, CudaError> {
         let found = driver::find()?;
-        let first = found.devices.into_iter().next().ok_or(CudaError::NoDevice)?;
+        let Some(own) = found.devices.get(number as usize) else {
+            let devices =
+                (0..).zip(&found.devices).map(|(number, device)| format!("{number} ({})", device.name));
+            return Err(CudaError::OtherDevice { number, devices: devices.collect::<Vec<_>>().join(", ") });
+        };
         let nvrtc = Nvrtc::find()?;
-        let built = Cache::of_user().kernels(&nvrtc, nvrtc.target(first.capability)?)?;
-        let device = device::get(0).map_err(refusal("cuDeviceGet"))?;
+        let built = Cache::of_user().kernels(&nvrtc, nvrtc.target(own.capability)?)?;
+        let ((major, minor), nvrtc) = (found.version, nvrtc.number());
+        let made_by =
+            format!("driver of CUDA {major}.{minor}, kernels by NVRTC {nvrtc} for {}", built.target);
+        let device = device::get(number as i32).map_err(refusal("cuDeviceGet"))?;
         // SAFETY: the handle is the driver's own.
         let context = unsafe { primary_ctx::retain(device) }.map_err(refusal("cuDevicePrimaryCtxRetain"))?;
         let mut this = Self {
@@ -55,7 +77,8 @@ impl Gpu {
             context,
             modules: Vec::new(),
             functions: Functions::default(),
-            name: first.name,
+            name: own.name.clone(),
+            made_by,
             patience,
             limit: AtomicU64::new(0),
             taken: AtomicU64::new(0),
@@ -75,6 +98,12 @@ impl Gpu {
         }
         this.functions = Functions::of(&loaded)?;
         Ok(Arc::new(this))
+    }
+
+    /// What a kernel with other bits means.
+    pub fn wrong(&self, tried: Tried) -> CudaError {
+        let Tried { kernel, expected, found } = tried;
+        CudaError::Bits { kernel, device: self.name.clone(), made_by: self.made_by.clone(), expected, found }
     }
 
     /// As its maker calls it.

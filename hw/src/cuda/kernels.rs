@@ -28,6 +28,7 @@ pub const KERNELS: &[Source] = embedded![
     "arrange.cu",
     "attention.cu",
     "embed.cu",
+    "exponential.cu",
     "grouped.cu",
     "linear.cu",
     "moe.cu",

@@ -14,6 +14,7 @@ pub mod kernels;
 pub(crate) mod memory;
 pub(crate) mod model;
 pub mod nvrtc;
+pub mod self_test;
 pub(crate) mod stream;
 pub(crate) mod upload;
 
@@ -86,6 +87,23 @@ pub enum CudaError {
     /// The kernels do not know such a model.
     #[error("the kernels for GPUs do not compute {0}; use --device cpu")]
     Unsupported(String),
+    /// A kernel does not compute the contract's bits there.
+    #[error(
+        "the kernel {kernel} gives other bits than the contract on {device} ({made_by}): expected {expected:016x}, got {found:016x}; \
+         update the driver, try another NVRTC of CUDA 12, suspect this GPU, and use --device cpu meanwhile"
+    )]
+    Bits {
+        /// The kernel.
+        kernel: String,
+        /// The device.
+        device: String,
+        /// The driver, and what the kernels were made by and for.
+        made_by: String,
+        /// Hash of the contract's bits.
+        expected: u64,
+        /// Hash of the bits found.
+        found: u64,
+    },
     /// The device makes no progress.
     #[error("it has made no progress for {patience:?}")]
     Hang {
@@ -97,6 +115,16 @@ pub enum CudaError {
         "the CUDA driver has no device: see whether nvidia-smi sees a GPU, and whether CUDA_VISIBLE_DEVICES hides it"
     )]
     NoDevice,
+    /// The driver does not have that device.
+    #[error(
+        "there is no GPU {number}: the CUDA driver has {devices}; give --device cuda:N with one of these numbers"
+    )]
+    OtherDevice {
+        /// What was asked for.
+        number: u32,
+        /// Those that are there.
+        devices: String,
+    },
     /// The compiler's library is not there.
     #[error(
         "there is no NVRTC, which compiles the kernels: libnvrtc.so.12 was not found where the system looks for libraries; install \

@@ -101,6 +101,7 @@ const SCENARIOS: &[(&str, fn())] = &[
     ("a launch refused", || faults(2)),
     ("an allocation refused", allocation_refused),
     ("a flipped bit", flipped),
+    ("a flipped bit of a kernel", flipped_result),
     ("a hanging launch", hanging),
     ("a module refused", || {
         gpu::open();
@@ -341,15 +342,36 @@ fn faults_come_when_they_are_asked_for() {
     passes("a launch refused", &[("FAULT", "launch:2:2")]);
     passes("an allocation refused", &[("FAULT", "alloc:2:2")]);
     passes("a flipped bit", &[("FAULT", "copy:2:flip")]);
+    for fault in ["launch:2:flip", "add:2:flip", "add:*:flip"] {
+        passes("a flipped bit of a kernel", &[("FAULT", fault)]);
+    }
     passes("a hanging launch", &[("FAULT", "launch:1:hang")]);
     passes("a module refused", &[("FAULT", "module:1:218")]);
     passes("a driver refused", &[("FAULT", "init:1:803")]);
-    reports("copies", &[("FAULT", "copy:1")], &["copy:1"]);
+    for fault in ["copy:1", "subtract:1:flip", "module:1:flip", "copy:0:flip"] {
+        reports("copies", &[("FAULT", fault)], &[fault]);
+    }
 }
 
 fn allocation_refused() {
     gpu::open();
     assert_eq!([0; 3].map(|_| code(room(4))), [0, 2, 0]);
+}
+
+/// A sum is another by a bit: the second one, or each.
+fn flipped_result() {
+    let gpu = Gpu::open();
+    let (y, stream) = (put(&[1.0; 64]), stream());
+    let sums = [0; 3].map(|_| {
+        let x = put(&[1.0; 64]);
+        gpu.add(stream, x, y, 1.0, 64).unwrap();
+        wait(stream).unwrap();
+        read(x, 64).unwrap().iter().map(|sum| (sum.to_bits() ^ 2.0f32.to_bits()).count_ones()).sum::<u32>()
+    });
+    assert_eq!(
+        sums,
+        if std::env::var("LITE_LLM_STAND_IN_FAULT").unwrap().contains('*') { [1; 3] } else { [0, 1, 0] }
+    );
 }
 
 fn flipped() {

@@ -19,6 +19,8 @@ mod workspace;
 
 pub(crate) use cache::KvGroups;
 use experts::ROWS_TOGETHER;
+pub(crate) use router::route_one;
+pub(crate) use tiered::route as route_by_tiers;
 pub(crate) use workspace::planned_bytes;
 
 pub use cache::KvCache;

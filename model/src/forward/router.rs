@@ -15,9 +15,9 @@ const SELECTION_COST: usize = 16;
 
 /// The experts of one position by original number, ascending, and their weights.
 #[derive(Debug, Default)]
-pub(super) struct Route {
-    pub(super) experts: Vec<u32>,
-    pub(super) weights: Vec<f32>,
+pub(crate) struct Route {
+    pub(crate) experts: Vec<u32>,
+    pub(crate) weights: Vec<f32>,
 }
 
 impl Route {
@@ -113,7 +113,7 @@ impl Model {
 }
 
 /// Routes one position by the outputs of its layer's router.
-fn route_one(
+pub(crate) fn route_one(
     isa: Isa,
     moe: &Moe,
     ties: Ties,

@@ -8,7 +8,7 @@ use lite_llm_core::routing::{Ties, select_hierarchical};
 
 /// Routes a position by the scores of its layer's router, in the order of [`TieredRouter`]'s rows. Tiers that are not
 /// active have no share of the softmax over tiers, and are never selected.
-pub(super) fn route(
+pub(crate) fn route(
     isa: Isa,
     router: &TieredRouter,
     ties: Ties,

@@ -7,6 +7,7 @@
 pub mod attention;
 pub mod buffer;
 pub mod convert;
+pub mod golden;
 pub mod linear;
 pub mod math;
 pub mod norm;

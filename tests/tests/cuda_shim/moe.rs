@@ -2,7 +2,8 @@
 
 use crate::ready;
 use lite_llm_core::routing::{GroupLimit, GroupScore, Hierarchy, Ties, select, select_hierarchical, top_k};
-use lite_llm_model::kernels::math::{sigmoid, sigmoid_in_place, softmax_in_place};
+use lite_llm_model::kernels::golden::{Bits, EXP_CHUNK};
+use lite_llm_model::kernels::math::{exp, sigmoid, sigmoid_in_place, softmax_in_place};
 use lite_llm_model::kernels::*;
 use lite_llm_tests::cuda::{Launch, Operands, Shim, assert_bits};
 
@@ -453,6 +454,25 @@ fn users_of_experts_are_found() {
         assert_eq!(found.words(7), results, "{what}");
     }
     shim.finish("moe.cu");
+}
+
+#[test]
+fn exponentials_are_the_definition() {
+    let Some(mut shim) = ready() else { return };
+    let mut operands = Operands::new(26);
+    let values: Vec<f32> = (0..300).map(|_| f32::from_bits(operands.word())).collect();
+    let launch = Launch::new("exponentials", [2, 1, 1], 64).values(&values).word(values.len());
+    let expected: Vec<f32> = values.iter().map(|&value| exp(value)).collect();
+    assert_bits("exponentials", &shim.check(&launch).values(0), &expected);
+    // The third and fourth chunk of those that stand 3001 apart.
+    let launch = Launch::new("exponential_hashes", [1, 1, 1], 32).room(4).word(2).word(3001).word(2);
+    let expected = [2, 3].map(|chunk: u32| {
+        let inputs = (0..EXP_CHUNK).map(|i| f32::from_bits(chunk * 3001 * EXP_CHUNK + i));
+        let mut hash = Bits::default();
+        inputs.for_each(|input| hash.word(exp(input).to_bits()));
+        hash.0
+    });
+    assert_eq!(shim.check(&launch).longs(0), expected);
 }
 
 #[test]

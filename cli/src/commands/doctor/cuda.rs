@@ -1,17 +1,21 @@
-//! `lite-llm doctor --device cuda`: which GPUs there are, and whether the kernels compile for them.
+//! `lite-llm doctor --device cuda`: which GPUs there are, whether the kernels compile for them, and whether they give the golden bits
+//! there.
 
 use crate::exit::Exit;
 use crate::quantity::Size;
 use crate::terminal::stdout;
 use lite_llm_hw::cuda::cache::{Built, Cache, Origin};
-use lite_llm_hw::cuda::driver;
 use lite_llm_hw::cuda::kernels::Target;
 use lite_llm_hw::cuda::nvrtc::Nvrtc;
+use lite_llm_hw::cuda::self_test::{Tried, try_exponential, try_kernels};
+use lite_llm_hw::cuda::{Gpu, PATIENCE, driver};
+use lite_llm_model::kernels::golden::GOLDEN_EXP;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Instant;
 
 /// What is said last, so that nobody takes a GPU that was found for one that was tried.
 const UNTRIED: &str =
@@ -26,7 +30,9 @@ struct Findings {
     /// The compiler's version, if it is there.
     nvrtc: Option<String>,
     kernels: Vec<Kernels>,
-    /// Why there are not kernels for every device.
+    /// What the kernels give, device by device.
+    golden: Vec<Given>,
+    /// Why there are not kernels for every device, or which of them are wrong.
     refusal: Option<String>,
     /// Whether a model can run on a GPU.
     runs_models: bool,
@@ -55,11 +61,25 @@ struct Kernels {
     replaced_damage: bool,
 }
 
-/// Asks driver and compiler, and compiles.
+/// What the kernels give on a device.
+#[derive(Debug, Serialize)]
+struct Given {
+    device: usize,
+    seconds: f64,
+    kernels: Vec<Verdict>,
+}
+
+#[derive(Debug, Serialize)]
+struct Verdict {
+    kernel: String,
+    golden: bool,
+}
+
+/// Asks driver and compiler, compiles, and tries what was compiled; of all inputs of the exponential if `thorough`.
 ///
 /// # Errors
-/// If there is no driver or it has no device. That kernels do not compile is a finding, and a failure.
-pub(super) fn run(json: bool) -> anyhow::Result<Exit> {
+/// If there is no driver or it has no device. That kernels do not compile, or are wrong, is a finding, and a failure.
+pub(super) fn run(json: bool, thorough: bool) -> anyhow::Result<Exit> {
     let driver = driver::find()?;
     let (major, minor) = driver.version;
     let mut findings = Findings {
@@ -67,11 +87,15 @@ pub(super) fn run(json: bool) -> anyhow::Result<Exit> {
         devices: driver.devices.iter().map(Device::of).collect(),
         nvrtc: None,
         kernels: Vec::new(),
+        golden: Vec::new(),
         refusal: None,
         runs_models: true,
     };
     let capabilities: BTreeSet<u32> = driver.devices.iter().map(|device| device.capability).collect();
-    findings.refusal = findings.compile(&capabilities).err().map(|error| error.to_string());
+    let tried = findings.compile(&capabilities).and_then(|()| {
+        (0..driver.devices.len()).try_for_each(|device| findings.try_device(device, thorough))
+    });
+    findings.refusal = tried.err().map(|error| error.to_string());
     let mut out = stdout();
     if json {
         writeln!(out, "{}", serde_json::to_string(&findings)?)?;
@@ -90,6 +114,23 @@ impl Findings {
             self.kernels.push(Kernels::of(cache.kernels(&nvrtc, target)?));
         }
         Ok(())
+    }
+}
+
+impl Findings {
+    /// Tries every kernel on a device. All are said; the first that is wrong is the refusal.
+    fn try_device(&mut self, device: usize, thorough: bool) -> anyhow::Result<()> {
+        let gpu = Gpu::open_untried(device as u32, PATIENCE)?;
+        let began = Instant::now();
+        let mut tried = try_kernels(&gpu)?;
+        tried.push(try_exponential(&gpu, GOLDEN_EXP[usize::from(thorough)])?);
+        let seconds = began.elapsed().as_secs_f64();
+        let verdict = |tried: &Tried| Verdict { kernel: tried.kernel.clone(), golden: tried.is_right() };
+        self.golden.push(Given { device, seconds, kernels: tried.iter().map(verdict).collect() });
+        match tried.into_iter().find(|tried| !tried.is_right()) {
+            None => Ok(()),
+            Some(wrong) => Err(gpu.wrong(wrong).into()),
+        }
     }
 }
 
@@ -143,10 +184,27 @@ impl fmt::Display for Findings {
         for kernels in &self.kernels {
             writeln!(f, "kernels    {kernels}")?;
         }
+        for given in &self.golden {
+            writeln!(f, "golden {:<3} {given}", given.device)?;
+        }
         if let Some(refusal) = &self.refusal {
-            writeln!(f, "kernels    not compiled: {refusal}")?;
+            let what = if self.kernels.is_empty() { "kernels    not compiled" } else { "golden     refused" };
+            writeln!(f, "{what}: {refusal}")?;
         }
         writeln!(f, "models     {UNTRIED}")
+    }
+}
+
+impl fmt::Display for Given {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let wrong: Vec<&str> =
+            self.kernels.iter().filter(|of| !of.golden).map(|of| of.kernel.as_str()).collect();
+        let (all, seconds) = (self.kernels.len(), self.seconds);
+        write!(f, "{} of {all} give the golden bits, in {seconds:.2} s", all - wrong.len())?;
+        match (&wrong[..], self.kernels.last()) {
+            ([], Some(last)) => write!(f, "; the last is {}", last.kernel),
+            _ => write!(f, "; not {}", wrong.join(", ")),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Every kernel against the plain definition, bit for bit, over random shapes and operands that trouble arithmetic.
 
-use super::super::self_test::operands;
+use super::super::golden::operands;
 use super::*;
 use proptest::prelude::*;
 

@@ -1,8 +1,8 @@
 //! Integers with a scale for each group of 32: how they are made, how they are packed, and their products on every
 //! instruction set against the definition, bit for bit.
 
+use super::super::golden::operands;
 use super::super::quantise::{GROUP, QuantiseError, dequantise_row, quantise_row};
-use super::super::self_test::operands;
 use super::bits::bits;
 use super::isas;
 use super::quantised::draw;

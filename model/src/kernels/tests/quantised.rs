@@ -1,6 +1,6 @@
 //! Weights that stay quantised against the same weights decoded first, bit for bit.
 
-use super::super::self_test::operands;
+use super::super::golden::operands;
 use super::bits::bits;
 use super::isas;
 use crate::kernels::convert::{e2m1_value, e4m3_value};
