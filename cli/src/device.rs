@@ -2,25 +2,58 @@
 
 use crate::quantity::duration;
 use crate::settings::Settings;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use lite_llm_hw::cuda::PATIENCE;
 use lite_llm_hw::node::Computer;
+use std::fmt;
 use std::time::Duration;
 
 /// A device by its name in flags.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum DeviceName {
+    /// `cpu`
     #[default]
     Cpu,
-    Cuda,
+    /// `cuda` or `cuda:N`
+    Cuda(Option<u32>),
+}
+
+impl DeviceName {
+    /// As a flag has it.
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!(
+                "{text:?} is no device: give cpu, cuda, or cuda:N with the number of a GPU, which doctor --device cuda says"
+            )
+        };
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(None)),
+            // No sign, which a number might have.
+            Some(("cuda", number)) if number.bytes().all(|byte| byte.is_ascii_digit()) => {
+                number.parse().map(|number| Self::Cuda(Some(number))).map_err(|_| wrong())
+            }
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => write!(f, "cpu"),
+            Self::Cuda(None) => write!(f, "cuda"),
+            Self::Cuda(Some(number)) => write!(f, "cuda:{number}"),
+        }
+    }
 }
 
 /// What computes a model.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Runtime")]
 pub(crate) struct DeviceArgs {
-    /// What computes; cuda is the first GPU of the CUDA driver, and has not yet been tried on one. The choice changes no bit
-    #[arg(long, value_enum, default_value_t)]
+    /// What computes: cpu, or a GPU of the CUDA driver: cuda:N, or cuda for the first, not yet tried on one. It changes no bit
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceName::parse, default_value_t)]
     pub(crate) device: DeviceName,
     /// How long a GPU may make no progress before it is given up [default: 30s]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
@@ -30,9 +63,9 @@ pub(crate) struct DeviceArgs {
 impl DeviceArgs {
     /// Decides what computes. Memory that nobody has said is then the GPU's.
     pub(crate) fn settle(&self, settings: &mut Settings) {
-        if self.device == DeviceName::Cuda {
+        if let DeviceName::Cuda(number) = self.device {
             let patience = self.device_patience.unwrap_or(PATIENCE);
-            settings.computer = Computer::Cuda { patience };
+            settings.computer = Computer::Cuda { number: number.unwrap_or(0), patience };
             if !settings.memory_is_given {
                 settings.config.memory_bytes = u64::MAX;
             }

@@ -453,3 +453,31 @@ fn what_cannot_be_had_is_refused_with_numbers() {
     arguments.extend(&more[..2]);
     machine.run(&arguments, &[]).refuses(2, &["--device is for one process"]);
 }
+
+#[test]
+fn a_device_is_chosen_by_its_number() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.length = 20;
+    let model = folder("fixtures/qwen2_moe");
+    let expected = machine.expected(&model, &[]);
+    // Nobody needs the first device, which somebody else has to himself.
+    let busy = [("SEED", "5"), ("BUSY", "0")];
+    let on = |device| ["--memory", "300MiB", "--device", device];
+    machine.generate(&model, "first", &on("cuda"), &busy).refuses(1, &["the CUDA driver refuses", "busy"]);
+    let found = machine.generate(&model, "gpu", &on("cuda:1"), &busy).json();
+    assert_eq!(found["tokens"], expected);
+    machine.replay(&model);
+    let words = ["no GPU 2", "0 (Stand-in 0), 1 (Stand-in 1)", "cuda:N"];
+    machine.generate(&model, "other", &on("cuda:2"), &[]).refuses(1, &words);
+    for name in
+        ["cuda:", "cuda:-1", "cuda:+1", "cuda:one", "cuda:99999999999", "cuda1", "gpu:0", "CUDA", "cpu:0"]
+    {
+        machine
+            .generate(&model, "wrong", &["--device", name], &[])
+            .refuses(2, &[name, "is no device", "cuda:N"]);
+    }
+    let looked = machine.run(&["doctor", "--device", "cuda:1", "--json"], &busy).json();
+    assert_eq!(looked["golden"].as_array().unwrap().len(), 1, "{looked}");
+    assert_eq!(looked["golden"][0]["device"], 1);
+    machine.run(&["doctor", "--device", "cuda:7"], &[]).refuses(1, &["no GPU 7", "1 (Stand-in 1)"]);
+}

@@ -4,7 +4,7 @@ use crate::bench::course::{Course, Routes};
 use crate::bench::figures::{Around, Figures};
 use crate::bench::picture;
 use crate::commands::run::identity;
-use crate::device::{DeviceArgs, DeviceName};
+use crate::device::DeviceArgs;
 use crate::exit::{Exit, fault, usage};
 use crate::quantity::Size;
 use crate::serve::Service;
@@ -193,7 +193,7 @@ impl BenchArgs {
         let mut object = json!({
             "model": self.name(),
             "identity": identity(&ran.identity),
-            "device": if self.device.device == DeviceName::Cuda { "cuda" } else { "cpu" },
+            "device": self.device.device.to_string(),
             "threads": settings.threads,
             "isa": format!("{:?}", settings.isa).to_lowercase(),
             "memory_bytes": settings.config.memory_bytes,

@@ -2,12 +2,13 @@
 
 mod cuda;
 
+use crate::device::DeviceName;
 use crate::exit::{Exit, usage};
 use crate::quantity::Size;
 use crate::settings::RuntimeArgs;
 use crate::terminal::stdout;
 use anyhow::Context;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use lite_llm_core::carving::carve;
 use lite_llm_core::config::Config;
 use lite_llm_core::ids::ExpertKey;
@@ -39,13 +40,6 @@ const STRIDE: usize = 7919;
 /// Shares of a model's experts that a budget may hold.
 const SHARES: [f64; 5] = [1.0, 0.75, 0.5, 0.25, 0.125];
 
-/// What is looked at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Device {
-    Cpu,
-    Cuda,
-}
-
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
     /// A checkpoint to look at, too
@@ -53,9 +47,9 @@ pub(crate) struct DoctorArgs {
     /// Which experts a text uses, as trace wrote it: hits are those of the most used ones
     #[arg(long, value_name = "TRACE", requires = "model")]
     trace: Option<PathBuf>,
-    /// What to look at: cuda says which GPUs there are, compiles the kernels for them, and tries each on fixed operands
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
-    device: Device,
+    /// What to look at: cpu; cuda for the GPUs that there are, whose kernels are compiled and tried on fixed operands; cuda:N for one
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceName::parse, default_value_t)]
+    device: DeviceName,
     /// Try the exponential of all 2^32 inputs on a GPU, not of 2^24
     #[arg(long)]
     thorough: bool,
@@ -113,9 +107,9 @@ struct Budget {
 
 impl DoctorArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
-        if self.device == Device::Cuda {
+        if let DeviceName::Cuda(number) = self.device {
             return match self.model {
-                None => cuda::run(self.json, self.thorough),
+                None => cuda::run(number, self.json, self.thorough),
                 Some(_) => Err(usage(
                     "nothing is measured on a GPU yet, so nothing can be said of a model on one: give --device cuda without a checkpoint",
                 )),

@@ -45,6 +45,7 @@ const Text TEXTS[] = {
     {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
     {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
     {NOT_INITIALISED, "CUDA_ERROR_NOT_INITIALIZED", "initialization error"},
+    {DEVICE_UNAVAILABLE, "CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA-capable device(s) is/are busy or unavailable"},
     {NO_DEVICE, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
@@ -206,6 +207,7 @@ CALL cuDevicePrimaryCtxRetain(void** context, int device) {
     ENTER(DRIVER);
     if (!is_device(device)) return INVALID_DEVICE;
     if (lost) return lost;
+    if (is_busy(device)) return DEVICE_UNAVAILABLE;
     devices[device].retained++;
     return *context = &devices[device], SUCCESS;
 }

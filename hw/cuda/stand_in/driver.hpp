@@ -10,6 +10,7 @@
 //   LITE_LLM_STAND_IN_SEED    the order in which what is queued runs (0)
 //   LITE_LLM_STAND_IN_MEMORY  bytes of each device (24 GiB)
 //   LITE_LLM_STAND_IN_PINNED  bytes of host memory that may be pinned (no limit)
+//   LITE_LLM_STAND_IN_BUSY    the number of a device that somebody else has to himself
 //   LITE_LLM_STAND_IN_TALLY   a file, to which a process that ends well writes how many of each `what` there were, and how often each
 //                             kernel ran: a line for each
 //   LITE_LLM_STAND_IN_FAULT   faults with commas between them, each `what:number:how`
@@ -39,6 +40,7 @@ enum Code : int {
     INVALID_VALUE = 1,
     OUT_OF_MEMORY = 2,
     NOT_INITIALISED = 3,
+    DEVICE_UNAVAILABLE = 46,
     NO_DEVICE = 100,
     INVALID_DEVICE = 101,
     INVALID_IMAGE = 200,
@@ -87,6 +89,7 @@ enum What { INIT, ALLOC, PIN, MODULE, GRAPH, REPLAY, LAUNCH, COPY, FETCH, WHATS 
 const char* kind_of_driver();
 std::size_t memory_of_device();
 std::size_t pinned_limit();
+bool is_busy(int device);
 // Counts one more of them, and says what is to become of it.
 Fault count(What what);
 // The same of a launch, by its kernel too.

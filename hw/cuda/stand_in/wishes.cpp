@@ -111,6 +111,11 @@ std::size_t pinned_limit() {
     return bytes;
 }
 
+bool is_busy(int device) {
+    const std::uint64_t none = ~std::uint64_t{0};
+    return number("LITE_LLM_STAND_IN_BUSY", none) == static_cast<std::uint64_t>(device);
+}
+
 Fault count(What what) { return count_named(NAMES[what]); }
 
 Fault count_launch(const char* kernel) {

@@ -25,6 +25,20 @@ pub struct Device {
     pub memory_bytes: u64,
 }
 
+impl Driver {
+    /// A device by its number.
+    ///
+    /// # Errors
+    /// If there is none: with those that there are.
+    pub fn device(&self, number: u32) -> Result<&Device, CudaError> {
+        self.devices.get(number as usize).ok_or_else(|| {
+            let devices =
+                (0..).zip(&self.devices).map(|(number, device)| format!("{number} ({})", device.name));
+            CudaError::OtherDevice { number, devices: devices.collect::<Vec<_>>().join(", ") }
+        })
+    }
+}
+
 /// Asks the driver.
 ///
 /// # Errors

@@ -59,11 +59,7 @@ impl Gpu {
     /// If there is no driver, device or compiler, or one of them fails.
     pub fn open_untried(number: u32, patience: Duration) -> Result<Arc<Self>, CudaError> {
         let found = driver::find()?;
-        let Some(own) = found.devices.get(number as usize) else {
-            let devices =
-                (0..).zip(&found.devices).map(|(number, device)| format!("{number} ({})", device.name));
-            return Err(CudaError::OtherDevice { number, devices: devices.collect::<Vec<_>>().join(", ") });
-        };
+        let own = found.device(number)?;
         let nvrtc = Nvrtc::find()?;
         let built = Cache::of_user().kernels(&nvrtc, nvrtc.target(own.capability)?)?;
         let ((major, minor), nvrtc) = (found.version, nvrtc.number());

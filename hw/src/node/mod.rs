@@ -52,8 +52,10 @@ pub type OnEvent = Box<dyn FnMut(Seq, &Event) + Send>;
 pub enum Computer {
     /// The CPU.
     Cpu,
-    /// The first GPU of the CUDA driver. `memory_bytes` is then of its memory, but for `warm_bytes`, which are the host's.
+    /// A GPU of the CUDA driver. `memory_bytes` is then of its memory, but for `warm_bytes`, which are the host's.
     Cuda {
+        /// Its number there, from 0.
+        number: u32,
         /// How long it may be without progress before it is lost: [`crate::cuda::PATIENCE`] does for any.
         patience: Duration,
     },

@@ -57,7 +57,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let NodeOptions { journal_bytes, capture, on_event, computer, .. } = options;
     let gpu = match computer {
         Computer::Cpu => None,
-        Computer::Cuda { patience } => Some(Gpu::open(0, patience)?),
+        Computer::Cuda { number, patience } => Some(Gpu::open(number, patience)?),
     };
     if config.memory_bytes == u64::MAX {
         let available = match &gpu {

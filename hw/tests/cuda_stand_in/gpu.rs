@@ -32,8 +32,13 @@ pub(crate) enum Argument {
 pub(crate) use Argument::{At, Value, Word};
 
 pub(crate) fn open() -> CUcontext {
+    open_device(0)
+}
+
+/// Opens a device by its number, and makes it current.
+pub(crate) fn open_device(number: i32) -> CUcontext {
     result::init().unwrap();
-    let device = result::device::get(0).unwrap();
+    let device = result::device::get(number).unwrap();
     // SAFETY: the device is there.
     let context = unsafe { result::primary_ctx::retain(device) }.unwrap();
     // SAFETY: the context was made just now.
@@ -41,9 +46,19 @@ pub(crate) fn open() -> CUcontext {
     context
 }
 
+/// Makes a device current that was opened.
+pub(crate) fn enter(context: CUcontext) {
+    // SAFETY: the context is there.
+    unsafe { result::ctx::set_current(context) }.unwrap();
+}
+
 impl Gpu {
     pub(crate) fn open() -> Self {
-        open();
+        Self::open_device(0)
+    }
+
+    pub(crate) fn open_device(number: i32) -> Self {
+        open_device(number);
         Self::load(&CString::new(KERNELS).unwrap().into_bytes_with_nul()).unwrap()
     }
 

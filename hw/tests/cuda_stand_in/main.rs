@@ -9,6 +9,7 @@
 mod gpu;
 
 use cudarc::driver::result;
+use cudarc::driver::sys::CUstream;
 use gpu::{At, Gpu, Value, Word, code, put, read, record, room, stream, wait};
 use lite_llm_hw::cuda::kernels::{Compiler, KERNELS, Target};
 use lite_llm_hw::cuda::nvrtc::Nvrtc;
@@ -107,6 +108,13 @@ const SCENARIOS: &[(&str, fn())] = &[
         gpu::open();
         assert_eq!(code(Gpu::load(b"\0")), 218);
     }),
+    ("a driver that is busy", || {
+        result::init().unwrap();
+        // SAFETY: the device is there.
+        let retain =
+            |number| code(unsafe { result::primary_ctx::retain(result::device::get(number).unwrap()) });
+        assert_eq!([retain(0), retain(1)], [46, 0]);
+    }),
     ("a driver refused", || assert_eq!(code(result::init()), 803)),
     ("a small device", small_device),
     ("little pinned memory", little_pinned),
@@ -116,6 +124,11 @@ const SCENARIOS: &[(&str, fn())] = &[
         gpu::open();
         assert_eq!(gpu::touch(put(&[1.0])), 0);
     }),
+    ("two devices", two_devices),
+    ("memory of another device", || {
+        on_another_device(|gpu, [x, y], stream| gpu.add(stream, x, y, 1.0, 64).unwrap())
+    }),
+    ("a copy of another device", || on_another_device(|_, [x, y], stream| gpu::copy_later(y, x, 64, stream))),
     ("used after it was freed", freed_before),
     ("freed while it is used", freed_while_used),
     ("freed twice", freed_twice),
@@ -437,6 +450,54 @@ fn overrun(values: usize) {
     let (x, stream) = (put(&vec![0.0; values]), stream());
     gpu.launch("planted_overrun", [(1, 1, 1), (values as u32, 1, 1)], stream, &[At(x)]).unwrap();
     wait(stream).unwrap();
+}
+
+/// Two devices, each with memory, modules and streams of its own, in one thread.
+fn two_devices() {
+    let first = Gpu::open();
+    let first_context = result::ctx::get_current().unwrap().unwrap();
+    let (x, y, of_first) = (put(&[1.0; 64]), put(&[2.0; 64]), stream());
+    let free = result::mem_get_info().unwrap().0;
+    let second = Gpu::open_device(1);
+    let second_context = result::ctx::get_current().unwrap().unwrap();
+    let (v, w, of_second) = (put(&[3.0; 64]), put(&[4.0; 64]), stream());
+    assert_eq!(result::mem_get_info().unwrap().0, free, "each has memory of its own");
+    second.add(of_second, v, w, 1.0, 64).unwrap();
+    // A kernel of one device in a stream of the other.
+    assert_eq!(
+        [code(first.add(of_second, v, w, 1.0, 64)), code(second.add(of_first, x, y, 1.0, 64))],
+        [201; 2]
+    );
+    gpu::enter(first_context);
+    first.add(of_first, x, y, 1.0, 64).unwrap();
+    wait(of_first).unwrap();
+    assert_eq!(read(x, 64).unwrap(), [3.0; 64]);
+    gpu::enter(second_context);
+    wait(of_second).unwrap();
+    assert_eq!(read(v, 64).unwrap(), [7.0; 64]);
+}
+
+/// Uses memory of the first device on the second.
+fn on_another_device(use_it: fn(&Gpu, [u64; 2], CUstream)) {
+    gpu::open();
+    let x = put(&[0.0; 64]);
+    let gpu = Gpu::open_device(1);
+    let (y, stream) = (put(&[1.0; 64]), stream());
+    use_it(&gpu, [x, y], stream);
+    wait(stream).unwrap();
+}
+
+#[test]
+fn a_second_device_is_another() {
+    for seed in 0..4 {
+        passes("two devices", &[("SEED", &seed.to_string())]);
+    }
+    for (scenario, operation) in
+        [("memory of another device", "in add"), ("a copy of another device", "in a copy on the device")]
+    {
+        reports(scenario, &[], &["memory of another device", operation]);
+    }
+    passes("a driver that is busy", &[("BUSY", "0")]);
 }
 
 fn freed_before() {

@@ -19,7 +19,7 @@ use std::time::Instant;
 
 /// What is said last, so that nobody takes a GPU that was found for one that was tried.
 const UNTRIED: &str =
-    "run --device cuda computes on the first of them; nobody has tried that on a GPU yet, only on a stand-in";
+    "run --device cuda:N computes on one of them; nobody has tried that on a GPU yet, only on a stand-in";
 
 /// What was found.
 #[derive(Debug, Serialize)]
@@ -64,7 +64,7 @@ struct Kernels {
 /// What the kernels give on a device.
 #[derive(Debug, Serialize)]
 struct Given {
-    device: usize,
+    device: u32,
     seconds: f64,
     kernels: Vec<Verdict>,
 }
@@ -75,12 +75,19 @@ struct Verdict {
     golden: bool,
 }
 
-/// Asks driver and compiler, compiles, and tries what was compiled; of all inputs of the exponential if `thorough`.
+/// Asks driver and compiler, compiles, and tries what was compiled on one device or all; of all inputs of the exponential if
+/// `thorough`.
 ///
 /// # Errors
-/// If there is no driver or it has no device. That kernels do not compile, or are wrong, is a finding, and a failure.
-pub(super) fn run(json: bool, thorough: bool) -> anyhow::Result<Exit> {
+/// If there is no driver, or it has no such device. That kernels do not compile, or are wrong, is a finding, and a failure.
+pub(super) fn run(number: Option<u32>, json: bool, thorough: bool) -> anyhow::Result<Exit> {
     let driver = driver::find()?;
+    let wanted: Vec<u32> = match number {
+        None => (0..driver.devices.len() as u32).collect(),
+        Some(number) => vec![number],
+    };
+    let capabilities = wanted.iter().map(|&number| driver.device(number).map(|device| device.capability));
+    let capabilities = capabilities.collect::<Result<BTreeSet<u32>, _>>()?;
     let (major, minor) = driver.version;
     let mut findings = Findings {
         driver: format!("{major}.{minor}"),
@@ -91,10 +98,9 @@ pub(super) fn run(json: bool, thorough: bool) -> anyhow::Result<Exit> {
         refusal: None,
         runs_models: true,
     };
-    let capabilities: BTreeSet<u32> = driver.devices.iter().map(|device| device.capability).collect();
-    let tried = findings.compile(&capabilities).and_then(|()| {
-        (0..driver.devices.len()).try_for_each(|device| findings.try_device(device, thorough))
-    });
+    let tried = findings
+        .compile(&capabilities)
+        .and_then(|()| wanted.iter().try_for_each(|&device| findings.try_device(device, thorough)));
     findings.refusal = tried.err().map(|error| error.to_string());
     let mut out = stdout();
     if json {
@@ -119,8 +125,8 @@ impl Findings {
 
 impl Findings {
     /// Tries every kernel on a device. All are said; the first that is wrong is the refusal.
-    fn try_device(&mut self, device: usize, thorough: bool) -> anyhow::Result<()> {
-        let gpu = Gpu::open_untried(device as u32, PATIENCE)?;
+    fn try_device(&mut self, device: u32, thorough: bool) -> anyhow::Result<()> {
+        let gpu = Gpu::open_untried(device, PATIENCE)?;
         let began = Instant::now();
         let mut tried = try_kernels(&gpu)?;
         tried.push(try_exponential(&gpu, GOLDEN_EXP[usize::from(thorough)])?);
