@@ -1,12 +1,15 @@
 //! Models with `--device cuda`, over a stand-in for the driver that runs the kernels on the CPU, late and in any order that streams
 //! allow: tokens, digests and refusals have to be those of the model on the CPU. Nothing here has met a GPU.
 
-use lite_llm_tests::command::{Place, Ran};
+use lite_llm_tests::command::{Place, Ran, child_of, parse_stream, try_signal};
 use lite_llm_tests::cuda::{compile_driver, say_skipped};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// A place for commands, with the libraries of a machine with a GPU.
 struct Machine {
@@ -35,8 +38,13 @@ impl Machine {
         Some(Self { place: Place::new(), libraries, length: 78, chosen: "5", before })
     }
 
-    /// Runs a command, with wishes for the stand-in: names after `LITE_LLM_STAND_IN`, and values.
+    /// Runs a command, with wishes for the stand-in.
     fn run(&self, arguments: &[&str], wishes: &[(&str, &str)]) -> Ran {
+        self.command(arguments, wishes).output().unwrap().into()
+    }
+
+    /// A command, with wishes for the stand-in: names after `LITE_LLM_STAND_IN`, and values.
+    fn command(&self, arguments: &[&str], wishes: &[(&str, &str)]) -> Command {
         let mut command = self.place.command(arguments);
         // Kernels are compiled once for all tests.
         command.env("XDG_CACHE_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-cache"));
@@ -45,7 +53,7 @@ impl Machine {
             let value = if *name == "FAULT" { self.after_the_self_test(value) } else { (*value).to_owned() };
             command.env(format!("LITE_LLM_STAND_IN_{name}"), value);
         }
-        command.output().unwrap().into()
+        command
     }
 
     /// Faults whose numbers count from the end of the self-test on, as the stand-in counts them. Modules are loaded before it, and
@@ -480,4 +488,46 @@ fn a_device_is_chosen_by_its_number() {
     assert_eq!(looked["golden"].as_array().unwrap().len(), 1, "{looked}");
     assert_eq!(looked["golden"][0]["device"], 1);
     machine.run(&["doctor", "--device", "cuda:7"], &[]).refuses(1, &["no GPU 7", "1 (Stand-in 1)"]);
+}
+
+/// Wherever it is killed, in a step or while it starts, the next life goes on with the same bits.
+#[test]
+fn a_supervised_node_that_is_killed_in_steps_goes_on() {
+    let Some(machine) = Machine::new() else { return };
+    let model = folder("fixtures/olmoe");
+    let prompt = prompt(&model, 20);
+    let run =
+        ["run", model.to_str().unwrap(), "--prompt-tokens", &prompt, "--max-tokens", "60", "--ignore-eos"];
+    let run =
+        [&run[..], &["--temperature", "1", "--seed", "3", "--prefill-chunk", "7", "--stream", "--json"]]
+            .concat();
+    let cpu = machine.run(&[&run[..], &["--device", "cpu"]].concat(), &[]);
+    assert_eq!(cpu.code, Some(0), "{}", cpu.stderr);
+    let (expected, _) = parse_stream(&cpu.stdout);
+
+    let on = ["--device", "cuda", "--memory", "300MiB", "--state", "gpu", "--request-id", "one"];
+    let supervise = ["supervise", "--max-restarts", "50", "--"];
+    let line = [&supervise[..], &run, &on].concat();
+    let mut child = machine.command(&line, &[("SEED", "9")]).spawn().unwrap();
+    let (supervisor, mut out) = (child.id(), BufReader::new(child.stdout.take().unwrap()));
+    let mut text = String::new();
+    // Between tokens of the stream the device is in a step: each kill comes a little later in one.
+    for kill in 0..8 {
+        for _ in 0..4 {
+            out.read_line(&mut text).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(kill * 2));
+        if let Some(life) = child_of(supervisor) {
+            try_signal(life, "KILL");
+        }
+    }
+    out.read_to_string(&mut text).unwrap();
+    let ran: Ran = child.wait_with_output().unwrap().into();
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let (found, result) = parse_stream(&text);
+    assert_eq!(found, expected, "each token once, and those of the CPU");
+    assert_eq!(result.unwrap()["tokens"].as_array().unwrap().len(), expected.len());
+    let deaths = ran.stderr.matches("crash report: ").count();
+    assert!(deaths >= 4, "{deaths} deaths: {}", ran.stderr);
+    machine.replay(&model);
 }
