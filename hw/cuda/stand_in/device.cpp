@@ -9,7 +9,6 @@ namespace stand_in {
 
 Device devices[DEVICES] = {{0, 0, 0}, {1, 0, 0}};
 thread_local Device* current;
-thread_local bool in_callback;
 bool initialised;
 
 // Never destroyed: whoever waits for ever may still have it when the process ends.
@@ -19,10 +18,6 @@ std::mutex& door() {
 }
 
 Entry::Entry(Needs needs) {
-    if (in_callback) {
-        code = NOT_PERMITTED;
-        return;
-    }
     lock = std::unique_lock<std::mutex>(door());
     if (needs >= DRIVER && !initialised) {
         code = NOT_INITIALISED;
@@ -60,11 +55,8 @@ const Text TEXTS[] = {
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
     {702, "CUDA_ERROR_LAUNCH_TIMEOUT", "the launch timed out and was terminated"},
-    {ALREADY_REGISTERED, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", "part or all of the requested memory range is already mapped"},
-    {NOT_REGISTERED, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", "pointer does not correspond to a registered memory region"},
     {716, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
-    {NOT_PERMITTED, "CUDA_ERROR_NOT_PERMITTED", "operation not permitted"},
     {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
     {MISMATCH, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "system has unsupported display driver / cuda driver combination"},
     {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
@@ -87,40 +79,8 @@ const Text* text_of(int code) {
 
 int attribute_of(int attribute) {
     const int capability = std::atoi(kind_of_driver());
-    switch (attribute) {
-        case 1: return 1024;           // threads of a block
-        case 2: case 3: return 1024;   // of its x and y
-        case 4: return 64;             // of its z
-        case 5: return 0x7fffffff;     // blocks of a grid's x
-        case 6: case 7: return 65535;  // of its y and z
-        case 8: return 48 << 10;       // shared memory of a block
-        case 9: return 64 << 10;       // constant memory
-        case 10: return 32;            // a warp
-        case 12: return 65536;         // registers of a block
-        case 13: return 1500000;       // kHz
-        case 14: return 512;
-        case 15: case 31: return 1;    // copies and kernels beside kernels
-        case 16: return 4;             // multiprocessors
-        case 19: return 1;             // maps memory of the host
-        case 33: return 1;             // its place
-        case 36: return 2000000;       // kHz of memory
-        case 37: return 256;           // bits of its bus
-        case 38: return 4 << 20;       // cache
-        case 39: return 2048;          // threads of a multiprocessor
-        case 40: return 2;             // engines that copy
-        case 41: return 1;             // one space of addresses
-        case 75: return capability / 10;
-        case 76: return capability % 10;
-        case 78: return 1;             // priorities
-        case 81: return 100 << 10;     // shared memory of a multiprocessor
-        case 82: return 65536;
-        case 97: return 99 << 10;      // shared memory that a block may ask for
-        case 99: return 1;             // registers memory of the host
-        case 106: return 32;
-        case 111: return 1 << 10;
-        case 115: return 1;            // memory in the order of streams
-        default: return 0;
-    }
+    // Its major and its minor number; nobody asks for more.
+    return attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : 0;
 }
 
 bool is_device(int device) { return device >= 0 && device < DEVICES; }
@@ -182,15 +142,6 @@ CALL cuDeviceGetName(char* name, int size, int device) {
     return std::snprintf(name, static_cast<std::size_t>(size), "Stand-in %d", device), SUCCESS;
 }
 
-CALL cuDeviceGetUuid_v2(void* uuid, int device) {
-    ENTER(DRIVER);
-    if (!is_device(device)) return INVALID_DEVICE;
-    std::memset(uuid, 0x50 + device, 16);
-    return SUCCESS;
-}
-
-CALL cuDeviceGetUuid(void* uuid, int device) { return cuDeviceGetUuid_v2(uuid, device); }
-
 CALL cuDeviceGetAttribute(int* value, int attribute, int device) {
     ENTER(DRIVER);
     if (!is_device(device)) return INVALID_DEVICE;
@@ -221,65 +172,15 @@ CALL cuDevicePrimaryCtxRelease_v2(int device) {
     return SUCCESS;
 }
 
-CALL cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
+CALL cuCtxSetCurrent(void* context) {
     ENTER(DRIVER);
-    if (!is_device(device)) return INVALID_DEVICE;
-    return *flags = 0, *active = devices[device].retained > 0, SUCCESS;
-}
-
-static thread_local std::vector<Device*> below;
-
-static int make_current(void* context) {
     auto* const device = static_cast<Device*>(context);
     if (lost) return lost;
     if (device && (device < devices || device >= devices + DEVICES || device->retained == 0)) return INVALID_CONTEXT;
     return current = device, SUCCESS;
 }
 
-CALL cuCtxSetCurrent(void* context) {
-    ENTER(DRIVER);
-    return make_current(context);
-}
-
 CALL cuCtxGetCurrent(void** context) {
     ENTER(DRIVER);
     return *context = current, SUCCESS;
-}
-
-CALL cuCtxPushCurrent_v2(void* context) {
-    ENTER(DRIVER);
-    below.push_back(current);
-    const int code = make_current(context);
-    if (code) below.pop_back();
-    return code;
-}
-
-CALL cuCtxPopCurrent_v2(void** context) {
-    ENTER(DRIVER);
-    if (!current) return INVALID_CONTEXT;
-    if (context) *context = current;
-    current = below.empty() ? nullptr : below.back();
-    if (!below.empty()) below.pop_back();
-    return SUCCESS;
-}
-
-CALL cuCtxGetDevice(int* device) {
-    ENTER(CONTEXT);
-    return *device = current->number, SUCCESS;
-}
-
-CALL cuCtxGetStreamPriorityRange(int* least, int* greatest) {
-    ENTER(CONTEXT);
-    return *least = 0, *greatest = -5, SUCCESS;
-}
-
-CALL cuCtxSetFlags(unsigned) {
-    ENTER(CONTEXT);
-    return SUCCESS;
-}
-
-CALL cuCtxSynchronize() {
-    ENTER(CONTEXT);
-    if (streams_in_capture() > 0) return CAPTURE_UNSUPPORTED;
-    return wait_for_all(*current, entry.lock);
 }

@@ -49,9 +49,6 @@ enum Code : int {
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     NOT_READY = 600,
-    ALREADY_REGISTERED = 712,
-    NOT_REGISTERED = 713,
-    NOT_PERMITTED = 800,
     NOT_SUPPORTED = 801,
     MISMATCH = 803,
     CAPTURE_UNSUPPORTED = 900,
@@ -125,9 +122,6 @@ void check_all_guards(const char* who);
 
 int pin(std::size_t bytes, void*& at);
 bool unpin(void* at);
-// The same for memory that the host has already.
-int pin_of_host(void* at, std::size_t bytes);
-bool unpin_of_host(void* at);
 bool is_pinned(const void* at);
 // How much was pinned that begins there, or nothing.
 std::size_t pinned_bytes_at(const void* at);
@@ -138,18 +132,14 @@ extern std::string running_now;
 // ---- What is queued (queue.cpp).
 
 struct Work {
-    enum Kind { MARK, RUN, MOVE, FILL, CALL_HOST, FREE } kind = MARK;
+    enum Kind { MARK, RUN, MOVE } kind = MARK;
     const shim::Kernel* kernel = nullptr;
     uint3 grid = {}, block = {};
     std::vector<shim::Argument> arguments;
-    // Of a copy or a fill: bytes, places on devices or of the host.
+    // Of a copy: bytes, places on devices or of the host.
     Address to = 0, from = 0;
     bool to_host = false, from_host = false;
     std::size_t bytes = 0;
-    // What is filled with, and how many bytes it has.
-    std::uint32_t pattern = 0, width = 1;
-    void (*host)(void*) = nullptr;
-    void* data = nullptr;
 
     bool uses(Address begin, Address end) const;
     bool uses_host(const char* begin, const char* end) const;
@@ -168,7 +158,6 @@ struct Operation {
     unsigned open = 0;
     bool done = false;
     Fault fault;
-    double ms = 0;
 
     std::string name() const;
 };
@@ -180,7 +169,6 @@ struct Stream {
     unsigned number = 0;
     Device* device = nullptr;
     bool waits_for_default = true;
-    int priority = 0;
     Op last;
     // Where it records a graph: what comes next comes after these nodes.
     std::shared_ptr<Capture> capture;
@@ -188,8 +176,6 @@ struct Stream {
 };
 
 struct Event {
-    bool timed = true;
-    bool recorded = false;
     Op op;
     std::shared_ptr<Capture> capture;
     std::vector<std::size_t> nodes;
@@ -211,7 +197,7 @@ struct Capture {
 
 // The stream of a handle, also of the default one; null if there is none.
 Stream* stream_of(void* handle);
-Stream* new_stream(Device* device, bool waits_for_default, int priority);
+Stream* new_stream(Device* device, bool waits_for_default);
 // The stream is gone for the host; what is queued in it still runs.
 void forget(Stream* stream);
 std::size_t streams_in_capture();
@@ -225,7 +211,6 @@ std::vector<Op> before_next(Stream& stream);
 
 // Runs what it takes until this is done, and perhaps more. Blocks for ever if it never is.
 int wait_for(const Op& op, std::unique_lock<std::mutex>& lock);
-int wait_for_all(Device& device, std::unique_lock<std::mutex>& lock);
 // Runs something, and says whether this is done.
 bool poll(const Op& op);
 // Reports what is queued and uses this memory.
@@ -242,7 +227,6 @@ void run_grid(const shim::Kernel& kernel, const shim::Argument* arguments, uint3
 // ---- A call of the host: one at a time.
 
 extern thread_local Device* current;
-extern thread_local bool in_callback;
 extern bool initialised;
 std::mutex& door();
 

@@ -56,13 +56,6 @@ CALL cuStreamBeginCapture_v2(void* handle, int mode) {
     return SUCCESS;
 }
 
-CALL cuStreamIsCapturing(void* handle, int* status) {
-    ENTER(CONTEXT);
-    const Stream* const stream = stream_of(handle);
-    if (!stream) return INVALID_HANDLE;
-    return *status = !stream->capture ? 0 : stream->capture->invalid ? 2 : 1, SUCCESS;
-}
-
 CALL cuStreamEndCapture(void* handle, void** graph) {
     ENTER(CONTEXT);
     *graph = nullptr;
@@ -94,19 +87,6 @@ CALL cuGraphInstantiateWithFlags(void** executable, void* handle, unsigned long 
     auto* const made = new Executable{graph->nodes, nullptr};
     executables.insert(made);
     return *executable = made, SUCCESS;
-}
-
-CALL cuGraphGetNodes(void* handle, void** nodes, std::size_t* count) {
-    ENTER(CONTEXT);
-    const auto* const graph = static_cast<Graph*>(handle);
-    if (graphs.count(static_cast<Graph*>(handle)) == 0) return INVALID_HANDLE;
-    if (nodes) return NOT_SUPPORTED;
-    return *count = graph->nodes.size(), SUCCESS;
-}
-
-CALL cuGraphUpload(void* executable, void* stream) {
-    ENTER(CONTEXT);
-    return executables.count(static_cast<Executable*>(executable)) && stream_of(stream) ? SUCCESS : INVALID_HANDLE;
 }
 
 CALL cuGraphLaunch(void* handle, void* stream_handle) {

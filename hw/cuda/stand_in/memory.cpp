@@ -28,12 +28,7 @@ constexpr std::uint16_t POISON = 0xffa5;
 
 std::map<Address, Allocation> live;
 std::map<Address, std::size_t> freed;
-struct Pinned {
-    std::size_t bytes;
-    bool of_host;
-};
-
-std::map<char*, Pinned> pinned;
+std::map<char*, std::size_t> pinned;
 std::size_t pinned_bytes;
 char *device_range, *own_range;
 Address next_page;
@@ -204,7 +199,7 @@ int pin(std::size_t bytes, void*& at) {
     void* const range = mmap(nullptr, pages + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (range == MAP_FAILED || !make(static_cast<char*>(range) + PAGE, pages)) return OUT_OF_MEMORY;
     char* const begin = static_cast<char*>(range) + PAGE;
-    pinned[begin] = {bytes, false};
+    pinned[begin] = bytes;
     pinned_bytes += bytes;
     at = begin;
     return SUCCESS;
@@ -212,8 +207,8 @@ int pin(std::size_t bytes, void*& at) {
 
 bool unpin(void* at) {
     const auto found = pinned.find(static_cast<char*>(at));
-    if (found == pinned.end() || found->second.of_host) return false;
-    const std::size_t bytes = found->second.bytes, pages = whole(bytes, PAGE);
+    if (found == pinned.end()) return false;
+    const std::size_t bytes = found->second, pages = whole(bytes, PAGE);
     if (written(found->first + bytes, pages - bytes)) report("written behind pinned memory of %zu bytes", bytes);
     munmap(found->first - PAGE, pages + 2 * PAGE);
     pinned_bytes -= bytes;
@@ -221,35 +216,14 @@ bool unpin(void* at) {
     return true;
 }
 
-int pin_of_host(void* at, std::size_t bytes) {
-    if (!at || bytes == 0 || is_device_address(reinterpret_cast<Address>(at))) return INVALID_VALUE;
-    const Fault fault = count(PIN);
-    if (fault.how == Fault::CODE) return fault.code;
-    char* const begin = static_cast<char*>(at);
-    const auto after = pinned.lower_bound(begin + bytes);
-    if (after != pinned.begin() && std::prev(after)->first + std::prev(after)->second.bytes > begin) return ALREADY_REGISTERED;
-    if (bytes > pinned_limit() - pinned_bytes) return OUT_OF_MEMORY;
-    pinned[begin] = {bytes, true};
-    pinned_bytes += bytes;
-    return SUCCESS;
-}
-
-bool unpin_of_host(void* at) {
-    const auto found = pinned.find(static_cast<char*>(at));
-    if (found == pinned.end() || !found->second.of_host) return false;
-    pinned_bytes -= found->second.bytes;
-    pinned.erase(found);
-    return true;
-}
-
 bool is_pinned(const void* at) {
     const auto after = pinned.upper_bound(static_cast<char*>(const_cast<void*>(at)));
-    return after != pinned.begin() && at < std::prev(after)->first + std::prev(after)->second.bytes;
+    return after != pinned.begin() && at < std::prev(after)->first + std::prev(after)->second;
 }
 
 std::size_t pinned_bytes_at(const void* at) {
     const auto found = pinned.find(static_cast<char*>(const_cast<void*>(at)));
-    return found == pinned.end() ? 0 : found->second.bytes;
+    return found == pinned.end() ? 0 : found->second;
 }
 
 }  // namespace stand_in

@@ -1,7 +1,7 @@
 // Calls that load what a compiler made and launch kernels.
 //
-// Of an image it is only looked at whether a kernel is in it, and whether it is for this device: what runs is the same sources on
-// the CPU.
+// Of an image it is only looked at whether a kernel is in it, and of machine code what a launch of it may have: what runs is the same
+// sources on the CPU.
 #include <elf.h>
 
 #include <algorithm>
@@ -16,14 +16,18 @@ using namespace stand_in;
 
 namespace {
 
-constexpr int SHARED_ALWAYS = 48 << 10, SHARED_MOST = 99 << 10;
+// Threads of a block and bytes of its shared memory, unless a kernel's own are fewer.
+constexpr unsigned THREADS_MAX = 1024;
+constexpr std::size_t SHARED_MAX = 48 << 10;
 
 struct Module;
 
 struct Function {
     const shim::Kernel* kernel;
     const Module* module;
-    int dynamic_shared_max = SHARED_ALWAYS;
+    // As machine code says them: its bound for launches, and the shared memory that it has of itself.
+    unsigned threads_max = THREADS_MAX;
+    std::size_t shared_bytes = 0;
 };
 
 struct Module {
@@ -36,18 +40,59 @@ struct Module {
 std::set<Module*> modules;
 std::set<Function*> functions;
 
-// How long machine code is, which nobody says: as far as its tables know.
-std::size_t length_of(const char* image) {
+Elf64_Ehdr header_of(const char* image) {
     Elf64_Ehdr header;
     std::memcpy(&header, image, sizeof(header));
+    return header;
+}
+
+Elf64_Shdr section_of(const char* image, unsigned number) {
+    const Elf64_Ehdr header = header_of(image);
+    Elf64_Shdr section;
+    std::memcpy(&section, image + header.e_shoff + std::size_t{number} * header.e_shentsize, sizeof(section));
+    return section;
+}
+
+// How long machine code is, which nobody says: as far as its tables know.
+std::size_t length_of(const char* image) {
+    const Elf64_Ehdr header = header_of(image);
     std::size_t end = header.e_shoff + std::size_t{header.e_shentsize} * header.e_shnum;
     end = std::max<std::size_t>(end, header.e_phoff + std::size_t{header.e_phentsize} * header.e_phnum);
     for (unsigned i = 0; i < header.e_shnum; i++) {
-        Elf64_Shdr section;
-        std::memcpy(&section, image + header.e_shoff + std::size_t{i} * header.e_shentsize, sizeof(section));
+        const Elf64_Shdr section = section_of(image, i);
         if (section.sh_type != SHT_NOBITS) end = std::max<std::size_t>(end, section.sh_offset + section.sh_size);
     }
     return end;
+}
+
+// The section of machine code with that name; one of no bytes if there is none.
+Elf64_Shdr section_named(const char* image, const std::string& name) {
+    const Elf64_Ehdr header = header_of(image);
+    const char* const names = image + section_of(image, header.e_shstrndx).sh_offset;
+    for (unsigned i = 0; i < header.e_shnum; i++) {
+        const Elf64_Shdr section = section_of(image, i);
+        if (names + section.sh_name == name) return section;
+    }
+    return {};
+}
+
+// What machine code says of a kernel: the bound that it was compiled with, among attributes of four bytes and, of one form, as many
+// more as they say; and its shared memory, which has a section: of newer devices with a KiB that is the driver's.
+void look_at_limits(Function& function, const char* image, const std::string& name) {
+    constexpr unsigned char SIZED = 4, MAX_THREADS = 5;
+    const Elf64_Shdr info = section_named(image, ".nv.info." + name);
+    for (std::size_t at = 0; at + 4 <= info.sh_size;) {
+        unsigned char head[4];
+        std::memcpy(head, image + info.sh_offset + at, 4);
+        const std::size_t bytes = head[0] == SIZED ? head[2] | head[3] << 8 : 0;
+        if (head[0] == SIZED && head[1] == MAX_THREADS) {
+            unsigned sides[3];
+            std::memcpy(sides, image + info.sh_offset + at + 4, sizeof(sides));
+            function.threads_max = sides[0] * sides[1] * sides[2];
+        }
+        at += 4 + bytes;
+    }
+    function.shared_bytes = section_named(image, ".nv.shared." + name).sh_size;
 }
 
 int load(Module& module, const char* image) {
@@ -80,7 +125,7 @@ const shim::Kernel* kernel_of(const char* name) {
 bool fits(uint3 grid, uint3 block) {
     if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535) return false;
     if (block.x == 0 || block.x > 1024 || block.y == 0 || block.y > 1024 || block.z == 0 || block.z > 64) return false;
-    return block.x * block.y * block.z <= 1024;
+    return block.x * block.y * block.z <= THREADS_MAX;
 }
 
 }  // namespace
@@ -95,8 +140,6 @@ CALL cuModuleLoadData(void** module, const void* image) {
     modules.insert(made.get());
     return *module = made.release(), SUCCESS;
 }
-
-CALL cuModuleLoadDataEx(void** module, const void* image, unsigned, int*, void**) { return cuModuleLoadData(module, image); }
 
 CALL cuModuleUnload(void* handle) {
     ENTER(CONTEXT);
@@ -115,35 +158,9 @@ CALL cuModuleGetFunction(void** function, void* handle, const char* name) {
     const shim::Kernel* const kernel = kernel_of(name);
     if (!kernel) report("%s is in the image, but not among the sources", name);
     Function& found = module->functions.try_emplace(name, Function{kernel, module}).first->second;
+    if (!module->is_ptx) look_at_limits(found, module->image.data(), name);
     functions.insert(&found);
     return *function = &found, SUCCESS;
-}
-
-CALL cuFuncGetAttribute(int* value, int attribute, void* handle) {
-    ENTER(CONTEXT);
-    const auto* const function = static_cast<Function*>(handle);
-    if (functions.count(static_cast<Function*>(handle)) == 0) return INVALID_HANDLE;
-    switch (attribute) {
-        case 0: return *value = 1024, SUCCESS;
-        case 4: return *value = 32, SUCCESS;
-        case 5: case 6: return *value = std::atoi(kind_of_driver()), SUCCESS;
-        case 8: return *value = function->dynamic_shared_max, SUCCESS;
-        default: return *value = 0, SUCCESS;
-    }
-}
-
-CALL cuFuncSetAttribute(void* handle, int attribute, int value) {
-    ENTER(CONTEXT);
-    auto* const function = static_cast<Function*>(handle);
-    if (functions.count(function) == 0) return INVALID_HANDLE;
-    if (attribute == 9) return SUCCESS;
-    if (attribute != 8 || value < 0 || value > SHARED_MOST) return INVALID_VALUE;
-    return function->dynamic_shared_max = value, SUCCESS;
-}
-
-CALL cuFuncSetCacheConfig(void* handle, int) {
-    ENTER(CONTEXT);
-    return functions.count(static_cast<Function*>(handle)) ? SUCCESS : INVALID_HANDLE;
 }
 
 CALL cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
@@ -155,7 +172,8 @@ CALL cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned gri
     if (function->module->device != stream->device) return INVALID_CONTEXT;
     const uint3 grid = {grid_x, grid_y, grid_z}, block = {block_x, block_y, block_z};
     if (!fits(grid, block) || extra || !arguments) return INVALID_VALUE;
-    if (shared_bytes > static_cast<unsigned>(function->dynamic_shared_max)) return INVALID_VALUE;
+    if (block.x * block.y * block.z > function->threads_max) return INVALID_VALUE;
+    if (shared_bytes + function->shared_bytes > SHARED_MAX) return INVALID_VALUE;
     const auto work = std::make_shared<Work>();
     work->kind = Work::RUN;
     work->kernel = function->kernel, work->grid = grid, work->block = block;

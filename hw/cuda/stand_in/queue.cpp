@@ -146,7 +146,7 @@ Stream& default_of(Device* device) {
 bool Work::uses(Address begin, Address end) const {
     const auto overlaps = [&](Address at, std::size_t count) { return at < end && begin < at + count; };
     if (kind == MOVE && !from_host && overlaps(from, bytes)) return true;
-    if ((kind == FILL || (kind == MOVE && !to_host)) && overlaps(to, kind == FILL ? bytes * width : bytes)) return true;
+    if (kind == MOVE && !to_host && overlaps(to, bytes)) return true;
     for (std::size_t i = 0; kernel && i < arguments.size(); i++) {
         if (kernel->parameters[i].is_pointer && arguments[i].bits >= begin && arguments[i].bits < end) return true;
     }
@@ -161,10 +161,11 @@ bool Work::uses_host(const char* begin, const char* end) const {
 }
 
 std::string Operation::name() const {
-    static const char* const KINDS[] = {"a mark", "", "a copy", "a fill", "a call of the host", "a free"};
-    std::string what = work->kind == Work::RUN ? work->kernel->name : KINDS[work->kind];
-    if (work->kind == Work::MOVE) what += work->from_host ? " from the host" : work->to_host ? " to the host" : " on the device";
-    if (work->kind == Work::MOVE || work->kind == Work::FILL) what += " of " + std::to_string(work->bytes * work->width) + " bytes";
+    std::string what = work->kind == Work::RUN ? work->kernel->name : work->kind == Work::MOVE ? "a copy" : "a mark";
+    if (work->kind == Work::MOVE) {
+        what += work->from_host ? " from the host" : work->to_host ? " to the host" : " on the device";
+        what += " of " + std::to_string(work->bytes) + " bytes";
+    }
     return what + ", operation " + std::to_string(number) + ", stream " + std::to_string(stream);
 }
 
@@ -180,12 +181,11 @@ Stream* stream_of(void* handle) {
     return found == streams.end() ? nullptr : *found;
 }
 
-Stream* new_stream(Device* device, bool waits_for_default, int priority) {
+Stream* new_stream(Device* device, bool waits_for_default) {
     auto* const stream = new Stream;
     stream->number = ++streams_made;
     stream->device = device;
     stream->waits_for_default = waits_for_default;
-    stream->priority = priority;
     streams.insert(stream);
     return stream;
 }
@@ -247,21 +247,6 @@ int wait_for(const Op& op, std::unique_lock<std::mutex>& lock) {
             hang(lock);
         }
     }
-    return SUCCESS;
-}
-
-int wait_for_all(Device& device, std::unique_lock<std::mutex>& lock) {
-    for (;;) {
-        if (lost) return lost;
-        const auto is_ours = [&](const auto& entry) { return entry.second->device == &device; };
-        const auto found = std::find_if(pending.begin(), pending.end(), is_ours);
-        if (found == pending.end()) break;
-        const Op op = found->second;
-        if (run_any()) continue;
-        if (lost) return lost;
-        hang(lock);
-    }
-    check_all_guards("found as the device is waited for");
     return SUCCESS;
 }
 

@@ -1,5 +1,4 @@
 // Runs an operation on the CPU, having looked at what it touches.
-#include <chrono>
 #include <cstring>
 #include <map>
 
@@ -29,16 +28,6 @@ void move(const Operation& operation) {
     if (operation.fault.how == Fault::FLIP && work.bytes > 0) {
         to[draw(work.bytes)] ^= static_cast<char>(1 << draw(8));
     }
-}
-
-void fill(const Operation& operation) {
-    const Work& work = *operation.work;
-    char* const to = bytes_of(operation.device, work.to, work.bytes * work.width);
-    if (work.width == 1) {
-        std::memset(to, static_cast<int>(work.pattern), work.bytes);
-        return;
-    }
-    for (std::size_t i = 0; i < work.bytes; i++) std::memcpy(to + i * work.width, &work.pattern, work.width);
 }
 
 // What a kernel may write as it was before, where a bit of each list that it wrote is to be another. Lists end where the next begins,
@@ -105,17 +94,8 @@ void run(Operation& operation) {
             case Work::MARK: break;
             case Work::RUN: launch(operation); break;
             case Work::MOVE: move(operation); break;
-            case Work::FILL: fill(operation); break;
-            case Work::FREE: release(work.to); break;
-            case Work::CALL_HOST:
-                in_callback = true;
-                work.host(work.data);
-                in_callback = false;
-                break;
         }
     }
-    const auto now = std::chrono::steady_clock::now().time_since_epoch();
-    operation.ms = std::chrono::duration<double, std::milli>(now).count();
     running_now.clear();
 }
 

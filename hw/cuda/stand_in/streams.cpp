@@ -29,13 +29,11 @@ int refuse_in_capture(Stream& stream) {
 
 }  // namespace
 
-CALL cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
+CALL cuStreamCreate(void** stream, unsigned flags) {
     ENTER(CONTEXT);
     if (flags > 1) return INVALID_VALUE;
-    return *stream = new_stream(current, flags == 0, std::min(0, std::max(-5, priority))), SUCCESS;
+    return *stream = new_stream(current, flags == 0), SUCCESS;
 }
-
-CALL cuStreamCreate(void** stream, unsigned flags) { return cuStreamCreateWithPriority(stream, flags, 0); }
 
 CALL cuStreamDestroy_v2(void* handle) {
     ENTER(CONTEXT);
@@ -49,24 +47,6 @@ CALL cuStreamDestroy_v2(void* handle) {
     return forget(stream), SUCCESS;
 }
 
-CALL cuStreamGetPriority(void* handle, int* priority) {
-    ENTER(CONTEXT);
-    const Stream* const stream = stream_of(handle);
-    return stream ? (*priority = stream->priority, SUCCESS) : INVALID_HANDLE;
-}
-
-CALL cuStreamGetFlags(void* handle, unsigned* flags) {
-    ENTER(CONTEXT);
-    const Stream* const stream = stream_of(handle);
-    return stream ? (*flags = stream->waits_for_default ? 0 : 1, SUCCESS) : INVALID_HANDLE;
-}
-
-CALL cuStreamGetCtx(void* handle, void** context) {
-    ENTER(CONTEXT);
-    const Stream* const stream = stream_of(handle);
-    return stream ? (*context = stream->device, SUCCESS) : INVALID_HANDLE;
-}
-
 CALL cuStreamSynchronize(void* handle) {
     ENTER(CONTEXT);
     Stream* const stream = stream_of(handle);
@@ -78,18 +58,6 @@ CALL cuStreamSynchronize(void* handle) {
         if (const int code = wait_for(op, entry.lock)) return code;
     }
     return lost;
-}
-
-CALL cuStreamQuery(void* handle) {
-    ENTER(CONTEXT);
-    Stream* const stream = stream_of(handle);
-    if (!stream) return INVALID_HANDLE;
-    if (const int code = refuse_in_capture(*stream)) return code;
-    bool done = true;
-    for (const Op& op : before_next(*stream)) {
-        if (op == stream->last || reinterpret_cast<std::uintptr_t>(handle) <= 1) done = poll(op) && done;
-    }
-    return lost ? lost : done ? SUCCESS : NOT_READY;
 }
 
 CALL cuStreamWaitEvent(void* handle, void* event_handle, unsigned) {
@@ -120,20 +88,9 @@ CALL cuStreamWaitEvent(void* handle, void* event_handle, unsigned) {
     return enqueue(*stream, mark(), {event->op});
 }
 
-CALL cuLaunchHostFunc(void* handle, void (*host)(void*), void* data) {
-    ENTER(CONTEXT);
-    Stream* const stream = stream_of(handle);
-    if (!stream) return INVALID_HANDLE;
-    const auto work = std::make_shared<Work>();
-    work->kind = Work::CALL_HOST;
-    work->host = host, work->data = data;
-    return enqueue(*stream, work);
-}
-
-CALL cuEventCreate(void** event, unsigned flags) {
+CALL cuEventCreate(void** event, unsigned) {
     ENTER(CONTEXT);
     auto* const made = new Event;
-    made->timed = (flags & 2) == 0;
     events.insert(made);
     return *event = made, SUCCESS;
 }
@@ -152,7 +109,6 @@ CALL cuEventRecord(void* handle, void* stream_handle) {
     Event* const event = event_of(handle);
     Stream* const stream = stream_of(stream_handle);
     if (!event || !stream) return INVALID_HANDLE;
-    event->recorded = true;
     if (stream->capture) {
         event->capture = stream->capture, event->nodes = stream->tails, event->op = nullptr;
         return stream->capture->invalid ? CAPTURE_INVALIDATED : SUCCESS;
@@ -160,8 +116,6 @@ CALL cuEventRecord(void* handle, void* stream_handle) {
     event->capture = nullptr, event->nodes.clear();
     return enqueue(*stream, mark(), {}, &event->op);
 }
-
-CALL cuEventRecordWithFlags(void* event, void* stream, unsigned) { return cuEventRecord(event, stream); }
 
 CALL cuEventQuery(void* handle) {
     ENTER(CONTEXT);
@@ -174,25 +128,3 @@ CALL cuEventQuery(void* handle) {
     const bool done = poll(event->op);
     return lost ? lost : done ? SUCCESS : NOT_READY;
 }
-
-CALL cuEventSynchronize(void* handle) {
-    ENTER(CONTEXT);
-    const Event* const event = event_of(handle);
-    if (!event) return INVALID_HANDLE;
-    if (event->capture) {
-        event->capture->invalid = true;
-        return CAPTURED_EVENT;
-    }
-    const Op op = event->op;
-    return wait_for(op, entry.lock);
-}
-
-CALL cuEventElapsedTime_v2(float* ms, void* from_handle, void* to_handle) {
-    ENTER(CONTEXT);
-    const Event *const from = event_of(from_handle), *const to = event_of(to_handle);
-    if (!from || !to || !from->op || !to->op || !from->timed || !to->timed) return INVALID_HANDLE;
-    if (!from->op->done || !to->op->done) return NOT_READY;
-    return *ms = static_cast<float>(to->op->ms - from->op->ms), SUCCESS;
-}
-
-CALL cuEventElapsedTime(float* ms, void* from, void* to) { return cuEventElapsedTime_v2(ms, from, to); }

@@ -79,6 +79,18 @@ impl Gpu {
         stream: CUstream,
         arguments: &[Argument],
     ) -> Result<(), DriverError> {
+        self.launch_with(name, [grid, threads], 0, stream, arguments)
+    }
+
+    /// The same, with so many bytes of shared memory beside the kernel's own.
+    pub(crate) fn launch_with(
+        &self,
+        name: &str,
+        [grid, threads]: [(u32, u32, u32); 2],
+        shared_bytes: u32,
+        stream: CUstream,
+        arguments: &[Argument],
+    ) -> Result<(), DriverError> {
         let function = self.function(name)?;
         let mut list: Vec<*mut c_void> = arguments
             .iter()
@@ -89,7 +101,7 @@ impl Gpu {
             })
             .collect();
         // SAFETY: the arguments are those of the kernel, or the scenario is about what happens if not.
-        unsafe { result::launch_kernel(function, grid, threads, 0, stream, &mut list) }
+        unsafe { result::launch_kernel(function, grid, threads, shared_bytes, stream, &mut list) }
     }
 
     /// x += y * multiplier.
