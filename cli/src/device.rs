@@ -52,7 +52,7 @@ impl fmt::Display for DeviceName {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Runtime")]
 pub(crate) struct DeviceArgs {
-    /// What computes: cpu, or a GPU of the CUDA driver: cuda:N, or cuda for the first, not yet tried on one. It changes no bit
+    /// What computes: cpu, or a GPU, not yet tried on one: cuda:N, or cuda for the first (of nodes each has the next). It changes no bit
     #[arg(long, value_name = "DEVICE", value_parser = DeviceName::parse, default_value_t)]
     pub(crate) device: DeviceName,
     /// How long a GPU may make no progress before it is given up [default: 30s]
@@ -65,7 +65,7 @@ impl DeviceArgs {
     pub(crate) fn settle(&self, settings: &mut Settings) {
         if let DeviceName::Cuda(number) = self.device {
             let patience = self.device_patience.unwrap_or(PATIENCE);
-            settings.computer = Computer::Cuda { number: number.unwrap_or(0), patience };
+            settings.computer = Computer::Cuda { number, patience };
             if !settings.memory_is_given {
                 settings.config.memory_bytes = u64::MAX;
             }

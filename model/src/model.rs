@@ -149,10 +149,13 @@ impl Model {
 
     /// Whether an expert, or rows of it, are this rank's.
     pub fn holds(&self, key: ExpertKey) -> bool {
-        let (arch, share) = (self.arch(), &self.share);
-        let place = self.checkpoint.place(key);
-        share.layers(arch).contains(&(key.layer as usize))
-            && place.is_some_and(|place| share.holder(arch, place) == share.seat().expert)
+        self.share.layers(self.arch()).contains(&(key.layer as usize))
+            && self.holder(key) == Some(self.share.seat().expert)
+    }
+
+    /// The expert rank that has an expert; none if there is no such expert.
+    pub fn holder(&self, key: ExpertKey) -> Option<u32> {
+        self.checkpoint.place(key).map(|place| self.share.holder(self.arch(), place))
     }
 
     /// Sets the seed of ties between experts, once the engine has decided it.

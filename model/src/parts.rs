@@ -1,8 +1,10 @@
 //! What another device than the CPU has to know of a model to compute it: read-only views of the weights as they lie packed,
 //! tables, and where things are. Sizes that [`Arch`](crate::arch::Arch) states are not said again.
 //!
-//! All is of a whole model. What is loaded first ([`Model::load_base`], [`Model::load_routers`]) has to be loaded.
+//! All is of the model's share, as large as its rank has it. What is loaded first ([`Model::load_base`], [`Model::load_routers`]) has
+//! to be loaded.
 
+use crate::arch::Attention;
 use crate::kernels::{KvShape, PackedView, RopeTable, Storage};
 use crate::model::Model;
 use crate::weights::{GatedBlock, Inputs, Matrix, NormWeights, Projection};
@@ -93,6 +95,8 @@ pub struct TablePart<'a> {
 /// Where the parts of an expert lie in its slot, in bytes from the slot's beginning.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertPart {
+    /// Outputs of gate, up and down: a tensor rank has some.
+    pub outputs: [usize; 3],
     /// How gate, up and down are stored.
     pub storages: [Storage; 3],
     /// Where they begin.
@@ -102,7 +106,12 @@ pub struct ExpertPart {
 }
 
 impl Model {
-    /// The embedding.
+    /// Attention over the heads of this share.
+    pub const fn attention_part(&self) -> &Attention {
+        &self.attention
+    }
+
+    /// The embedding, which the first stage uses.
     ///
     /// # Panics
     /// If base parameters are not loaded.
@@ -114,9 +123,9 @@ impl Model {
     /// A decoder layer.
     ///
     /// # Panics
-    /// If base parameters are not loaded, or there is no such layer.
+    /// If base parameters are not loaded, or the layer is not of this share's stage.
     pub fn layer_part(&self, layer: usize) -> LayerPart<'_> {
-        let weights = &self.loaded().layers[layer];
+        let weights = &self.loaded().layers[layer - self.share.layers(self.arch()).start];
         let inputs = match &weights.inputs {
             Inputs::Plain { projections, qk_norm } => InputsPart::Plain {
                 projections: projections.each_ref().map(linear),
@@ -144,16 +153,16 @@ impl Model {
         }
     }
 
-    /// The norm before the output projection, and that projection.
+    /// The norm before the output projection, and that projection, which the last stage has.
     ///
     /// # Panics
     /// If base parameters are not loaded.
-    pub fn head_part(&self) -> (NormPart<'_>, LinearPart<'_>) {
+    pub fn head_part(&self) -> (NormPart<'_>, Option<LinearPart<'_>>) {
         let base = self.loaded();
-        (norm(&base.norm), linear(base.head.as_ref().expect("a whole model has its output projection")))
+        (norm(&base.norm), base.head.as_ref().map(linear))
     }
 
-    /// The router of a layer; none where there is no mixture, or before routers are loaded.
+    /// The router of a layer; none where there is no mixture, in another stage, or before routers are loaded.
     pub fn router_part(&self, layer: usize) -> Option<RouterPart<'_>> {
         let router = self.routers.get(layer)?.as_ref()?;
         let scores = LinearPart { weights: router.matrix.view(), bias: router.bias.as_deref() };

@@ -67,45 +67,48 @@ impl Share {
         self.rank
     }
 
-    pub(crate) const fn seat(&self) -> Seat {
+    /// Its place.
+    pub const fn seat(&self) -> Seat {
         self.topology.seat(self.rank)
     }
 
     /// Whether several ranks share the rows of matrices.
-    pub(crate) const fn is_tensor(&self) -> bool {
+    pub const fn is_tensor(&self) -> bool {
         self.topology.tensor > 1
     }
 
     /// Whether several ranks share the experts of a layer.
-    pub(crate) const fn is_expert(&self) -> bool {
+    pub const fn is_expert(&self) -> bool {
         self.topology.expert > 1
     }
 
-    pub(crate) const fn is_first_stage(&self) -> bool {
+    /// Whether it begins with the embedding.
+    pub const fn is_first_stage(&self) -> bool {
         self.seat().pipeline == 0
     }
 
-    pub(crate) const fn is_last_stage(&self) -> bool {
+    /// Whether it ends with the logits.
+    pub const fn is_last_stage(&self) -> bool {
         self.seat().pipeline + 1 == self.topology.pipeline
     }
 
     /// The ranks that share rows with this one, in the order of rows; itself among them.
-    pub(crate) fn tensor_ranks(&self) -> Vec<u32> {
+    pub fn tensor_ranks(&self) -> Vec<u32> {
         (0..self.topology.tensor).map(|tensor| self.topology.rank(Seat { tensor, ..self.seat() })).collect()
     }
 
     /// The ranks that share experts with this one, itself among them.
-    pub(crate) fn expert_ranks(&self) -> Vec<u32> {
+    pub fn expert_ranks(&self) -> Vec<u32> {
         (0..self.topology.expert).map(|expert| self.topology.rank(Seat { expert, ..self.seat() })).collect()
     }
 
     /// The same seat of another stage.
-    pub(crate) fn in_stage(&self, pipeline: u32) -> u32 {
+    pub fn in_stage(&self, pipeline: u32) -> u32 {
         self.topology.rank(Seat { pipeline, ..self.seat() })
     }
 
     /// The layers of its stage.
-    pub(crate) fn layers(&self, arch: &Arch) -> Range<usize> {
+    pub fn layers(&self, arch: &Arch) -> Range<usize> {
         let layers = self.topology.layers(number(arch.layers.len()), self.seat().pipeline);
         layers.start as usize..layers.end as usize
     }
@@ -117,7 +120,7 @@ impl Share {
     }
 
     /// The rows of a matrix that are a tensor rank's: whole tiles.
-    pub(crate) fn rows_of(&self, tensor: u32, rows: usize) -> Range<usize> {
+    pub fn rows_of(&self, tensor: u32, rows: usize) -> Range<usize> {
         let tiles = self.topology.rows(number(rows.div_ceil(TILE)), tensor);
         (tiles.start as usize * TILE).min(rows)..(tiles.end as usize * TILE).min(rows)
     }
@@ -128,7 +131,7 @@ impl Share {
     }
 
     /// The query heads of a tensor rank: those of whole heads of keys and values, or a part of those of one.
-    pub(crate) fn heads_of(&self, tensor: u32, attention: &Attention) -> Range<usize> {
+    pub fn heads_of(&self, tensor: u32, attention: &Attention) -> Range<usize> {
         let group = if attention.latent.is_some() { 1 } else { attention.heads / attention.kv_heads };
         let units = attention.heads / group;
         let (unit, units) =
@@ -138,7 +141,7 @@ impl Share {
     }
 
     /// Its heads of keys and values: those that its query heads look at.
-    pub(crate) fn kv_heads_of(&self, tensor: u32, attention: &Attention) -> Range<usize> {
+    pub fn kv_heads_of(&self, tensor: u32, attention: &Attention) -> Range<usize> {
         let heads = self.heads_of(tensor, attention);
         let group = attention.heads / attention.kv_heads;
         heads.start / group..heads.end.div_ceil(group)

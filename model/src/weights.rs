@@ -265,7 +265,8 @@ impl ExpertLayout {
         let wide = 4 * self.wide.len();
         let biases = (self.storages.len() > 3).then_some([down, down + wide, down + 2 * wide]);
         let storages = [self.storages[0], self.storages[1], self.storages[2]];
-        ExpertPart { storages, matrices: [0, gate, up], biases }
+        let outputs = [self.wide.len(), self.wide.len(), self.deep.len()];
+        ExpertPart { outputs, storages, matrices: [0, gate, up], biases }
     }
 
     /// Bytes of an expert.

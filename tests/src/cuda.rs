@@ -177,6 +177,31 @@ fn stand_in_unit(compiler: &OsString, unit: &Path) -> Command {
     command
 }
 
+/// What the stand-in wrote down: how often it was asked for what, and each kernel.
+///
+/// # Panics
+/// If it wrote nothing to that file.
+pub fn counts(file: &Path) -> BTreeMap<String, u64> {
+    let text = std::fs::read_to_string(file).expect("a process that ended well has counted");
+    let lines = text.lines().map(|line| line.split_once(' ').expect("a name and a number"));
+    lines.map(|(what, count)| (what.to_owned(), count.parse().expect("a number"))).collect()
+}
+
+/// Faults whose numbers count from the end of the self-test on, as the stand-in counts them, which was asked for so much `before`.
+/// Modules are loaded before it, and it makes no graphs: the one that is there before a model only shows that there may be some.
+///
+/// # Panics
+/// If it knows no such faults.
+pub fn after_the_self_test(before: &BTreeMap<String, u64>, faults: &str) -> String {
+    let moved = faults.split(',').map(|fault| {
+        let parts: Vec<&str> = fault.split(':').collect();
+        let [what, number, how] = parts[..] else { panic!("{fault} is no fault") };
+        let before = if matches!(what, "module" | "graph") { 0 } else { before[what] };
+        format!("{what}:{}:{how}", before + number.parse::<u64>().expect("a number"))
+    });
+    moved.collect::<Vec<_>>().join(",")
+}
+
 /// The files of a folder, by name.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).expect("a folder of sources");

@@ -2,7 +2,7 @@
 //! allow: tokens, digests and refusals have to be those of the model on the CPU. Nothing here has met a GPU.
 
 use lite_llm_tests::command::{Place, Ran, child_of, parse_stream, try_signal};
-use lite_llm_tests::cuda::{compile_driver, say_skipped};
+use lite_llm_tests::cuda::{after_the_self_test, compile_driver, counts, say_skipped};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -50,22 +50,11 @@ impl Machine {
         command.env("XDG_CACHE_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-cache"));
         command.env("LD_LIBRARY_PATH", &self.libraries).env("LITE_LLM_STAND_IN", "90");
         for (name, value) in wishes {
-            let value = if *name == "FAULT" { self.after_the_self_test(value) } else { (*value).to_owned() };
+            let fault = || after_the_self_test(self.before(), value);
+            let value = if *name == "FAULT" { fault() } else { (*value).to_owned() };
             command.env(format!("LITE_LLM_STAND_IN_{name}"), value);
         }
         command
-    }
-
-    /// Faults whose numbers count from the end of the self-test on, as the stand-in counts them. Modules are loaded before it, and
-    /// it is asked whether there are graphs.
-    fn after_the_self_test(&self, faults: &str) -> String {
-        let moved = faults.split(',').map(|fault| {
-            let parts: Vec<&str> = fault.split(':').collect();
-            let [what, number, how] = parts[..] else { panic!("{fault} is no fault") };
-            let before = if ["module", "graph"].contains(&what) { 0 } else { self.before()[what] };
-            format!("{what}:{}:{how}", before + number.parse::<u64>().unwrap())
-        });
-        moved.collect::<Vec<_>>().join(",")
     }
 
     /// How often the stand-in is asked for what by the self-test.
@@ -276,13 +265,6 @@ impl Machine {
     }
 }
 
-/// What the stand-in wrote down.
-fn counts(file: &Path) -> BTreeMap<String, u64> {
-    let text = std::fs::read_to_string(file).unwrap();
-    let lines = text.lines().map(|line| line.split_once(' ').unwrap());
-    lines.map(|(what, count)| (what.to_owned(), count.parse().unwrap())).collect()
-}
-
 /// Where all experts are resident a step of decode is told its lists once, and is read from once, however many layers it has.
 #[test]
 fn nothing_is_asked_of_the_host_in_a_step_with_all_experts() {
@@ -455,11 +437,6 @@ fn what_cannot_be_had_is_refused_with_numbers() {
     let more = [&on[..], &["--warm", "1MiB"]].concat();
     let ran = machine.generate(&model, "e", &more, &[("PINNED", "20000")]);
     ran.refuses(1, &["does not pin", "give --warm less"]);
-    let more = [&on[..], &["--nodes", "2"]].concat();
-    let mut arguments =
-        vec!["supervise", "--nodes", "2", "--", "run", model.to_str().unwrap(), "--prompt-tokens", "1"];
-    arguments.extend(&more[..2]);
-    machine.run(&arguments, &[]).refuses(2, &["--device is for one process"]);
 }
 
 #[test]

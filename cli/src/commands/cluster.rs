@@ -5,7 +5,6 @@ use crate::commands::batch;
 use crate::commands::rank::NodeSettings;
 use crate::commands::run::{Opened, RunArgs};
 use crate::control::ControlSocket;
-use crate::device::DeviceName;
 use crate::exit::{Exit, fault, usage};
 use crate::request::request_id;
 use crate::serve::Serving;
@@ -26,8 +25,9 @@ use lite_llm_core::topology::Topology;
 use lite_llm_hw::cluster::head::HeadHandle;
 use lite_llm_hw::cluster::{Head, HeadOptions, end_all, rank};
 use lite_llm_hw::cold::Cold;
+use lite_llm_hw::cuda;
 use lite_llm_hw::net::Key;
-use lite_llm_hw::node::StreamEvent;
+use lite_llm_hw::node::{Computer, StreamEvent};
 use lite_llm_model::kernels::Isa;
 use lite_llm_model::tokenizer::Detokenizer;
 use lite_llm_model::{Checkpoint, Model, ModelOptions, Share};
@@ -73,7 +73,6 @@ impl ClusterArgs {
             (run.routes.is_some(), "--routes"),
             (run.generations.is_some(), "--generations"),
             (run.runtime.journal_max.is_some(), "--journal-max"),
-            (run.device.device != DeviceName::Cpu, "--device"),
         ] {
             if given {
                 return Err(usage(format!("{flag} is for one process: leave it out, or leave out --nodes")));
@@ -107,18 +106,18 @@ impl ClusterArgs {
         let topology = self.topology.unwrap_or(Topology { pipeline: nodes.clamp(1, 64), ..Topology::SINGLE });
         let checkpoint = Arc::new(Checkpoint::open(&run.model)?);
         Share::check(&topology, checkpoint.arch()).map_err(usage)?;
-        let Settings { config, threads, isa, kv_dtype, io, .. } = &mut opened.settings;
+        let Settings { config, threads, isa, kv_dtype, io, computer, .. } = &mut opened.settings;
         config.topology = topology;
-        if run.runtime.memory.is_none() {
+        if *computer == Computer::Cpu && run.runtime.memory.is_none() {
             // What is available is another number each time; nodes of a former life have the one they were given.
             let former = NodeSettings::read(&state.path().join(SETTINGS_NAME)).ok();
+            let former = former.filter(|former| former.gpu_patience.is_none());
             let own = config.memory_bytes / u64::from(here.max(1));
             config.memory_bytes = former.map_or(own, |former| former.config.memory_bytes);
         }
         if run.runtime.threads.is_none() {
             *threads = (*threads / here.max(1) as usize).max(1);
         }
-        config.check().map_err(usage)?;
         let share = Share::new(topology, 0);
         let options = ModelOptions {
             threads: 1,
@@ -128,6 +127,15 @@ impl ClusterArgs {
             ..ModelOptions::default()
         };
         let model = Model::open(checkpoint, options)?;
+        if let Computer::Cuda { number, .. } = *computer {
+            // Here it is refused in words, and kernels are compiled once.
+            let own = cuda::ready(&model, &config.limits, here, number)?;
+            if config.memory_bytes == u64::MAX {
+                let own = own.ok_or_else(|| usage("there is no node here to have a GPU: give --memory"))?;
+                config.memory_bytes = own.saturating_add(config.warm_bytes);
+            }
+        }
+        config.check().map_err(usage)?;
         // Here it is refused in words; a node's process could only end. A node of another machine may read in another way.
         let cold = Cold::open(*io, &model.expert_loader(), config.memory_bytes)?;
         if !cold.report().is_empty() {
@@ -158,8 +166,12 @@ impl ClusterArgs {
         state: &StateDir,
         cluster: ClusterConfig,
     ) -> anyhow::Result<Cluster> {
-        let Settings { config, threads, isa, kv_dtype, io, drain_bound, .. } = &opened.settings;
+        let Settings { config, threads, isa, kv_dtype, io, drain_bound, computer, .. } = &opened.settings;
         let model = run.model.canonicalize().context("cannot find the checkpoint again")?;
+        let (gpu_patience, gpu_number) = match *computer {
+            Computer::Cpu => (None, None),
+            Computer::Cuda { number, patience } => (Some(patience), number),
+        };
         let settings = NodeSettings {
             model,
             config: config.clone(),
@@ -168,6 +180,8 @@ impl ClusterArgs {
             kv_type: (*kv_dtype).into(),
             io: *io,
             drift_per_mille: cluster.drift_per_mille,
+            gpu_patience,
+            gpu_number,
         };
         let settings_path = state.path().join(SETTINGS_NAME);
         let cannot = || format!("cannot write {}", settings_path.display());

@@ -9,10 +9,12 @@ use lite_llm_core::ids::Incarnation;
 use lite_llm_hw::cluster::{RankOptions, rank};
 use lite_llm_hw::cold::Io;
 use lite_llm_hw::net::Key;
+use lite_llm_hw::node::Computer;
 use lite_llm_model::kernels::{DType, Isa};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// What all nodes of a cluster are started with.
 #[derive(Debug, Serialize, Deserialize)]
@@ -28,6 +30,12 @@ pub(crate) struct NodeSettings {
     #[serde(default)]
     pub(crate) io: Option<Io>,
     pub(crate) drift_per_mille: u32,
+    /// How long a GPU may make no progress, if nodes compute on GPUs.
+    #[serde(default)]
+    pub(crate) gpu_patience: Option<Duration>,
+    /// Which GPU all nodes have, if they do not take turns.
+    #[serde(default)]
+    pub(crate) gpu_number: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -93,8 +101,9 @@ pub(crate) struct RankArgs {
 
 impl RankArgs {
     pub(crate) fn run(self) -> anyhow::Result<Exit> {
-        let NodeSettings { model, config, threads, scalar, kv_type, io, drift_per_mille } =
-            NodeSettings::read(&self.settings)?;
+        let settings = NodeSettings::read(&self.settings)?;
+        let NodeSettings { model, config, threads, scalar, kv_type, io, drift_per_mille, .. } = settings;
+        let NodeSettings { gpu_patience, gpu_number: number, .. } = settings;
         rank::run(RankOptions {
             model_dir: model,
             state_dir: self.state,
@@ -102,6 +111,7 @@ impl RankArgs {
             threads,
             isa: if scalar { Isa::Scalar } else { Isa::detect() },
             kv_dtype: kv_type.into(),
+            computer: gpu_patience.map_or(Computer::Cpu, |patience| Computer::Cuda { number, patience }),
             io,
             member: Member { node: NodeId(self.node), incarnation: Incarnation(self.incarnation) },
             drift_per_mille,

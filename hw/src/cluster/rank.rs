@@ -11,17 +11,16 @@ use crate::blobs::Blobs;
 use crate::cold::{Cold, Io};
 use crate::disk::FileDisk;
 use crate::net::{Key, Mesh};
-use crate::node::NodeError;
-use crate::node::backend::Cpu;
 use crate::node::compute::Compute;
 use crate::node::device::Device;
 use crate::node::error::panic_message;
 use crate::node::event_loop::Clock;
 use crate::node::journal::{Change, Contents, Journal};
 use crate::node::loaders::Loaders;
-use crate::node::open::{LOADERS_MAX, fold_contents, refold};
+use crate::node::open::{LOADERS_MAX, backend_of, fold_contents, gpu_of, refold};
 use crate::node::report;
 use crate::node::reports::{Report, Reports};
+use crate::node::{Computer, NodeError};
 use crate::telemetry::{Telemetry, Timing};
 use lite_llm_core::LOGIC_VERSION;
 use lite_llm_core::cluster::membership::{Member, NodeId};
@@ -75,6 +74,8 @@ pub struct RankOptions {
     pub isa: Isa,
     /// Storage type of cached keys and values.
     pub kv_dtype: DType,
+    /// What computes steps.
+    pub computer: Computer,
     /// How experts are read; as well as it can be if `None`.
     pub io: Option<Io>,
     /// This life.
@@ -193,6 +194,7 @@ impl Node {
         let disk = FileDisk::open(state_dir).map_err(NodeError::from)?;
         let checkpoint = Arc::new(Checkpoint::open(&options.model_dir).map_err(NodeError::from)?);
         let tokenizer = Tokenizer::of(&checkpoint).map_err(NodeError::from)?;
+        let gpu = gpu_of(options.computer, member.node.0)?;
         let shares = Shares {
             checkpoint,
             options: ModelOptions {
@@ -209,8 +211,11 @@ impl Node {
         let cold = Cold::open(options.io, &loader, config.memory_bytes).map_err(NodeError::from)?;
         let digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);
         let limits = &config.limits;
-        let plan = model.plan(limits.step_positions_max, limits.rows_max, digest).map_err(NodeError::from)?;
+        let plan = model.plan(limits.step_positions_max, limits.rows_max, digest);
+        let mut plan = plan.map_err(NodeError::from)?;
         let facts = facts_of(&plan.identity, config);
+        // How graphs of decode are made is nothing to ranks, which have none.
+        let (backend, _) = backend_of(gpu.as_ref(), model, options.isa, limits, &mut plan)?;
         let header = Header {
             logic_version: LOGIC_VERSION,
             node: member.node.0,
@@ -236,13 +241,13 @@ impl Node {
         };
         let blobs = Blobs::of(state_dir);
         let loaders = options.threads.clamp(1, LOADERS_MAX).min(limits.loads_max as usize);
-        let loaders = Loaders::start(loaders, loader, cold, &blobs, None, &reports)?;
-        let compute = Compute::start(Box::new(Cpu::new(model)), None, reports.clone())?;
+        let loaders = Loaders::start(loaders, loader, cold, &blobs, gpu.as_ref(), &reports)?;
+        let compute = Compute::start(backend, None, reports.clone())?;
         let durable = Seq(store.durable());
         Ok(Self {
             clock: Clock::start(log.engine.now()),
             peer: Peer::new(settings, log),
-            device: Device::new(compute, loaders, plan, tokenizer, None),
+            device: Device::new(compute, loaders, plan, tokenizer, gpu),
             shares,
             topology: config.topology,
             rank,

@@ -53,6 +53,16 @@ impl Gpu {
         }
     }
 
+    /// The same of the device that a node of this number has, if nobody says which: nodes take turns, and share devices if there are
+    /// fewer.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn open_for(node: u32, patience: Duration) -> Result<Arc<Self>, CudaError> {
+        let devices = driver::find()?.devices.len() as u32;
+        Self::open(node % devices.max(1), patience)
+    }
+
     /// Opens it without a look at what its kernels give.
     ///
     /// # Errors

@@ -23,10 +23,10 @@ impl Stream {
     ///
     /// # Errors
     /// If the driver makes no graph of it; or if the device is lost, which whatever comes next says too.
-    pub(crate) fn record(
+    pub(crate) fn record<E: From<CudaError>>(
         &self,
-        launches: impl FnOnce() -> Result<(), CudaError>,
-    ) -> Result<Graph, CudaError> {
+        launches: impl FnOnce() -> Result<(), E>,
+    ) -> Result<Graph, E> {
         // Other threads load experts meanwhile, which is none of this stream's business.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives.

@@ -1,6 +1,7 @@
 //! The host side of the kernels for GPUs: which devices there are ([`driver`]), the kernels' sources and what is made of them
 //! ([`kernels`]), the compiler that makes it ([`nvrtc`]) and the cache that keeps it ([`cache`]); a device that is used ([`gpu`]), its
-//! memory, streams and functions; how experts come to it (`upload.rs`), and a model's steps on it (`model`).
+//! memory, streams and functions; how experts come to it (`upload.rs`), and a model's steps on it (`model`);
+//! and whether a cluster's nodes could have them ([`ready()`]).
 //!
 //! The libraries are opened while the program runs, never linked: it is the same program where there is no GPU. Whether a library
 //! is there is asked before its first call, which would panic without it.
@@ -14,11 +15,13 @@ pub mod kernels;
 pub(crate) mod memory;
 pub(crate) mod model;
 pub mod nvrtc;
+mod ready;
 pub mod self_test;
 pub(crate) mod stream;
 pub(crate) mod upload;
 
 pub use gpu::{Gpu, PATIENCE};
+pub use ready::ready;
 
 use kernels::Target;
 use std::time::Duration;

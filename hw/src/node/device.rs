@@ -187,9 +187,11 @@ impl Device {
     }
 
     fn carve(&mut self, carving: Carving, budget: u64) -> Option<Input> {
-        // The budget holds one set of arenas: the last loads of an epoch that is over end soon.
+        // The budget holds one set of arenas: the last loads of an epoch that is over end soon. Of a GPU nothing is taken before them.
         let began = Instant::now();
-        while self.former.iter().any(|arena| arena.strong_count() > 0) && began.elapsed() < FORGET_WAIT {
+        let taken = || self.gpu.as_ref().is_some_and(|gpu| gpu.budget().1 > 0);
+        let held = || taken() || self.former.iter().any(|arena| arena.strong_count() > 0);
+        while held() && began.elapsed() < FORGET_WAIT {
             std::thread::sleep(Duration::from_millis(1));
         }
         match Arenas::of(carving, budget, self.gpu.as_ref()) {
@@ -230,7 +232,9 @@ fn reserve_of(gpu: &Gpu, memory_bytes: u64, warm_bytes: u64) -> Input {
         Ok(memory) => memory,
         Err(error) => return refuse(format!("cannot tell how much memory the GPU has: {error}")),
     };
-    let most = free.saturating_add(warm_bytes);
+    // What this process has of an epoch that is over is given back before anything is taken.
+    let (_, taken) = gpu.budget();
+    let most = free.saturating_add(taken).saturating_add(warm_bytes);
     if memory_bytes > most {
         return refuse(format!(
             "memory_bytes is {memory_bytes}, of which {warm_bytes} are for the warm arena; but of the {total} bytes of the GPU \

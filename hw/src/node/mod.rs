@@ -54,8 +54,8 @@ pub enum Computer {
     Cpu,
     /// A GPU of the CUDA driver. `memory_bytes` is then of its memory, but for `warm_bytes`, which are the host's.
     Cuda {
-        /// Its number there, from 0.
-        number: u32,
+        /// Its number there, from 0. Left out it is the first one; of a cluster's nodes each has the next.
+        number: Option<u32>,
         /// How long it may be without progress before it is lost: [`crate::cuda::PATIENCE`] does for any.
         patience: Duration,
     },

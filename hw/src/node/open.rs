@@ -13,13 +13,16 @@ use std::time::Duration;
 use lite_llm_core::LOGIC_VERSION;
 use lite_llm_core::chain::RestoreError;
 use lite_llm_core::cluster::peer::Log;
+use lite_llm_core::config::Limits;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
 use lite_llm_core::ids::{Incarnation, Seq};
 use lite_llm_core::input::Input;
 use lite_llm_core::journal::{Header, Recovered, Store, scan};
 use lite_llm_core::output::Output;
+use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::replay::fold;
+use lite_llm_model::kernels::Isa;
 use lite_llm_model::tokenizer::Tokenizer;
 use lite_llm_model::{Checkpoint, Model, ModelOptions};
 
@@ -55,10 +58,7 @@ const NODE: u32 = 0;
 pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let NodeOptions { model_dir, state_dir, mut config, threads, isa, kv_dtype, io, .. } = options;
     let NodeOptions { journal_bytes, capture, on_event, computer, .. } = options;
-    let gpu = match computer {
-        Computer::Cpu => None,
-        Computer::Cuda { number, patience } => Some(Gpu::open(number, patience)?),
-    };
+    let gpu = gpu_of(computer, NODE)?;
     if config.memory_bytes == u64::MAX {
         let available = match &gpu {
             Some(gpu) => gpu.memory()?.0,
@@ -93,14 +93,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let limits = &config.limits;
     let mut plan = model.plan(limits.step_positions_max, limits.rows_max, tokenizer_digest)?;
     let identity = Arc::new(plan.identity.clone());
-    let sizes = match &gpu {
-        None => None,
-        Some(_) => Some(Sizes::of(&model, limits.step_positions_max, limits.rows_max)?),
-    };
-    if let Some(sizes) = &sizes {
-        // What steps need beside weights, cache and experts is another thing there.
-        plan.overhead_bytes = sizes.overhead_bytes(&model);
-    }
+    let (backend, launching) = backend_of(gpu.as_ref(), model, isa, limits, &mut plan)?;
 
     let scanned = scan(&mut disk)?;
     let former = scanned.header.map_or(0, |header| header.incarnation);
@@ -137,14 +130,6 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let (ready_sender, ready) = channel();
     let reports = Reports::to(messages.clone());
     let loaders = Loaders::start(loaders, loader, cold, &blobs, gpu.as_ref(), &reports)?;
-    let (backend, launching): (Box<dyn Backend>, String) = match (&gpu, sizes) {
-        (Some(gpu), Some(sizes)) => {
-            let model = CudaModel::new(gpu, model, sizes, isa)?;
-            let launching = model.launching();
-            (Box::new(model), launching)
-        }
-        _ => (Box::new(Cpu::new(model)), String::new()),
-    };
     let compute = Compute::start(backend, capture, reports.clone())?;
     let journal = Journal::start(store, bytes, reports)?;
     let device = Device::new(compute, loaders, plan, tokenizer, gpu);
@@ -156,6 +141,32 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
         .map_err(|source| NodeError::System { what: "cannot start the event loop", source })?;
     let handle = NodeHandle { messages, identity, reading, launching: launching.into() };
     Ok(Node { handle, ready, thread: Some(thread) })
+}
+
+/// The GPU of a node, if it has one.
+pub(crate) fn gpu_of(computer: Computer, node: u32) -> Result<Option<Arc<Gpu>>, NodeError> {
+    Ok(match computer {
+        Computer::Cpu => None,
+        Computer::Cuda { number: Some(number), patience } => Some(Gpu::open(number, patience)?),
+        Computer::Cuda { number: None, patience } => Some(Gpu::open_for(node, patience)?),
+    })
+}
+
+/// What computes a model, and what people may want to know of how steps are launched; in the plan, what these need beside weights, cache
+/// and experts, which is another thing on a GPU.
+pub(crate) fn backend_of(
+    gpu: Option<&Arc<Gpu>>,
+    model: Model,
+    isa: Isa,
+    limits: &Limits,
+    plan: &mut ModelPlan,
+) -> Result<(Box<dyn Backend>, String), NodeError> {
+    let Some(gpu) = gpu else { return Ok((Box::new(Cpu::new(model)), String::new())) };
+    let sizes = Sizes::of(&model, limits.step_positions_max, limits.rows_max)?;
+    plan.overhead_bytes = sizes.overhead_bytes(&model);
+    let model = CudaModel::new(gpu, model, sizes, isa)?;
+    let launching = model.launching();
+    Ok((Box::new(model), launching))
 }
 
 /// The log that a journal holds after it was cut or replaced.

@@ -32,6 +32,7 @@ fn play(scenario: &str, wishes: &[(&str, &str)]) -> Option<Output> {
     command.args(["--exact", "scenario", "--nocapture"]).env(SCENARIO, scenario);
     command
         .env("LITE_LLM_STAND_IN", "90")
+        .env("XDG_CACHE_HOME", tmp.join("cuda-cache"))
         .env("LD_LIBRARY_PATH", std::env::join_paths([&driver, &nvrtc()]).unwrap());
     for (name, value) in wishes {
         command.env(format!("LITE_LLM_STAND_IN_{name}"), value);
@@ -90,6 +91,7 @@ fn scenario() {
 const SCENARIOS: &[(&str, fn())] = &[
     ("copies", copies),
     ("real images", real_images),
+    ("nodes in turn", nodes_in_turn),
     ("an event between streams", || two_streams(true)),
     ("no event between streams", || two_streams(false)),
     ("a staging buffer that waits", || staging(true)),
@@ -198,6 +200,21 @@ fn real_images_give_the_bits_of_the_cpu() {
         return say_skipped(&format!("real images, for want of {}", nvrtc().display()));
     }
     passes("real images", &[]);
+}
+
+/// Nodes have devices in turn, and share them where there are fewer.
+fn nodes_in_turn() {
+    let open = |node| lite_llm_hw::cuda::Gpu::open_for(node, lite_llm_hw::cuda::PATIENCE).unwrap();
+    let gpus = [0, 1, 2].map(open);
+    assert_eq!(gpus.each_ref().map(|gpu| gpu.name()), ["Stand-in 0", "Stand-in 1", "Stand-in 0"]);
+}
+
+#[test]
+fn nodes_have_devices_in_turn() {
+    if !nvrtc().join("libnvrtc.so.12").exists() {
+        return say_skipped(&format!("devices of nodes, for want of {}", nvrtc().display()));
+    }
+    passes("nodes in turn", &[]);
 }
 
 /// One stream adds, another copies the sum.

@@ -1,6 +1,7 @@
 //! Self-attention: projections over the whole batch, then each row over its pages.
 
-use super::ranks::{Among, of_keys, of_mixed, of_output, of_queries};
+use super::exchange::{of_keys, of_mixed, of_output, of_queries};
+use super::ranks::Among;
 use super::{Batch, ExpertSource, KvCache, Layer, Rooms, Stopped};
 use crate::arch::{Pairs, QkNorm};
 use crate::kernels::buffer::emptied;

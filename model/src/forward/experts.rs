@@ -3,9 +3,10 @@
 //! Experts are computed in the order in which they come; their results wait in a buffer and are combined in ascending
 //! order of the experts' original numbers, so that the order of arrival never changes a bit.
 
+use super::exchange::{ROWS_TOGETHER, of_block, of_experts, of_results};
 use super::foresight;
 use super::gated::{self, Block};
-use super::ranks::{Among, bytes_of, of_block, of_experts, of_results, read_values};
+use super::ranks::{Among, bytes_of, read_values};
 use super::router::{self, Routed};
 use super::{Batch, Capture, ExpertSource, Layer, Provided, Rooms, StepError, Stopped};
 use crate::arch::{Activation, Moe};
@@ -15,8 +16,6 @@ use crate::model::Model;
 use lite_llm_core::ids::{ExpertKey, Slot};
 use std::ops::Range;
 
-/// The most rows of experts that are computed together. A larger expert is computed by itself.
-pub(crate) const ROWS_TOGETHER: usize = 256;
 /// Columns that are combined at a time, on the stack.
 const COLUMNS: usize = 256;
 
@@ -104,10 +103,7 @@ impl Users {
     /// Those that are this rank's: neighbours.
     fn own(&self, model: &Model) -> Range<usize> {
         let seat = model.share.seat().expert;
-        let holder = |key: &ExpertKey| {
-            let place = model.checkpoint.place(*key).expect("a key of this checkpoint");
-            model.share.holder(model.arch(), place)
-        };
+        let holder = |key: &ExpertKey| model.holder(*key).expect("a key of this checkpoint");
         let first = self.keys.partition_point(|key| holder(key) < seat);
         first..self.keys.partition_point(|key| holder(key) <= seat)
     }

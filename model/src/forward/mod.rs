@@ -6,6 +6,7 @@
 
 mod attention;
 mod cache;
+pub mod exchange;
 mod experts;
 mod foresight;
 mod gated;
@@ -18,7 +19,6 @@ mod tiered;
 mod workspace;
 
 pub(crate) use cache::KvGroups;
-use experts::ROWS_TOGETHER;
 pub(crate) use router::route_one;
 pub(crate) use tiered::route as route_by_tiers;
 pub(crate) use workspace::planned_bytes;
@@ -199,7 +199,7 @@ impl Model {
                 let Rooms { gated, products, added, .. } = rooms;
                 let y = added.values(batch.x.len());
                 let block = Block { views: dense.views(), picked: None };
-                let among = Among { source, exchange: ranks::of_block(index) };
+                let among = Among { source, exchange: exchange::of_block(index) };
                 self.gated([block], Activation::SwiGlu, batch.normed, y, among, (gated, products))?;
                 self.add(batch.x, y);
             } else {
@@ -207,7 +207,7 @@ impl Model {
             }
         }
         if !self.share.is_last_stage() {
-            return Ok(self.hand_on(&batch, source)?);
+            return Ok(self.hand_on(&mut batch, source)?);
         }
         self.choose(base, step, &mut batch, &mut capture, rooms, source)
     }

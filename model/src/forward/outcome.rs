@@ -3,7 +3,7 @@
 
 use super::StepError;
 use super::output::{digest_values, params, penalises, token};
-use super::ranks::RowDigest;
+use super::ranks::{RowDigest, handed_on, taken_over};
 use crate::kernels::Isa;
 use crate::kernels::sample::Params;
 use crate::share::Share;
@@ -27,10 +27,29 @@ pub struct Outcome<'a> {
 }
 
 impl<'a> Outcome<'a> {
-    /// Of nothing as yet.
-    pub fn new(step: &'a Forward) -> Self {
-        let digests = step.rows.iter().map(|_| RowDigest::new(&Share::WHOLE)).collect();
+    /// Of nothing as yet, for this share of the model.
+    pub fn new(step: &'a Forward, share: &Share) -> Self {
+        let digests = step.rows.iter().map(|_| RowDigest::new(share)).collect();
         Self { step, digests, tokens: vec![None; step.rows.len()] }
+    }
+
+    /// Takes what the stage before has handed on, before all else: the residual stream of so many values, as bytes.
+    ///
+    /// # Panics
+    /// If it is of another step.
+    pub fn take_over<'b>(&mut self, bytes: &'b [u8], values: usize) -> &'b [u8] {
+        taken_over(bytes, values, &mut self.digests)
+    }
+
+    /// What a stage that is not the last hands on, after all else: of the residual stream, so many values of each position. By
+    /// them the ranks of the stage are compared, so that they are digested too.
+    pub fn hand_on(&mut self, x: &[f32], hidden: usize) -> Vec<u8> {
+        let bytes = handed_on(x, &self.digests);
+        let mut values = x.chunks_exact(hidden);
+        for (row, digest) in self.step.rows.iter().zip(&mut self.digests) {
+            values.by_ref().take(row.tokens.len()).for_each(|x| digest_values(digest, x));
+        }
+        bytes
     }
 
     /// The experts of a position of a row, by original number, ascending, and their weights.

@@ -1,6 +1,7 @@
 //! The end of a step: logits where they are asked for, the choice of tokens, the digest of each row.
 
-use super::ranks::{Among, RowDigest, of_output};
+use super::exchange::of_output;
+use super::ranks::{Among, RowDigest};
 use super::{At, Batch, Capture, ExpertSource, Rooms, StepError};
 use crate::kernels::sample::{Params, penalise, sample};
 use crate::kernels::{Buffer, Isa, Product};

@@ -1,61 +1,13 @@
 //! What ranks exchange in a step: columns of results, results of experts, and what a stage hands on.
-//!
-//! Each exchange of a step has a number that all its ranks agree on without asking: the layer, and the place in it.
 
-use super::{Batch, ExpertSource, Stopped};
+use super::output::digest_values;
+use super::{Batch, ExpertSource, Stopped, exchange};
 use crate::kernels::Buffer;
 use crate::model::Model;
 use crate::share::Share;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::input::RowResult;
 use std::ops::Range;
-
-/// Exchanges of a layer, at most.
-const OF_LAYER: u32 = 1 << 16;
-/// Places of exchanges in a layer. A gated block has two: its inner values, its outputs.
-const QUERIES: u32 = 0;
-const KEYS: u32 = 1;
-const MIXED: u32 = 2;
-const OUTPUT: u32 = 3;
-const BLOCK: u32 = 4;
-const RESULTS: u32 = 6;
-const HANDED_ON: u32 = 7;
-const EXPERTS: u32 = 8;
-
-fn number(layer: usize, place: u32) -> u32 {
-    layer as u32 * OF_LAYER + place
-}
-
-pub(super) fn of_queries(layer: usize) -> u32 {
-    number(layer, QUERIES)
-}
-
-pub(super) fn of_keys(layer: usize) -> u32 {
-    number(layer, KEYS)
-}
-
-pub(super) fn of_mixed(layer: usize) -> u32 {
-    number(layer, MIXED)
-}
-
-pub(super) fn of_output(layer: usize) -> u32 {
-    number(layer, OUTPUT)
-}
-
-/// Of the block that every position uses.
-pub(super) fn of_block(layer: usize) -> u32 {
-    number(layer, BLOCK)
-}
-
-/// Of the results of all experts of a layer.
-pub(super) fn of_results(layer: usize) -> u32 {
-    number(layer, RESULTS)
-}
-
-/// Of some experts that are computed together: those of a wave, or the so-manieth of those that are resident.
-pub(super) fn of_experts(layer: usize, together: u32) -> u32 {
-    number(layer, EXPERTS + 2 * together)
-}
 
 /// An exchange, and who carries it.
 #[derive(Clone, Copy)]
@@ -144,45 +96,52 @@ impl Model {
         digests: &mut [RowDigest],
         source: &dyn ExpertSource,
     ) -> Result<(), Stopped> {
-        let seat = self.share.seat();
-        let from = self.share.in_stage(seat.pipeline - 1);
-        let bytes = source.take_over(from, number(self.share.layers(self.arch()).start, HANDED_ON))?;
-        let (values, mut rest) = bytes.split_at(4 * x.len());
-        read_values(values, x);
-        for digest in digests {
-            let (length, fed) =
-                rest.split_first_chunk::<8>().expect("a stage hands on what it digested of each row");
-            let (fed, after) = fed.split_at(u64::from_le_bytes(*length) as usize);
-            digest.update(fed);
-            rest = after;
-        }
+        let from = self.share.in_stage(self.share.seat().pipeline - 1);
+        let bytes = source.take_over(from, exchange::of_stage(self.share.layers(self.arch()).start))?;
+        read_values(taken_over(&bytes, x.len(), digests), x);
         Ok(())
     }
 
     /// Gives the next stage what this one computed; what it says of its rows is what it has digested so far.
     pub(super) fn hand_on(
         &self,
-        batch: &Batch<'_>,
+        batch: &mut Batch<'_>,
         source: &dyn ExpertSource,
     ) -> Result<Vec<RowResult>, Stopped> {
-        let mut bytes = bytes_of(batch.x);
-        for RowDigest { fed, .. } in &*batch.digests {
-            let fed = fed.as_deref().unwrap_or_default();
-            bytes.extend((fed.len() as u64).to_le_bytes());
-            bytes.extend_from_slice(fed);
-        }
         let to = self.share.in_stage(self.share.seat().pipeline + 1);
-        source.hand_on(to, number(self.share.layers(self.arch()).end, HANDED_ON), &bytes)?;
-        let results = batch.digests.iter().enumerate().map(|(row, digest)| {
-            let mut hasher = digest.hasher.clone();
-            let of_row = batch.at.iter().zip(batch.x.chunks_exact(self.arch().hidden));
-            for (_, x) in of_row.filter(|(at, _)| at.row as usize == row) {
-                hasher.update(&bytes_of(x));
-            }
-            RowResult { token: None, stop: false, digest: Digest(*hasher.finalize().as_bytes()) }
-        });
-        Ok(results.collect())
+        let exchange = exchange::of_stage(self.share.layers(self.arch()).end);
+        source.hand_on(to, exchange, &handed_on(batch.x, batch.digests))?;
+        // Ranks of a stage are compared by what they hand on.
+        for (at, x) in batch.at.iter().zip(batch.x.chunks_exact(self.arch().hidden)) {
+            digest_values(&mut batch.digests[at.row as usize], x);
+        }
+        let digests = batch.digests.iter().map(RowDigest::digest);
+        Ok(digests.map(|digest| RowResult { token: None, stop: false, digest }).collect())
     }
+}
+
+/// What a stage hands on: its residual stream, and of each row what it has digested so far.
+pub(super) fn handed_on(x: &[f32], digests: &[RowDigest]) -> Vec<u8> {
+    let mut bytes = bytes_of(x);
+    for RowDigest { fed, .. } in digests {
+        let fed = fed.as_deref().unwrap_or_default();
+        bytes.extend((fed.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(fed);
+    }
+    bytes
+}
+
+/// The same as the next stage takes it: the bytes of so many values, while what was digested goes to its rows.
+pub(super) fn taken_over<'a>(bytes: &'a [u8], values: usize, digests: &mut [RowDigest]) -> &'a [u8] {
+    let (values, mut rest) = bytes.split_at(4 * values);
+    for digest in digests {
+        let (length, fed) =
+            rest.split_first_chunk::<8>().expect("a stage hands on what it digested of each row");
+        let (fed, after) = fed.split_at(u64::from_le_bytes(*length) as usize);
+        digest.update(fed);
+        rest = after;
+    }
+    values
 }
 
 /// Values as they travel: little-endian.

@@ -1,8 +1,9 @@
 //! What steps are computed in: buffers that grow to the largest step and are kept, so that a step allocates nothing that
 //! an earlier one already had.
 
+use super::exchange::ROWS_TOGETHER;
 use super::ranks::RowDigest;
-use super::{At, ROWS_TOGETHER, attention, experts, gated, latent, output};
+use super::{At, attention, experts, gated, latent, output};
 use crate::arch::Arch;
 use crate::kernels::attention::room_of_thread;
 use crate::kernels::{Buffer, KvShape, Products};

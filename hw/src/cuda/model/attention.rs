@@ -2,9 +2,14 @@
 
 use super::super::CudaError;
 use super::super::stream::Arg::{self, At, Long, Value, Word};
+use super::Failed;
+use super::ranks::Among;
 use super::run::{Run, Several};
 use super::tables::{Batch, Pages};
 use super::weights::{Inputs, Latent, Layer, Matrix};
+use lite_llm_model::arch::QkNorm;
+use lite_llm_model::forward::exchange;
+use std::ops::Range;
 
 /// Epsilon of the norms within latent attention: a constant of these models.
 const LATENT_EPS: f32 = 1e-6;
@@ -16,35 +21,56 @@ const WARP: u32 = 32;
 
 impl Run<'_> {
     /// Attends, and adds the output to the residual stream.
-    pub(super) fn attend(&self, index: usize, layer: &Layer) -> Result<(), CudaError> {
+    pub(super) fn attend(&self, index: usize, layer: &Layer, among: &mut Among<'_>) -> Result<(), Failed> {
         let (room, rows) = (self.room, self.positions());
         let mixed = match &layer.inputs {
             Inputs::Plain { projections, qk_norm } => {
-                self.plain(index, layer, projections, *qk_norm)?;
+                self.plain((index, layer), projections, *qk_norm, among)?;
                 room.mixed
             }
             Inputs::Latent(latent) => self.latent(index, layer, latent)?,
         };
-        let output = &layer.output;
+        let (output, whole) = (&layer.output, &self.model.arch().attention);
+        let of_heads = |tensor| times(&self.model.share().heads_of(tensor, whole), whole.value_dim);
+        self.gather((mixed, mixed), rows as usize, &of_heads, exchange::of_mixed(index), among)?;
         self.pack(mixed, 0, rows, output.inputs, &[output.storage], room.packed)?;
         self.product(room.packed, output, (self.tables.all, rows), room.added)?;
-        self.add(room.added)
+        self.gather_rows((room.added, room.added), rows, self.hidden(), exchange::of_output(index), among)?;
+        Ok(self.add(room.added)?)
+    }
+
+    /// Normalises whole queries and keys, of which each tensor rank has some heads.
+    fn norms_of_all(
+        &self,
+        index: usize,
+        [of_queries, of_keys]: [(u64, u32); 2],
+        among: &mut Among<'_>,
+    ) -> Result<(), Failed> {
+        let (share, whole) = (self.model.share(), &self.model.arch().attention);
+        let queries = |tensor| times(&share.heads_of(tensor, whole), whole.head_dim);
+        let keys = |tensor| times(&share.kv_heads_of(tensor, whole), whole.head_dim);
+        self.norm_of_all(self.room.q, of_queries, &queries, exchange::of_queries(index), among)?;
+        self.norm_of_all(self.room.k, of_keys, &keys, exchange::of_keys(index), among)
     }
 
     fn plain(
         &self,
-        index: usize,
-        layer: &Layer,
+        (index, layer): (usize, &Layer),
         [q, k, v]: &[Matrix; 3],
         qk_norm: Option<[(u64, u32); 2]>,
-    ) -> Result<(), CudaError> {
+        among: &mut Among<'_>,
+    ) -> Result<(), Failed> {
         let (room, rows, all) = (self.room, self.positions(), (self.tables.all, self.positions()));
-        let attention = &self.model.arch().attention;
+        let attention = self.model.attention_part();
         self.pack(room.normed, 0, rows, q.inputs, &[q.storage, k.storage, v.storage], room.packed)?;
         for (matrix, out) in [(q, room.q), (k, room.k), (v, room.v)] {
             self.product(room.packed, matrix, all, out)?;
         }
-        if let Some(norms) = qk_norm {
+        let apart = self.is_tensor() && attention.qk_norm == QkNorm::Whole;
+        if let Some(norms) = qk_norm.filter(|_| apart) {
+            self.norms_of_all(index, norms, among)?;
+        }
+        if let Some(norms) = qk_norm.filter(|_| !apart) {
             for ((weight, width), (values, matrix)) in norms.into_iter().zip([(room.q, q), (room.k, k)]) {
                 let parts = rows * (matrix.outputs / width);
                 self.rms_norm(values, weight, values, parts, [width; 2], self.model.arch().norm_eps)?;
@@ -58,13 +84,13 @@ impl Run<'_> {
         let width = attention.head_dim as u32;
         self.rope(room.q, attention.heads as u32, width)?;
         self.rope(room.k, attention.kv_heads as u32, width)?;
-        self.over_pages(index, layer)
+        Ok(self.over_pages(index, layer)?)
     }
 
     /// Latent attention; where its mixed values stand.
     fn latent(&self, index: usize, layer: &Layer, latent: &Latent) -> Result<u64, CudaError> {
         let (room, rows, all) = (self.room, self.positions(), (self.tables.all, self.positions()));
-        let (attention, kv) = (&self.model.arch().attention, self.model.kv_shape());
+        let (attention, kv) = (self.model.attention_part(), self.model.kv_shape());
         let (heads, head_dim) = (attention.heads as u32, attention.head_dim as u32);
         let (width, rank) = (kv.key_dim as u32, kv.value_dim as u32);
         let (cached, values) = (room.k, attention.value_dim as u32);
@@ -101,7 +127,7 @@ impl Run<'_> {
 
     /// A product with a matrix of each head: heads x rows x inputs into heads x rows x outputs.
     fn by_head(&self, (first, begins): &(Matrix, u64)) -> Result<(), CudaError> {
-        let (rows, heads) = (self.positions(), self.sizes.heads as u32);
+        let (rows, heads) = (self.positions(), self.model.attention_part().heads as u32);
         let every = rows * heads;
         self.pack(self.room.apart, 0, every, first.inputs, &[first.storage], self.room.packed)?;
         let several = Several {
@@ -152,7 +178,7 @@ impl Run<'_> {
         batch: &Batch,
         [keys_at, values_at]: [u64; 2],
     ) -> Result<(), CudaError> {
-        let (kv, attention) = (self.model.kv_shape(), &self.model.arch().attention);
+        let (kv, attention) = (self.model.kv_shape(), self.model.attention_part());
         let (heads, kv_heads) = (attention.heads as u32, kv.kv_heads as u32);
         let (key_dim, value_dim) = (kv.key_dim as u32, kv.value_dim as u32);
         let (first, span) = (batch.first, batch.span);
@@ -201,4 +227,9 @@ impl Run<'_> {
         let threads = value_dim.next_multiple_of(WARP).min(MIX_THREADS);
         self.launch(self.functions.attention_sum, [heads, batch.pieces, 1], threads, &with(&more))
     }
+}
+
+/// The values of some heads.
+const fn times(heads: &Range<usize>, width: usize) -> Range<usize> {
+    heads.start * width..heads.end * width
 }

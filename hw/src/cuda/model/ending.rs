@@ -3,12 +3,14 @@
 use super::super::CudaError;
 use super::super::stream::Arg::{At, Word};
 use super::mirror::Results;
+use super::ranks::Among;
 use super::routes::Routes;
 use super::run::Run;
 use super::sizes::Back;
 use super::tables::{Wanted, last_of};
 use super::{Failed, Step};
 use lite_llm_model::forward::choice;
+use lite_llm_model::forward::exchange::of_output;
 use lite_llm_model::kernels::Isa;
 
 /// The most threads of a block that chooses a token.
@@ -19,7 +21,13 @@ const NO_FAULT: u32 = u32::MAX;
 impl Run<'_> {
     /// Takes back what is digested, chooses tokens. All of it comes at once, where logits have room for all who want them; else the
     /// first logits are there, and others are computed.
-    pub(super) fn end(&self, isa: Isa, step: &mut Step<'_, '_>, results: &mut Results) -> Result<(), Failed> {
+    pub(super) fn end(
+        &self,
+        isa: Isa,
+        step: &mut Step<'_, '_>,
+        results: &mut Results,
+        among: &mut Among<'_>,
+    ) -> Result<(), Failed> {
         let Back { routes, tokens, logits, end, .. } = self.back;
         if self.tables.wanted.is_empty() {
             results.ask(self.stream, self.room.x, tokens)?;
@@ -29,9 +37,10 @@ impl Run<'_> {
             return Ok(());
         }
         let last = self.tables.wanted.len() - 1;
+        assert!(last == 0 || !self.is_tensor(), "ranks show nobody their logits, so that a step wants few");
         for (number, wanted) in self.tables.wanted.iter().enumerate() {
             if number > 0 {
-                self.logits(wanted)?;
+                self.logits(wanted, among)?;
             }
             // Between the first ones and the last ones logits come with nothing but tokens.
             let from = if number == 0 || number == last { 0 } else { tokens };
@@ -95,7 +104,7 @@ impl Run<'_> {
 
     /// Chooses tokens by logits alone.
     fn tokens(&self, wanted: &Wanted) -> Result<(), CudaError> {
-        let (room, rows, vocab) = (self.room, wanted.positions.len() as u32, self.base.head.outputs);
+        let (room, rows, vocab) = (self.room, wanted.positions.len() as u32, self.sizes.vocab as u32);
         if !wanted.chooses {
             return Ok(());
         }
@@ -119,19 +128,35 @@ impl Run<'_> {
         self.launch(self.functions.sample, [rows, 1, 1], threads, &arguments)
     }
 
-    /// Computes logits, and chooses tokens by them.
-    pub(super) fn logits(&self, wanted: &Wanted) -> Result<(), CudaError> {
-        let (room, hidden, head) = (self.room, self.hidden(), &self.base.head);
+    /// The first logits, and the tokens that are chosen by them.
+    pub(super) fn first_logits(&self, among: &mut Among<'_>) -> Result<(), Failed> {
+        match self.tables.wanted.first() {
+            Some(wanted) => self.logits(wanted, among),
+            // The model on the CPU exchanges nothing too, and others wait for it.
+            None => self.gather_logits(0, among),
+        }
+    }
+
+    /// Computes logits, and chooses tokens by them: tensor ranks have whole ones before they choose.
+    fn logits(&self, wanted: &Wanted, among: &mut Among<'_>) -> Result<(), Failed> {
+        let head = self.base.head.as_ref().expect("the last stage has the output projection");
+        let (room, hidden) = (self.room, self.hidden());
         let rows = wanted.positions.len() as u32;
         self.arrange((room.x, hidden, 0), wanted.picked, (room.last, hidden, 0), hidden, rows)?;
         self.norm(room.last, self.base.norm, room.last, rows)?;
         self.pack(room.last, 0, rows, hidden, &[head.storage], room.packed)?;
         self.product(room.packed, head, (wanted.all, rows), room.logits)?;
+        self.gather_logits(rows, among)?;
         let by = self.model.arch().multipliers.logits;
         if by.to_bits() != 1.0f32.to_bits() {
-            self.divide(room.logits, by, rows * head.outputs)?;
+            self.divide(room.logits, by, rows * self.sizes.vocab as u32)?;
         }
-        self.tokens(wanted)
+        Ok(self.tokens(wanted)?)
+    }
+
+    fn gather_logits(&self, rows: u32, among: &mut Among<'_>) -> Result<(), Failed> {
+        let (logits, exchange) = (self.room.logits, of_output(self.model.arch().layers.len()));
+        self.gather_rows((logits, logits), rows, self.sizes.vocab as u32, exchange, among)
     }
 
     fn digest(&self, step: &mut Step<'_, '_>, x: &[u32]) {

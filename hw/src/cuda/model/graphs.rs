@@ -44,12 +44,12 @@ impl Graphs {
     ///
     /// # Errors
     /// If the device is lost.
-    pub(super) fn launch(
+    pub(super) fn launch<E: From<CudaError>>(
         &mut self,
         stream: &Stream,
         (standing, tables): (&Lists, &Tables),
-        launches: impl Fn() -> Result<(), CudaError>,
-    ) -> Result<(), CudaError> {
+        launches: impl Fn() -> Result<(), E>,
+    ) -> Result<(), E> {
         if self.refused {
             return launches();
         }

@@ -5,14 +5,17 @@
 use super::super::CudaError;
 use super::super::stream::Arg::{At, Value, Word};
 use super::mirror::{Mirror, Results};
+use super::ranks::{Among, Post};
 use super::routes::{Routes, Users, foreseen};
 use super::run::{Run, Several};
 use super::standing::Resident;
 use super::weights::{Layer, Matrix};
 use super::{Failed, Step};
 use lite_llm_core::ids::Slot;
+use lite_llm_model::forward::exchange::{of_block, of_experts};
 use lite_llm_model::parts::ExpertPart;
-use lite_llm_model::{ExpertSource, StepError};
+use lite_llm_model::{ExpertSource, Provided, StepError};
+use std::ops::Range;
 
 /// Positions of a step, at most, whose experts are taken to have few rows.
 const FEW_POSITIONS: u32 = 64;
@@ -23,6 +26,7 @@ pub(super) struct Desk {
     pub(super) lists: Mirror,
     pub(super) results: Results,
     pub(super) users: Users,
+    pub(super) post: Post,
 }
 
 /// The matrices of experts, as those of the slot where slots begin.
@@ -32,7 +36,7 @@ struct Experts {
 }
 
 impl Run<'_> {
-    /// A layer whose experts come and go: the host hears of the choice, and asks for what it needs.
+    /// A layer whose experts come and go, or of a rank: the host hears of the choice, and asks for what it needs.
     pub(super) fn mixture(
         &self,
         index: usize,
@@ -71,11 +75,50 @@ impl Run<'_> {
         let positions = desk.lists.words(&users.positions);
         let results = desk.lists.words(&users.results);
         let first_row = desk.lists.words(&users.firsts);
-        desk.lists.send(self.stream)?;
-        source.need(number, &users.keys, &foreseen)?;
-        self.shared(layer)?;
-        self.pack_users(&experts, users.positions.len() as u32, positions)?;
-        self.as_they_come(number, &experts, users, first_row, source)?;
+        // Those that this rank computes are neighbours, as an expert rank's always are.
+        let own = users.own(self.model);
+        let post = &mut desk.post;
+        if let Some(resident) = &step.forward.resident {
+            let slots = users.keys[own.clone()].iter().map(|key| {
+                let at = resident.binary_search_by_key(key, |&(key, _)| key);
+                resident[at.expect("every expert of the tiers is resident")].1
+            });
+            let begins: Vec<u64> = slots.map(|slot| self.begin(slot)).collect();
+            let begins = desk.lists.longs(&begins);
+            desk.lists.send(self.stream)?;
+            self.pack_users(&experts, users.of(&own), positions)?;
+            let (mut first, mut count) = (own.start, 0);
+            while first < own.end {
+                let group = users.together(first, own.end, self.is_tensor());
+                let begins = begins + 8 * (first - own.start) as u64;
+                let several = Several {
+                    count: group.len() as u32,
+                    weights_at: begins,
+                    biases_at: begins,
+                    first_row: Self::value(first_row, first),
+                    rows_max: users.most(&group),
+                    rows_usual: users.most(&group),
+                };
+                let mut among = Among::Ranks { source, post };
+                self.together(&experts, several, users.of(&group), of_experts(index, count), &mut among)?;
+                (first, count) = (group.end, count + 1);
+            }
+            self.exchange_results(index, users, &own, &mut Among::Ranks { source, post })?;
+            self.shared(index, layer, &mut Among::Ranks { source, post })?;
+        } else {
+            desk.lists.send(self.stream)?;
+            source.need(number, &users.keys, &foreseen)?;
+            // Tensor ranks exchange what it gives, in the order of the model on the CPU.
+            if !self.is_tensor() {
+                self.shared(index, layer, &mut Among::Ranks { source, post })?;
+            }
+            self.pack_users(&experts, users.of(&own), positions)?;
+            self.as_they_come(index, &experts, (users, &own), first_row, (source, post))?;
+            self.exchange_results(index, users, &own, &mut Among::Ranks { source, post })?;
+            if self.is_tensor() {
+                self.shared(index, layer, &mut Among::Ranks { source, post })?;
+            }
+        }
         self.combine(layer, results, self.place(false).routes)?;
         Ok(())
     }
@@ -104,7 +147,7 @@ impl Run<'_> {
         index: usize,
         layer: &Layer,
         resident: Resident,
-    ) -> Result<(), CudaError> {
+    ) -> Result<(), Failed> {
         let (moe, rows) = (self.model.arch().moe.as_ref().expect("a mixture layer"), self.positions());
         let storage = self.routers.of_layer[index].as_ref().expect("routers are loaded").scores.storage;
         self.pack(self.room.normed, 0, rows, self.hidden(), &[storage], self.room.packed)?;
@@ -112,7 +155,7 @@ impl Run<'_> {
         self.route(index, moe, place)?;
         let found = self.find_users(resident, place.routes)?;
         let (experts, users) = (self.experts(), rows * self.sizes.places as u32);
-        self.pack_users(&experts, users, found.positions)?;
+        self.pack_users(&experts, (0, users), found.positions)?;
         let several = Several {
             count: found.experts,
             weights_at: found.weights_at,
@@ -121,41 +164,52 @@ impl Run<'_> {
             rows_max: rows,
             rows_usual: usual_rows(rows, users, resident.count),
         };
-        self.together(&experts, several, (0, users))?;
-        self.shared(layer)?;
-        self.combine(layer, found.results, place.routes)
+        let among = &mut Among::Nobody;
+        self.together(&experts, several, (0, users), of_experts(index, 0), among)?;
+        self.shared(index, layer, among)?;
+        Ok(self.combine(layer, found.results, place.routes)?)
     }
 
-    /// Computes each expert when it comes.
+    /// Computes each expert when it comes. Experts come in orders that tensor ranks do not share: they compute a whole wave in the order
+    /// of experts.
     fn as_they_come(
         &self,
-        number: u32,
+        index: usize,
         experts: &Experts,
-        users: &Users,
+        (users, own): (&Users, &Range<usize>),
         first_row: u64,
-        source: &mut dyn ExpertSource,
+        (source, post): (&mut dyn ExpertSource, &mut Post),
     ) -> Result<(), Failed> {
-        let (mut left, mut came) = (users.keys.len(), 0);
+        let (mut left, mut count, mut came) = (own.len(), 0, 0);
+        let mut wave: Vec<Provided> = Vec::new();
         while left > 0 {
-            let provided = source.provided()?;
-            (left, came) = (left - 1, came + 1);
-            let at = users.keys.binary_search(&provided.expert).expect("an expert that is needed");
-            let (first, end) = (users.firsts[at], users.firsts[at + 1]);
-            let several = Several {
-                count: 1,
-                weights_at: self.standing.zeros,
-                biases_at: self.standing.zeros,
-                first_row: Self::value(first_row, at),
-                rows_max: end - first,
-                rows_usual: end - first,
-            };
-            let here = experts.at(self.begin(provided.slot));
-            self.together(&here, several, (first, end))?;
-            if came == provided.wave_len {
+            let last = source.provided()?;
+            came += 1;
+            let whole = came == last.wave_len;
+            wave.push(last);
+            wave.sort_unstable_by_key(|provided| provided.expert);
+            let ready = if whole || !self.is_tensor() { std::mem::take(&mut wave) } else { Vec::new() };
+            for provided in ready {
+                let at = users.keys.binary_search(&provided.expert).expect("an expert that is needed");
+                let group = at..at + 1;
+                let several = Several {
+                    count: 1,
+                    weights_at: self.standing.zeros,
+                    biases_at: self.standing.zeros,
+                    first_row: Self::value(first_row, at),
+                    rows_max: users.most(&group),
+                    rows_usual: users.most(&group),
+                };
+                let here = experts.at(self.begin(provided.slot));
+                let mut among = Among::Ranks { source, post };
+                self.together(&here, several, users.of(&group), of_experts(index, count), &mut among)?;
+                (left, count) = (left - 1, count + 1);
+            }
+            if whole {
                 came = 0;
                 // Nobody may write a slot that is still read.
                 self.stream.wait()?;
-                source.released(number, provided.wave)?;
+                source.released(index as u32, last.wave)?;
             }
         }
         Ok(())
@@ -168,37 +222,45 @@ impl Run<'_> {
 
     fn experts(&self) -> Experts {
         let part = self.model.expert_part().expect("a mixture has experts");
-        let ExpertPart { storages, matrices, biases } = part;
+        let ExpertPart { outputs, storages, matrices, biases } = part;
         let (hidden, width) =
             (self.hidden(), self.model.arch().moe.as_ref().map_or(0, |moe| moe.intermediate));
-        let matrix = |i: usize, outputs: u32, inputs: u32| Matrix {
+        let matrix = |i: usize, inputs: u32| Matrix {
             storage: storages[i],
-            outputs,
+            outputs: outputs[i] as u32,
             inputs,
             weights: self.slots.0 + matrices[i] as u64,
             bias: biases.map_or(0, |biases| self.slots.0 + biases[i] as u64),
         };
-        let width = width as u32;
-        Experts { matrices: [matrix(0, width, hidden), matrix(1, width, hidden), matrix(2, hidden, width)] }
+        Experts { matrices: [matrix(0, hidden), matrix(1, hidden), matrix(2, width as u32)] }
     }
 
-    /// Brings the rows of all users in the order that products want.
-    fn pack_users(&self, experts: &Experts, count: u32, positions: u64) -> Result<(), CudaError> {
+    /// Brings the rows of the users of some experts in the order that products want, each to the user's place.
+    fn pack_users(
+        &self,
+        experts: &Experts,
+        (first, end): (u32, u32),
+        positions: u64,
+    ) -> Result<(), CudaError> {
         let [gate, up, _] = &experts.matrices;
-        if count == 0 {
+        if first == end {
             return Ok(());
         }
-        let storages = [gate.storage, up.storage];
-        self.pack(self.room.normed, positions, count, gate.inputs, &storages, self.room.packed)
+        let (storages, to) = ([gate.storage, up.storage], self.room.packed.at_row(first, gate.inputs));
+        let picked = Self::value(positions, first as usize);
+        self.pack(self.room.normed, picked, end - first, gate.inputs, &storages, to)
     }
 
-    /// Computes some experts, whose users are packed: those of a range, at their places among all results.
+    /// Computes some experts, whose users are packed: those of a range, at their places among all results. Their inner values are an
+    /// exchange of that number, if there are others to exchange with.
     fn together(
         &self,
         experts: &Experts,
         several: Several,
         (first, end): (u32, u32),
-    ) -> Result<(), CudaError> {
+        exchange: u32,
+        among: &mut Among<'_>,
+    ) -> Result<(), Failed> {
         if first == end {
             return Ok(());
         }
@@ -209,24 +271,24 @@ impl Run<'_> {
         let from = |piece| Self::value(piece, (first * gate.outputs) as usize);
         let (count, n) = (end - first, (end - first) * gate.outputs);
         self.activate(activation, from(room.gates), from(room.ups), from(room.inside), n)?;
-        // Packed rows stand where the users do, as products count them.
-        let padded = down.inputs.div_ceil(1024) * 1024;
-        let groups = down.inputs.div_ceil(32);
-        let to = super::sizes::Packed {
-            values: Self::value(room.packed_inside.values, first as usize * padded as usize),
-            words: Self::value(room.packed_inside.words, first as usize * groups as usize * 8),
-            scales: Self::value(room.packed_inside.scales, first as usize * groups as usize),
-        };
-        self.pack(from(room.inside), 0, count, down.inputs, &[down.storage], to)?;
-        self.products(room.packed_inside, down, several, room.results)
+        let inside = Self::value(room.inside, (first * down.inputs) as usize);
+        self.gather_rows((from(room.inside), inside), count, down.inputs, exchange, among)?;
+        let to = room.packed_inside.at_row(first, down.inputs);
+        self.pack(inside, 0, count, down.inputs, &[down.storage], to)?;
+        // A rank's rows of results stand closer together: they are put beside those that are there.
+        let own = if self.is_tensor() { room.own } else { room.results };
+        self.products(room.packed_inside, down, several, own)?;
+        let results = Self::value(room.results, (first * self.hidden()) as usize);
+        let own = Self::value(own, (first * down.outputs) as usize);
+        self.gather_rows((own, results), count, self.hidden(), exchange + 1, among)
     }
 
     /// What the shared expert gives every position, and the outputs of its gate.
-    fn shared(&self, layer: &Layer) -> Result<(), CudaError> {
+    fn shared(&self, index: usize, layer: &Layer, among: &mut Among<'_>) -> Result<(), Failed> {
         let Some((block, gate)) = &layer.shared else { return Ok(()) };
         // It works where experts do, so that none of them may be packed or under way.
         let (room, rows) = (self.room, self.positions());
-        self.gated(block, room.shared)?;
+        self.gated(block, room.shared, of_block(index), among)?;
         if let Some(gate) = gate {
             self.pack(room.normed, 0, rows, gate.inputs, &[gate.storage], room.packed)?;
             self.product(room.packed, gate, (self.tables.all, rows), room.shared_gates)?;

@@ -3,7 +3,7 @@
 //! Weights, cache, experts and the values of a step are in memory of the device that is taken at start, within a hard budget
 //! ([`sizes`]). The host makes lists ([`tables`]), launches ([`run`], [`attention`], [`mixture`]) and takes back what is digested: the
 //! routes of each layer, logits, the residual stream, and the tokens that were chosen. Rows are digested by the model's own code
-//! ([`lite_llm_model::forward::Outcome`]).
+//! ([`lite_llm_model::forward::Outcome`]). A rank computes its share, and exchanges with others through the host ([`ranks`]).
 
 mod attention;
 mod ending;
@@ -11,6 +11,7 @@ mod graphs;
 mod layers;
 mod mirror;
 mod mixture;
+mod ranks;
 mod routes;
 mod run;
 pub(crate) mod sizes;
@@ -32,6 +33,7 @@ use lite_llm_model::kernels::Isa;
 use lite_llm_model::{Capture, ExpertSource, Model, StepError, Stopped};
 use mirror::{Mirror, Results};
 use mixture::Desk;
+use ranks::{Among, Post};
 use routes::Users;
 use run::Run;
 use sizes::{Room, Sizes};
@@ -142,6 +144,7 @@ impl CudaModel {
             lists: Mirror::new(gpu, lists, sizes.list_words())?,
             results: Results::new(gpu, sizes.results_bytes())?,
             users: Users::default(),
+            post: Post::new(gpu, sizes.exchanged_bytes())?,
         };
         let standing = (lists + 4 * sizes.list_words() as u64).next_multiple_of(super::memory::ALIGN);
         let standing = Standing::new(Mirror::new(gpu, standing, sizes.standing_words())?);
@@ -197,7 +200,10 @@ impl CudaModel {
                 carved.graphs.launch(&self.stream, (standing, &tables), launches)?;
             }
         }
-        run.end(self.isa, step, &mut carved.desk.results)
+        let share = self.model.share();
+        let Desk { results, post, .. } = &mut carved.desk;
+        let among = &mut Among::Ranks { source, post };
+        if share.is_last_stage() { run.end(self.isa, step, results, among) } else { run.hand_on(step, among) }
     }
 }
 
@@ -246,7 +252,7 @@ impl Backend for CudaModel {
         source: &mut dyn ExpertSource,
         capture: Option<&mut dyn Capture>,
     ) -> Result<Vec<RowResult>, Unfinished> {
-        let mut step = Step { forward, outcome: Outcome::new(forward), capture };
+        let mut step = Step { forward, outcome: Outcome::new(forward, self.model.share()), capture };
         let finished = self.step(&mut step, source);
         let lost = |error: CudaError| {
             self.gpu.lose();
@@ -264,14 +270,14 @@ impl Backend for CudaModel {
     }
 
     fn release(&mut self) {
+        // Slots last: whoever waits for them finds everything else given back.
+        (self.base, self.routers) = (None, None);
         self.carved = None;
     }
 
     fn take(&mut self, model: Model) {
-        // A node with a device computes a whole model, of which there is one share.
+        // Sizes are those of every rank.
         self.model = model;
-        self.forget_graphs();
-        (self.base, self.routers) = (None, None);
     }
 
     fn rank(&self) -> u32 {

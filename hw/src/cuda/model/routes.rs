@@ -9,6 +9,7 @@ use lite_llm_core::ids::ExpertKey;
 use lite_llm_core::routing::GroupScore;
 use lite_llm_model::Model;
 use lite_llm_model::arch::{Moe, Score};
+use std::ops::Range;
 
 /// Lists begin at multiples of so many words.
 const LIST: usize = 4;
@@ -225,6 +226,16 @@ impl Users {
                 *user += 1;
             }
         }
+    }
+
+    /// The first and the end of the users of some experts.
+    pub(super) fn of(&self, experts: &Range<usize>) -> (u32, u32) {
+        (self.firsts[experts.start], self.firsts[experts.end])
+    }
+
+    /// The most users that one of these experts has.
+    pub(super) fn most(&self, experts: &Range<usize>) -> u32 {
+        self.firsts[experts.start..=experts.end].windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0)
     }
 }
 

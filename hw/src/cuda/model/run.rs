@@ -3,6 +3,8 @@
 use super::super::CudaError;
 use super::super::functions::{Function, Functions};
 use super::super::stream::{Arg, Stream};
+use super::Failed;
+use super::ranks::Among;
 use super::sizes::{Back, Packed, Room, Sizes};
 use super::standing::Lists;
 use super::tables::{self, Tables};
@@ -91,7 +93,7 @@ impl Run<'_> {
     }
 
     pub(super) fn embed(&self) -> Result<(), CudaError> {
-        let (storage, table) = self.base.table;
+        let (storage, table) = self.base.table.expect("the first stage has the embedding");
         let embed = self.functions.embed(storage);
         let embed = embed.ok_or_else(|| CudaError::Unsupported(format!("a table of {storage:?}")))?;
         let multiplier = self.model.arch().multipliers.embedding;
@@ -200,6 +202,10 @@ impl Run<'_> {
     ) -> Result<(), CudaError> {
         let forms = self.functions.linear(matrix.storage);
         let (rows, outputs) = (several.rows_max, matrix.outputs);
+        // Of a narrow matrix there are tiles for some tensor ranks only.
+        if outputs == 0 {
+            return Ok(());
+        }
         let (function, x, y) = match several.rows_usual {
             0 => return Ok(()),
             1 => (forms.one_row, outputs.div_ceil(TILE), rows),
@@ -278,16 +284,24 @@ impl Run<'_> {
         self.launch(self.functions.divide, plain(n), PLAIN_THREADS, &arguments)
     }
 
-    /// A block that every position uses, of the normalised input.
-    pub(super) fn gated(&self, [gate, up, down]: &[Matrix; 3], out: u64) -> Result<(), CudaError> {
-        let (room, rows) = (self.room, self.positions());
+    /// A block that every position uses, of the normalised input, whose inner values are an exchange of that number.
+    pub(super) fn gated(
+        &self,
+        [gate, up, down]: &[Matrix; 3],
+        out: u64,
+        exchange: u32,
+        among: &mut Among<'_>,
+    ) -> Result<(), Failed> {
+        let (room, rows, inside) = (self.room, self.positions(), self.room.inside);
         let all = (self.tables.all, rows);
         self.pack(room.normed, 0, rows, gate.inputs, &[gate.storage, up.storage], room.packed)?;
         self.product(room.packed, gate, all, room.gates)?;
         self.product(room.packed, up, all, room.ups)?;
-        self.activate(Activation::SwiGlu, room.gates, room.ups, room.inside, rows * gate.outputs)?;
-        self.pack(room.inside, 0, rows, down.inputs, &[down.storage], room.packed_inside)?;
-        self.product(room.packed_inside, down, all, out)
+        self.activate(Activation::SwiGlu, room.gates, room.ups, inside, rows * gate.outputs)?;
+        self.gather_rows((inside, inside), rows, down.inputs, exchange, among)?;
+        self.pack(inside, 0, rows, down.inputs, &[down.storage], room.packed_inside)?;
+        self.product(room.packed_inside, down, all, out)?;
+        self.gather_rows((out, out), rows, self.hidden(), exchange + 1, among)
     }
 
     /// Where a value of a piece is.

@@ -4,7 +4,7 @@
 use super::super::CudaError;
 use super::super::memory::ALIGN;
 use lite_llm_model::Model;
-use lite_llm_model::arch::{Moe, Norm};
+use lite_llm_model::arch::{Moe, Norm, QkNorm};
 use lite_llm_model::kernels::{PAGE_POSITIONS, Storage};
 use lite_llm_model::parts::ExpertPart;
 
@@ -58,10 +58,15 @@ pub(crate) struct Sizes {
     pub(super) gates: usize,
     pub(super) packed: usize,
     pub(super) packed_inside: usize,
+    /// Of a share: queries or keys of all tensor ranks, where their norm is over all; a rank's rows of the results of experts; and the
+    /// most values that ranks exchange at once.
+    pub(super) whole: usize,
+    pub(super) own: usize,
+    pub(super) exchanged: usize,
 }
 
 /// Values that a row has once it is packed, whatever the storage of the matrix.
-fn padded(inputs: usize) -> usize {
+const fn padded(inputs: usize) -> usize {
     inputs.next_multiple_of(CHUNK)
 }
 
@@ -76,7 +81,8 @@ pub(super) fn places_of(moe: &Moe) -> usize {
 }
 
 impl Sizes {
-    /// Of a model and its largest step.
+    /// Of a model and its largest step: the same for every rank, as all have one plan of memory. A rank has room for what all tensor
+    /// ranks have, since that comes together in each of them.
     ///
     /// # Errors
     /// If the kernels do not compute such a model.
@@ -111,7 +117,23 @@ impl Sizes {
         };
         let packed =
             (positions * padded(hidden.max(inner))).max(users * padded(hidden)).max(rows * padded(hidden));
+        let (topology, inside) = (model.share().topology(), (positions * dense).max(users * width));
+        let whole = if model.share().is_tensor() && attention.qk_norm == QkNorm::Whole {
+            positions * attention.q_dim().max(attention.k_dim())
+        } else {
+            0
+        };
+        let deepest = (0..topology.tensor).map(|rank| model.share().rows_of(rank, hidden).len()).max();
+        let own = if model.share().is_tensor() { users * deepest.unwrap_or(0) } else { 0 };
+        let exchanged = whole
+            .max(inside)
+            .max(positions * hidden.max(attention.mixed_dim()))
+            .max(users * hidden)
+            .max(rows * arch.vocab);
         Ok(Self {
+            whole,
+            own,
+            exchanged: if topology.ranks() > 1 { exchanged } else { 0 },
             positions,
             rows,
             places,
@@ -128,7 +150,7 @@ impl Sizes {
             page_values,
             wide,
             latent,
-            gates: (positions * dense).max(users * width),
+            gates: inside,
             packed,
             packed_inside: (positions * padded(dense)).max(users * padded(width)),
         })
@@ -168,6 +190,8 @@ impl Sizes {
             2 * positions * self.router_rows,
             self.rows * hidden,
             2 * self.rows * self.vocab,
+            self.whole,
+            self.own,
         ]
     }
 
@@ -208,6 +232,11 @@ impl Sizes {
         2 * self.users + self.experts * 13 + 256
     }
 
+    /// Bytes of pinned memory that exchanges go through.
+    pub(super) const fn exchanged_bytes(&self) -> usize {
+        4 * self.exchanged
+    }
+
     /// Bytes of pinned memory that results come through.
     pub(super) fn results_bytes(&self) -> usize {
         4 * self.back(self.positions, self.moe_layers, self.rows).end.max(self.standing_words())
@@ -229,7 +258,7 @@ impl Sizes {
 }
 
 /// Pieces of memory of a step.
-const PIECES: usize = 27;
+const PIECES: usize = 29;
 
 /// Offsets in what comes back of a step, in words from the residual stream on.
 #[derive(Clone, Copy, Debug)]
@@ -274,6 +303,8 @@ pub(super) struct Room {
     pub(super) tokens: u64,
     pub(super) faults: u64,
     pub(super) logits: u64,
+    pub(super) whole: u64,
+    pub(super) own: u64,
 }
 
 /// Where rows are brought in the order that products want: values, or integers and their scales.
@@ -282,6 +313,18 @@ pub(super) struct Packed {
     pub(super) values: u64,
     pub(super) words: u64,
     pub(super) scales: u64,
+}
+
+impl Packed {
+    /// Where the rows from this one on are, each of so many inputs: as products count them.
+    pub(super) const fn at_row(self, row: u32, inputs: u32) -> Self {
+        let (row, groups) = (row as u64, (inputs as u64).div_ceil(GROUP as u64));
+        Self {
+            values: self.values + 4 * row * padded(inputs as usize) as u64,
+            words: self.words + 4 * row * groups * (GROUP as u64 / 4),
+            scales: self.scales + 4 * row * groups,
+        }
+    }
 }
 
 impl Room {
@@ -295,7 +338,7 @@ impl Room {
         });
         let [x, normed, added, values, inner, words, scales, inner_words, inner_scales, rest @ ..] = at;
         let [q, k, v, mixed, first, queries, apart, through, attention, rest @ ..] = rest;
-        let [gates, ups, inside, results, shared, shared_gates, scores, last, shares] = rest;
+        let [gates, ups, inside, results, shared, shared_gates, scores, last, shares, whole, own] = rest;
         let packed = Packed { values, words, scales };
         let packed_inside = Packed { values: inner, words: inner_words, scales: inner_scales };
         let this = Self {
@@ -326,6 +369,8 @@ impl Room {
             tokens: 0,
             faults: 0,
             logits: 0,
+            whole,
+            own,
         };
         (this, next)
     }
@@ -354,8 +399,9 @@ fn check(model: &Model, positions: usize) -> Result<(), CudaError> {
     if !width.is_multiple_of(4) {
         return refuse(format!("experts of {width} values inside, which are not a multiple of 4"));
     }
-    if arch.attention.heads == 0 || kv.kv_heads == 0 || !arch.attention.heads.is_multiple_of(kv.kv_heads) {
-        return refuse(format!("{} heads for {} of keys", arch.attention.heads, kv.kv_heads));
+    let heads = model.attention_part().heads;
+    if heads == 0 || kv.kv_heads == 0 || !heads.is_multiple_of(kv.kv_heads) {
+        return refuse(format!("{heads} heads for {} of keys", kv.kv_heads));
     }
     if arch.attention.latent.is_some() && arch.norm == Norm::Layer {
         return refuse("latent attention beside norms by mean and variance".into());
@@ -373,7 +419,7 @@ fn check(model: &Model, positions: usize) -> Result<(), CudaError> {
     if groups > WARP || tiers > WARP {
         return refuse(format!("a router of {groups} groups and {tiers} tiers (they know {WARP})"));
     }
-    if let Some(ExpertPart { storages, matrices, biases: _ }) = model.expert_part() {
+    if let Some(ExpertPart { storages, matrices, .. }) = model.expert_part() {
         for (storage, at) in storages.into_iter().zip(matrices) {
             let align = if storage == Storage::E4m3 { 4 } else { 16 };
             if !at.is_multiple_of(align) {

@@ -103,7 +103,7 @@ impl Tables {
         assert!(at.len() <= sizes.positions, "a step has no more positions than was planned");
         let tokens: Vec<u32> = step.rows.iter().flat_map(|row| &row.tokens).copied().collect();
         let positions: Vec<u32> = at.iter().map(|at| at.position).collect();
-        let (count, heads) = (at.len() as u32, sizes.heads as u32);
+        let (count, heads) = (at.len() as u32, model.attention_part().heads as u32);
         let latent = model.arch().attention.latent.is_some();
         let pairs = |outer: u32, inner: u32| (0..outer).flat_map(move |o| (0..inner).map(move |i| (o, i)));
         let list = |wanted: bool, list: &mut dyn Iterator<Item = u32>| -> Vec<u32> {
@@ -197,7 +197,7 @@ fn pages(
     at: &[At],
     mirror: &mut Mirror,
 ) -> Pages {
-    let window = model.kv_groups()[group].unwrap_or(0);
+    let (window, heads) = (model.kv_groups()[group].unwrap_or(0), model.attention_part().heads);
     // What a graph is to be launched with for a while.
     let decode = is_decode(step);
     let rounded = |count: usize, most: usize| {
@@ -225,7 +225,7 @@ fn pages(
             let mut span = 0;
             while position < end && rows < TOGETHER {
                 let more = rounded((position / PAGE + 1 - base) as usize, sizes.pages) as u32;
-                if rows > 0 && values(sizes, rows + 1, more) > sizes.attention {
+                if rows > 0 && values(sizes, heads, rows + 1, more) > sizes.attention {
                     break;
                 }
                 (rows, span, position) = (rows + 1, more, position + 1);
@@ -240,7 +240,7 @@ fn pages(
         let (mut count, mut span, mut taken) = (0, 0, 0);
         for piece in rest {
             let (more, wider) = (count + piece.rows, span.max(piece.span));
-            if taken > 0 && values(sizes, more, wider) > sizes.attention {
+            if taken > 0 && values(sizes, heads, more, wider) > sizes.attention {
                 break;
             }
             (count, span, taken) = (more, wider, taken + 1);
@@ -265,7 +265,7 @@ fn pages(
     Pages { window, of_position: mirror.words(&of_position), table: mirror.words(&table), batches }
 }
 
-/// Values that attention has for so many rows that see so many pages.
-const fn values(sizes: &Sizes, rows: usize, span: u32) -> usize {
-    rows * sizes.heads * span as usize * sizes.page_values
+/// Values that so many heads of attention have for so many rows that see so many pages.
+const fn values(sizes: &Sizes, heads: usize, rows: usize, span: u32) -> usize {
+    rows * heads * span as usize * sizes.page_values
 }

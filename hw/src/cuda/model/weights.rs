@@ -64,14 +64,17 @@ pub(super) struct Router {
     pub(super) correction: u64,
 }
 
-/// All base parameters but routers.
+/// All base parameters of the share but routers.
 #[derive(Debug)]
 pub(super) struct Base {
     _memory: Memory,
-    pub(super) table: (Storage, u64),
+    /// The embedding; only the first stage has it.
+    pub(super) table: Option<(Storage, u64)>,
+    /// The layers of the stage.
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Norm,
-    pub(super) head: Matrix,
+    /// Only the last stage has it.
+    pub(super) head: Option<Matrix>,
     /// Cosines and sines.
     pub(super) rope: [u64; 2],
 }
@@ -191,15 +194,17 @@ impl Base {
     /// If the device does not have so much, or is lost.
     pub(super) fn load(gpu: &Arc<Gpu>, model: &Model) -> Result<Self, CudaError> {
         let all = |places: &mut Places<'_>| {
-            let table = model.embedding_part();
+            let (share, table) = (model.share(), model.embedding_part());
             let (norm, head) = model.head_part();
             let [cosines, sines] = model.rope_table().tables();
-            let layers = 0..model.arch().layers.len();
+            let layers = share.layers(model.arch());
+            let table =
+                if share.is_first_stage() { Some((table.storage, places.put(table.bytes)?)) } else { None };
             Ok::<_, CudaError>((
-                (table.storage, places.put(table.bytes)?),
+                table,
                 layers.map(|layer| places.layer(model, layer)).collect::<Result<Vec<_>, _>>()?,
                 places.norm(&norm)?,
-                places.matrix(&head)?,
+                head.as_ref().map(|head| places.matrix(head)).transpose()?,
                 [places.values(cosines)?, places.values(sines)?],
             ))
         };
