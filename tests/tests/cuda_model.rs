@@ -1,74 +1,34 @@
 //! Models with `--device cuda`, over a stand-in for the driver that runs the kernels on the CPU, late and in any order that streams
 //! allow: tokens, digests and refusals have to be those of the model on the CPU. Nothing here has met a GPU.
 
-use lite_llm_tests::command::{Place, Ran, child_of, parse_stream, try_signal};
-use lite_llm_tests::cuda::{after_the_self_test, compile_driver, counts, say_skipped};
+use lite_llm_tests::command::{Ran, child_of, parse_stream, try_signal};
+use lite_llm_tests::cuda::counts;
+use lite_llm_tests::gpu_place::GpuPlace;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::OnceLock;
 use std::time::Duration;
 
-/// A place for commands, with the libraries of a machine with a GPU.
+/// A machine with a GPU, and what requests are like there.
 struct Machine {
-    place: Place,
-    libraries: std::ffi::OsString,
+    gpus: GpuPlace,
     /// Tokens of prompts, at most.
     length: u64,
     /// Tokens that are chosen after a prompt.
     chosen: &'static str,
-    /// How often the stand-in was asked for what, before a model is there.
-    before: OnceLock<BTreeMap<String, u64>>,
 }
 
 impl Machine {
     /// None, and said so, where there is no compiler of C++ or no NVRTC.
     fn new() -> Option<Self> {
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let nvrtc = target.parent()?.join("nvrtc");
-        let driver = compile_driver(target).filter(|_| nvrtc.join("libnvrtc.so.12").exists());
-        let Some(driver) = driver else {
-            say_skipped("models on a stand-in for a GPU, for want of a C++ compiler or hw/cuda/fetch-nvrtc");
-            return None;
-        };
-        let libraries = std::env::join_paths([driver, nvrtc]).unwrap();
-        let before = OnceLock::new();
-        Some(Self { place: Place::new(), libraries, length: 78, chosen: "5", before })
+        let gpus = GpuPlace::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "models on a stand-in for a GPU")?;
+        Some(Self { gpus, length: 78, chosen: "5" })
     }
 
     /// Runs a command, with wishes for the stand-in.
     fn run(&self, arguments: &[&str], wishes: &[(&str, &str)]) -> Ran {
-        self.command(arguments, wishes).output().unwrap().into()
-    }
-
-    /// A command, with wishes for the stand-in: names after `LITE_LLM_STAND_IN`, and values.
-    fn command(&self, arguments: &[&str], wishes: &[(&str, &str)]) -> Command {
-        let mut command = self.place.command(arguments);
-        // Kernels are compiled once for all tests.
-        command.env("XDG_CACHE_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-cache"));
-        command.env("LD_LIBRARY_PATH", &self.libraries).env("LITE_LLM_STAND_IN", "90");
-        for (name, value) in wishes {
-            let fault = || after_the_self_test(self.before(), value);
-            let value = if *name == "FAULT" { fault() } else { (*value).to_owned() };
-            command.env(format!("LITE_LLM_STAND_IN_{name}"), value);
-        }
-        command
-    }
-
-    /// How often the stand-in is asked for what by the self-test.
-    fn before(&self) -> &BTreeMap<String, u64> {
-        self.before.get_or_init(|| {
-            let path = self.place.path("before");
-            let model = folder("fixtures/olmoe");
-            // Refused when the kernels have been tried, and nothing else was done.
-            let more = ["--device", "cuda", "--memory", "1MiB"];
-            let wishes = [("TALLY", path.to_str().unwrap())];
-            self.generate(&model, "counted", &more, &wishes).refuses(1, &["memory_bytes is 1048576"]);
-            std::fs::remove_dir_all(self.place.path("counted")).unwrap();
-            counts(&path)
-        })
+        self.gpus.command(arguments, wishes).output().unwrap().into()
     }
 
     /// Generates on a device, into a state directory of that name.
@@ -93,7 +53,7 @@ impl Machine {
         let more: Vec<&str> = [more, &["--device", "cpu"]].concat();
         let ran = self.generate(model, "cpu", &more, &[]);
         let tokens = ran.json()["tokens"].clone();
-        std::fs::remove_dir_all(self.place.path("cpu")).unwrap();
+        std::fs::remove_dir_all(self.gpus.place.path("cpu")).unwrap();
         tokens
     }
 
@@ -104,13 +64,13 @@ impl Machine {
         let found = self.generate(model, "gpu", &more, wishes).json();
         assert_eq!(found["tokens"], *expected, "{} {more:?}", model.display());
         self.replay(model);
-        std::fs::remove_dir_all(self.place.path("gpu")).unwrap();
+        std::fs::remove_dir_all(self.gpus.place.path("gpu")).unwrap();
     }
 
     /// Recomputes what a device computed on the CPU.
     #[track_caller]
     fn replay(&self, model: &Path) {
-        let replayed = self.place.run(["replay", "gpu", "--full", model.to_str().unwrap()]);
+        let replayed = self.gpus.place.run(["replay", "gpu", "--full", model.to_str().unwrap()]);
         assert_eq!(replayed.code, Some(0), "{}: {}{}", model.display(), replayed.stdout, replayed.stderr);
         assert!(replayed.stdout.contains("every digest and token equal"), "{}", replayed.stdout);
     }
@@ -120,17 +80,17 @@ impl Machine {
         let more: Vec<&str> = [more, &["--device", "cuda", "--memory", "1MiB"]].concat();
         let refused = self.generate(model, "least", &more, &[]);
         refused.refuses(1, &["memory_bytes is 1048576", "at least"]);
-        std::fs::remove_dir_all(self.place.path("least")).unwrap();
+        std::fs::remove_dir_all(self.gpus.place.path("least")).unwrap();
         let after = refused.stderr.split("at least ").nth(1).unwrap();
         after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
     }
 
     /// A native checkpoint of a model.
     fn import(&self, model: &Path, more: &[&str]) -> PathBuf {
-        let target = self.place.path("native");
+        let target = self.gpus.place.path("native");
         let mut arguments = vec!["import", model.to_str().unwrap(), target.to_str().unwrap()];
         arguments.extend(more);
-        let ran = self.place.run(arguments);
+        let ran = self.gpus.place.run(arguments);
         assert_eq!(ran.code, Some(0), "{}", ran.stderr);
         target
     }
@@ -206,10 +166,10 @@ fn every_storage_has_the_bits_of_the_cpu() {
         }
         std::fs::remove_dir_all(&native).unwrap();
     }
-    let tiered = machine.place.path("tiered");
+    let tiered = machine.gpus.place.path("tiered");
     let arguments = ["synth", "--family", "tiered_moe", "--hidden", "64", "--layers", "2", "--vocab", "300"];
     let tiers = ["--tiers", "a:2x3:hot,b:3x4:cold", tiered.to_str().unwrap()];
-    assert_eq!(machine.place.run(arguments.iter().chain(&tiers)).code, Some(0));
+    assert_eq!(machine.gpus.place.run(arguments.iter().chain(&tiers)).code, Some(0));
     let expected = machine.expected(&tiered, &[]);
     machine.check(&tiered, &["--memory", "300MiB"], &[], &expected);
 }
@@ -233,14 +193,14 @@ fn rows_of_many_requests_share_steps() {
             "{{\"id\": \"r{number}\", \"prompt_tokens\": {prompt:?}, \"max_tokens\": 9, \"seed\": {number}, {way}}}\n"
         );
     }
-    std::fs::write(machine.place.path("in"), lines).unwrap();
+    std::fs::write(machine.gpus.place.path("in"), lines).unwrap();
     let batch = |device: &str, state: &str| {
         let arguments = ["run", model.to_str().unwrap(), "--batch", "in", "--out", state, "--state"];
         let of_state = format!("{state}-state");
         let arguments = [&arguments[..], &[&of_state, "--device", device, "--memory", "300MiB"]].concat();
         let ran = machine.run(&arguments, &[("SEED", "3")]);
         assert_eq!(ran.code, Some(0), "{}", ran.stderr);
-        let out = std::fs::read_to_string(machine.place.path(state)).unwrap();
+        let out = std::fs::read_to_string(machine.gpus.place.path(state)).unwrap();
         let mut lines: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         lines.sort_by_key(|line| line["id"].to_string());
         lines.into_iter().map(|line| line["tokens"].clone()).collect::<Vec<_>>()
@@ -251,7 +211,7 @@ fn rows_of_many_requests_share_steps() {
 impl Machine {
     /// How many of each call there were in a run with so many tokens, after the self-test.
     fn tally(&self, model: &Path, more: &[&str], tokens: usize) -> BTreeMap<String, u64> {
-        let (count, file) = (tokens.to_string(), self.place.path("tally"));
+        let (count, file) = (tokens.to_string(), self.gpus.place.path("tally"));
         let more = [more, &["--max-tokens", &count, "--device", "cuda"]].concat();
         let prompt = prompt(model, self.length);
         let mut arguments = vec!["run", model.to_str().unwrap(), "--prompt-tokens", &prompt, "--json"];
@@ -260,7 +220,7 @@ impl Machine {
         let found = self.run(&arguments, &[("TALLY", file.to_str().unwrap())]).json();
         assert_eq!(found["tokens"].as_array().unwrap().len(), tokens);
         let mut tally = counts(&file);
-        tally.iter_mut().for_each(|(what, count)| *count -= self.before()[what]);
+        tally.iter_mut().for_each(|(what, count)| *count -= self.gpus.before()[what]);
         tally
     }
 }
@@ -305,7 +265,7 @@ fn recorded_steps_have_the_bits_of_the_cpu() {
     }
     // A driver that makes no graphs, from the start or later.
     (machine.length, machine.chosen) = (9, "8");
-    let (model, tally) = (folder("fixtures/olmoe"), machine.place.path("tally"));
+    let (model, tally) = (folder("fixtures/olmoe"), machine.gpus.place.path("tally"));
     let expected = machine.expected(&model, &[]);
     for (fault, said) in [("graph:1:801", true), ("graph:2:801", false)] {
         let wishes = [("FAULT", fault), ("TALLY", tally.to_str().unwrap())];
@@ -314,7 +274,7 @@ fn recorded_steps_have_the_bits_of_the_cpu() {
         let words = "launched kernel by kernel: the CUDA driver refuses";
         assert_eq!(ran.stderr.matches(words).count(), usize::from(said), "{}", ran.stderr);
         assert!(std::fs::read_to_string(&tally).unwrap().contains("replay 0\n"));
-        std::fs::remove_dir_all(machine.place.path("gpu")).unwrap();
+        std::fs::remove_dir_all(machine.gpus.place.path("gpu")).unwrap();
     }
 }
 
@@ -323,7 +283,7 @@ fn recorded_steps_have_the_bits_of_the_cpu() {
 fn values_that_are_not_finite_are_the_fault_of_the_cpu() {
     let Some(machine) = Machine::new() else { return };
     let fixture = folder("fixtures/olmoe");
-    let model = machine.place.path("poisoned");
+    let model = machine.gpus.place.path("poisoned");
     std::fs::create_dir(&model).unwrap();
     for entry in std::fs::read_dir(&fixture).unwrap() {
         let entry = entry.unwrap();
@@ -341,7 +301,7 @@ fn values_that_are_not_finite_are_the_fault_of_the_cpu() {
         let [cpu, gpu] = ["cpu", "cuda"].map(|device| {
             let more = ["--device", device, "--memory", "300MiB"];
             let ran = machine.generate(&model, device, &more, &[]);
-            std::fs::remove_dir_all(machine.place.path(device)).unwrap();
+            std::fs::remove_dir_all(machine.gpus.place.path(device)).unwrap();
             assert_ne!(ran.code, Some(0), "{}", ran.stdout);
             ran.stderr.lines().find(|line| line.starts_with("error")).unwrap().to_owned()
         });
@@ -394,7 +354,7 @@ fn a_lost_device_ends_the_node_and_the_stream_goes_on() {
         let resumed = machine.generate(&model, "gpu", after, &[]).json();
         assert_eq!(resumed["tokens"], expected, "after {fault}");
         machine.replay(&model);
-        std::fs::remove_dir_all(machine.place.path("gpu")).unwrap();
+        std::fs::remove_dir_all(machine.gpus.place.path("gpu")).unwrap();
     }
 }
 
@@ -413,7 +373,7 @@ fn a_flipped_bit_of_what_stays_is_found() {
         let twice = format!("copy:{copy}:flip,copy:{}:flip", copy + 1);
         let ran = machine.generate(&model, "gpu", &on, &[("FAULT", &twice)]);
         ran.refuses(1, &["not there as they were sent"]);
-        std::fs::remove_dir_all(machine.place.path("gpu")).unwrap();
+        std::fs::remove_dir_all(machine.gpus.place.path("gpu")).unwrap();
     }
 }
 
@@ -485,7 +445,7 @@ fn a_supervised_node_that_is_killed_in_steps_goes_on() {
     let on = ["--device", "cuda", "--memory", "300MiB", "--state", "gpu", "--request-id", "one"];
     let supervise = ["supervise", "--max-restarts", "50", "--"];
     let line = [&supervise[..], &run, &on].concat();
-    let mut child = machine.command(&line, &[("SEED", "9")]).spawn().unwrap();
+    let mut child = machine.gpus.command(&line, &[("SEED", "9")]).spawn().unwrap();
     let (supervisor, mut out) = (child.id(), BufReader::new(child.stdout.take().unwrap()));
     let mut text = String::new();
     // Between tokens of the stream the device is in a step: each kill comes a little later in one.

@@ -1,62 +1,24 @@
 //! Ranks of a model on devices, over the stand-in for the driver: whatever the layout and whoever is killed, the stream is that of one
 //! process on the CPU, and the journals are recomputed there to equal digests. Nothing here has met a GPU.
 
-use lite_llm_tests::command::{Place, Ran, failures, tokens, try_signal};
-use lite_llm_tests::cuda::{after_the_self_test, compile_driver, counts, say_skipped};
+use lite_llm_tests::command::{Ran, failures, tokens, try_signal};
+use lite_llm_tests::gpu_place::GpuPlace;
 use lite_llm_tests::harness::folder;
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Command;
-use std::sync::OnceLock;
 
-/// A place for commands, with the libraries of a machine with GPUs.
+/// What the tests have: a machine with GPUs.
 struct Machine {
-    place: Place,
-    libraries: std::ffi::OsString,
-    /// How often the stand-in was asked for what, before a model is there.
-    before: OnceLock<BTreeMap<String, u64>>,
+    gpus: GpuPlace,
 }
 
 impl Machine {
     /// None, and said so, where there is no compiler of C++ or no NVRTC.
     fn new() -> Option<Self> {
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let nvrtc = target.parent()?.join("nvrtc");
-        let driver = compile_driver(target).filter(|_| nvrtc.join("libnvrtc.so.12").exists());
-        let Some(driver) = driver else {
-            say_skipped("ranks on a stand-in for GPUs, for want of a C++ compiler or hw/cuda/fetch-nvrtc");
-            return None;
-        };
-        let libraries = std::env::join_paths([driver, nvrtc]).unwrap();
-        Some(Self { place: Place::new(), libraries, before: OnceLock::new() })
-    }
-
-    fn command(&self, arguments: &[&str], wishes: &[(&str, &str)]) -> Command {
-        let mut command = self.place.command(arguments);
-        command.env("XDG_CACHE_HOME", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-cache"));
-        command.env("LD_LIBRARY_PATH", &self.libraries).env("LITE_LLM_STAND_IN", "90");
-        for (name, value) in wishes {
-            let fault = || after_the_self_test(self.before(), value);
-            let value = if *name == "FAULT" { fault() } else { (*value).to_owned() };
-            command.env(format!("LITE_LLM_STAND_IN_{name}"), value);
-        }
-        command
-    }
-
-    /// How often the stand-in is asked for what by the self-test, which every node makes.
-    fn before(&self) -> &BTreeMap<String, u64> {
-        self.before.get_or_init(|| {
-            let (path, model) = (self.place.path("before"), folder("olmoe"));
-            // Refused when the kernels have been tried, and nothing else was done.
-            let arguments = ["run", model.to_str().unwrap(), "--prompt-tokens", "1", "--state", "counted"];
-            let arguments = [&arguments[..], &["--device", "cuda", "--memory", "1MiB"]].concat();
-            let mut command = self.command(&arguments, &[("TALLY", path.to_str().unwrap())]);
-            Ran::from(command.output().unwrap()).refuses(1, &["memory_bytes is 1048576"]);
-            std::fs::remove_dir_all(self.place.path("counted")).unwrap();
-            counts(&path)
-        })
+        let gpus = GpuPlace::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "ranks on a stand-in for GPUs")?;
+        Some(Self { gpus })
     }
 
     /// The command of a cluster on devices, with the state directory `state`.
@@ -67,13 +29,13 @@ impl Machine {
         arguments.extend([layout.topology, "--", "run", layout.model.to_str().unwrap()]);
         arguments.extend(run);
         arguments.extend(["--state", "state", "--request-id", "one", "--device", layout.device]);
-        self.command(&arguments, wishes)
+        self.gpus.command(&arguments, wishes)
     }
 
     /// What one process on the CPU makes of a request.
     fn alone(&self, model: &Path, run: &[&str]) -> Vec<u64> {
         let arguments = [&["run", model.to_str().unwrap()], run].concat();
-        let ran: Ran = self.command(&arguments, &[]).output().unwrap().into();
+        let ran: Ran = self.gpus.command(&arguments, &[]).output().unwrap().into();
         assert_eq!(ran.code, Some(0), "{}", ran.stderr);
         tokens(&ran)
     }
@@ -82,7 +44,7 @@ impl Machine {
     #[track_caller]
     fn replay(&self, model: &Path, node: u32) {
         let journal = format!("state/node-{node}");
-        let replayed = self.place.run(["replay", &journal, "--full", model.to_str().unwrap()]);
+        let replayed = self.gpus.place.run(["replay", &journal, "--full", model.to_str().unwrap()]);
         assert_eq!(replayed.code, Some(0), "{}: {}{}", model.display(), replayed.stdout, replayed.stderr);
         assert!(replayed.stdout.contains("every digest and token equal"), "{}", replayed.stdout);
     }
@@ -92,7 +54,7 @@ impl Machine {
         let layout = Layout { restarts: "0", ..layout.clone() };
         let mut command = self.cluster(&layout, &[run, &["--memory", "1MiB"]].concat(), &[]);
         let refused: Ran = command.output().unwrap().into();
-        std::fs::remove_dir_all(self.place.path("state")).unwrap();
+        std::fs::remove_dir_all(self.gpus.place.path("state")).unwrap();
         let after = refused.stderr.split("at least ").nth(1).unwrap_or_else(|| panic!("{}", refused.stderr));
         after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
     }
@@ -102,10 +64,10 @@ impl Machine {
     fn check(&self, layout: &Layout<'_>, run: &[&str], wishes: &[(&str, &str)], expected: &[u64]) {
         let ran: Ran = self.cluster(layout, run, wishes).output().unwrap().into();
         assert_eq!(ran.code, Some(0), "{layout:?}: {}", ran.stderr);
-        assert_eq!(failures(&self.place, layout.nodes), Vec::<Value>::new(), "{layout:?}");
+        assert_eq!(failures(&self.gpus.place, layout.nodes), Vec::<Value>::new(), "{layout:?}");
         assert_eq!(tokens(&ran), expected, "{layout:?}");
         self.replay(layout.model, 0);
-        std::fs::remove_dir_all(self.place.path("state")).unwrap();
+        std::fs::remove_dir_all(self.gpus.place.path("state")).unwrap();
     }
 }
 
@@ -200,13 +162,13 @@ fn rows_of_many_requests_share_the_steps_of_ranks() {
              \"seed\": {number}, \"repetition_penalty\": 1.3}}\n"
         )
     });
-    std::fs::write(machine.place.path("in"), lines.collect::<String>()).unwrap();
+    std::fs::write(machine.gpus.place.path("in"), lines.collect::<String>()).unwrap();
     let results = |before: &[&str], out: &str, device: &str| {
         let batch = ["run", model.to_str().unwrap(), "--batch", "in", "--out", out, "--device", device];
         let arguments = [before, &batch, &["--memory", "300MiB"]].concat();
-        let ran: Ran = machine.command(&arguments, &[("SEED", "2")]).output().unwrap().into();
+        let ran: Ran = machine.gpus.command(&arguments, &[("SEED", "2")]).output().unwrap().into();
         assert_eq!(ran.code, Some(0), "{}", ran.stderr);
-        let text = std::fs::read_to_string(machine.place.path(out)).unwrap();
+        let text = std::fs::read_to_string(machine.gpus.place.path(out)).unwrap();
         let results = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         let mut tokens: Vec<_> =
             results.map(|line| (line["id"].to_string(), line["tokens"].clone())).collect();
@@ -231,7 +193,8 @@ fn ranks_that_are_killed_cost_no_bit() {
     let (mut stdout, mut killed) = (String::new(), 0);
     for (told, node) in [(20, 0), (60, 2)] {
         stdout.extend(lines.by_ref().take(told).map(|line| line.unwrap() + "\n"));
-        let alive = std::fs::read_to_string(machine.place.path(&format!("state/node-{node}/alive"))).unwrap();
+        let alive =
+            std::fs::read_to_string(machine.gpus.place.path(&format!("state/node-{node}/alive"))).unwrap();
         let pid = alive.split_whitespace().next().unwrap().parse().unwrap();
         killed += u32::from(try_signal(pid, "KILL"));
     }
@@ -240,7 +203,7 @@ fn ranks_that_are_killed_cost_no_bit() {
     let ran = Ran { stdout, ..ended.into() };
     assert_eq!(ran.code, Some(0), "{}", ran.stderr);
     assert_eq!((tokens(&ran), killed), (expected, 2));
-    assert!(failures(&machine.place, 5).len() >= 2, "{}", ran.stderr);
+    assert!(failures(&machine.gpus.place, 5).len() >= 2, "{}", ran.stderr);
     for node in 0..5 {
         machine.replay(&model, node);
     }
@@ -261,9 +224,9 @@ fn a_lost_device_ends_its_rank_and_the_stream_goes_on() {
         assert_eq!(ran.code, Some(0), "{fault}: {}", ran.stderr);
         assert_eq!(tokens(&ran), expected, "{fault}");
         assert!(ran.stderr.contains("the GPU is lost"), "{fault}: {}", ran.stderr);
-        assert!(!failures(&machine.place, 2).is_empty(), "{fault}: no end was recorded");
+        assert!(!failures(&machine.gpus.place, 2).is_empty(), "{fault}: no end was recorded");
         machine.replay(&model, 0);
-        std::fs::remove_dir_all(machine.place.path("state")).unwrap();
+        std::fs::remove_dir_all(machine.gpus.place.path("state")).unwrap();
     }
 }
 
@@ -287,7 +250,7 @@ fn what_ranks_began_on_devices_goes_on_without_and_the_other_way_round() {
         assert_eq!(ran.code, Some(0), "{before} to {after}: {}", ran.stderr);
         assert_eq!(tokens(&ran), expected, "{before} to {after}");
         machine.replay(&model, 0);
-        std::fs::remove_dir_all(machine.place.path("state")).unwrap();
+        std::fs::remove_dir_all(machine.gpus.place.path("state")).unwrap();
     }
 }
 
@@ -301,7 +264,7 @@ fn what_cannot_be_is_refused_before_a_node_is_started() {
         let mut command = machine.cluster(layout, &[&run[..], more].concat(), &[]);
         let ran: Ran = command.env("LITE_LLM_STAND_IN", kind).output().unwrap().into();
         ran.refuses(code, words);
-        assert!(!machine.place.path("state/node-0").exists(), "a node was started: {}", ran.stderr);
+        assert!(!machine.gpus.place.path("state/node-0").exists(), "a node was started: {}", ran.stderr);
     };
     let refuses = |more: &[&str], kind: &str, code: i32, words: &[&str]| {
         refuses_on(&layout, more, kind, code, words);
@@ -311,6 +274,6 @@ fn what_cannot_be_is_refused_before_a_node_is_started() {
     refuses(&[], "0", 1, &["the CUDA driver has no device"]);
     refuses(&["--logits", "f"], "90", 2, &["--logits is for one process"]);
     // A step of as many positions has more blocks than a grid.
-    std::fs::write(machine.place.path("wide.toml"), "[limits]\nstep_positions_max = 40000\n").unwrap();
+    std::fs::write(machine.gpus.place.path("wide.toml"), "[limits]\nstep_positions_max = 40000\n").unwrap();
     refuses(&["--config", "wide.toml"], "90", 1, &["do not compute steps of 40000", "step_positions_max"]);
 }
