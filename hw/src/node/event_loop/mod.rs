@@ -299,3 +299,30 @@ impl EventLoop {
         self.handle(input).map(|_| ())
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+    use crate::node::{Node, NodeOptions};
+    use lite_llm_core::config::Config;
+    use lite_llm_core::journal::scan;
+    use lite_llm_model::disk::FileDisk;
+    use lite_llm_tests::harness::folder;
+
+    /// A start that folds the journal meets the bug again, and can say where it is.
+    #[test]
+    fn an_input_that_the_engine_panics_at_is_in_the_log() {
+        let state = tempfile::tempdir().unwrap();
+        let config = Config { memory_bytes: 256 << 20, ..Config::default() };
+        let node = Node::start(NodeOptions::new(folder("olmoe"), state.path(), config)).unwrap();
+        // Nobody loads anything any more.
+        let input = Input::BaseLoaded { shard: 7 };
+        node.handle.messages.send(Report::Done { epoch: 0, input, took: None }.into()).unwrap();
+        let Err(NodeError::Panic { seq, thread, .. }) = node.wait() else { panic!("no panic") };
+        assert_eq!(thread, "node");
+        let records = scan(&mut FileDisk::open_read_only(state.path()).unwrap()).unwrap().records;
+        let last = records.last().unwrap();
+        assert_eq!((last.seq, &last.payload), (seq.0, &encode_input(&Input::BaseLoaded { shard: 7 })));
+    }
+}
