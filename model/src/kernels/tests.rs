@@ -96,6 +96,28 @@ fn the_pool_runs_each_task_once_and_survives_panics() {
     }
 }
 
+/// Workers that sleep are woken for a job, and a caller that sleeps for the last task.
+#[test]
+fn a_job_waits_for_tasks_that_take_long() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+    let pool = Pool::new(2);
+    let caller = std::thread::current().id();
+    for _ in 0..5 {
+        std::thread::sleep(Duration::from_millis(5));
+        let (both, done) = (std::sync::Barrier::new(2), AtomicBool::new(false));
+        pool.run(2, &|_| {
+            // Each thread has a task.
+            both.wait();
+            if std::thread::current().id() != caller {
+                std::thread::sleep(Duration::from_millis(20));
+                done.store(true, Ordering::Relaxed);
+            }
+        });
+        assert!(done.load(Ordering::Relaxed));
+    }
+}
+
 #[test]
 fn logits_that_are_not_finite_are_faults() {
     assert_eq!(argmax(&[0.0, f32::NAN]), Err(NonFinite { token: 1 }));
