@@ -27,7 +27,9 @@ mod scaled;
 
 /// Rows that one pass over a tile of weights serves.
 const BLOCK_ROWS: usize = 6;
-/// How far ahead of their use few rows ask for weights.
+/// Tiles that a block of several rows goes through together, at most: as many sums as hide the latency of a product.
+const TILES_OF_ROWS: usize = 2;
+/// How far ahead of their use weights are asked for.
 #[cfg(target_arch = "x86_64")]
 const AHEAD_BYTES: usize = 8192;
 #[cfg(target_arch = "x86_64")]
@@ -175,9 +177,10 @@ impl<'a> Product<'a> {
         self.w.outputs().div_ceil(TILE_OUTPUTS)
     }
 
-    /// Tiles that one pass goes through.
-    fn tiles_together(&self) -> usize {
-        if self.rows > 1 && self.grouped().is_some() { grouped::TILES_OF_ROWS } else { 1 }
+    /// Tiles that one pass goes through: several where registers have room for their sums.
+    fn tiles_together(&self, isa: Isa) -> usize {
+        let several = self.rows > 1 && (self.grouped().is_some() || isa == Isa::Avx512);
+        if several { TILES_OF_ROWS } else { 1 }
     }
 
     fn work(&self) -> usize {
@@ -223,7 +226,7 @@ impl Products {
         list.extend(products.into_iter().filter(|product| product.out.len() > 0));
         let work = plan(&mut list);
         let shared = work.all >= PARALLEL_FROM && pool.threads() > 1;
-        share_out(&list, work.all, if shared { pool.threads() } else { 1 }, &mut self.tasks);
+        share_out(&list, isa, work.all, if shared { pool.threads() } else { 1 }, &mut self.tasks);
         let inputs = Parts::new(self.repacked.values(work.inputs));
         pool.rows(work.blocks, work.inputs, &|block| {
             let product = &list[list.partition_point(|product| product.plan.first_block <= block) - 1];
@@ -296,11 +299,11 @@ fn plan(products: &mut [Product<'_>]) -> Work {
 
 /// Cuts products into tasks: the first are large, for memory gives the most in long streams, and the last small, so that threads
 /// are done at about the same time.
-fn share_out(products: &[Product<'_>], all: usize, threads: usize, tasks: &mut Vec<Task>) {
+fn share_out(products: &[Product<'_>], isa: Isa, all: usize, threads: usize, tasks: &mut Vec<Task>) {
     tasks.clear();
     let (mut left, smallest) = (all, all / threads / SMALLEST_TASKS);
     for (at, product) in products.iter().enumerate() {
-        let (tiles, together) = (product.tiles(), product.tiles_together());
+        let (tiles, together) = (product.tiles(), product.tiles_together(isa));
         let of_pass = product.work().div_ceil(tiles) * together;
         let mut first = 0;
         while first < tiles {
@@ -363,37 +366,52 @@ fn linear_part(isa: Isa, x: &[f32], product: &Product<'_>, tiles: Range<usize>, 
     if let Some(kind) = product.grouped() {
         return grouped::part(isa, kind, x, product, tiles);
     }
-    let sums = room.values(product.rows * TILE_OUTPUTS).as_chunks_mut().0;
-    tiles.for_each(|tile| linear_tile(isa, x, product, tile, sums));
+    let together = product.tiles_together(isa);
+    let sums = room.values(together * product.rows * TILE_OUTPUTS).as_chunks_mut().0;
+    for first in tiles.clone().step_by(together) {
+        let tiles = first..tiles.end.min(first + together);
+        let sums = &mut sums[..tiles.len() * product.rows];
+        linear_tiles(isa, x, product, tiles, sums);
+    }
 }
 
-/// One tile of outputs for all rows. `sums` has room for the results of one chunk, row by row.
-fn linear_tile(isa: Isa, x: &[f32], product: &Product<'_>, tile: usize, sums: &mut [[f32; TILE_OUTPUTS]]) {
+/// Some tiles of outputs for all rows. `sums` has room for the results of one chunk, tile by tile, row by row.
+fn linear_tiles(
+    isa: Isa,
+    x: &[f32],
+    product: &Product<'_>,
+    tiles: Range<usize>,
+    sums: &mut [[f32; TILE_OUTPUTS]],
+) {
     let Product { rows, w, bias, .. } = *product;
-    let weights = w.tile(tile);
-    let first = tile * TILE_OUTPUTS;
-    let width = TILE_OUTPUTS.min(w.outputs() - first);
-    let out = |row: usize| {
+    let out = |tile: usize, row: usize| {
+        let first = tile * TILE_OUTPUTS;
         let at = row * w.outputs() + first;
         // SAFETY: every tile has places of its own in a row, and one task has the tile; it uses one row at a time.
-        unsafe { product.out.part(at..at + width) }
+        unsafe { product.out.part(at..at + TILE_OUTPUTS.min(w.outputs() - first)) }
     };
-    if weights.is_empty() {
-        (0..rows).for_each(|row| out(row).fill(0.0));
-    }
+    let of_rows = || tiles.clone().flat_map(|tile| (0..rows).map(move |row| (tile, row)));
     let padded = padded_inputs(w.inputs());
-    for (chunk, weights) in weights.chunks(w.storage().chunk_bytes(CHUNK)).enumerate() {
-        let entries = CHUNK.min(padded - chunk * CHUNK);
-        let x = &x[chunk * CHUNK * rows..][..entries * rows];
-        chunk_sums(isa, w.storage(), x, weights, sums);
-        for (row, sums) in sums.iter().enumerate() {
-            for (out, sum) in out(row).iter_mut().zip(sums) {
-                *out = if chunk == 0 { *sum } else { *out + *sum };
+    if padded == 0 {
+        of_rows().for_each(|(tile, row)| out(tile, row).fill(0.0));
+    }
+    for start in (0..padded).step_by(CHUNK) {
+        let entries = CHUNK.min(padded - start);
+        let x = &x[start * rows..][..entries * rows];
+        let bytes = w.storage().chunk_bytes(CHUNK) * (start / CHUNK)..;
+        let mut weights: [&[u8]; TILES_OF_ROWS] = [&[]; TILES_OF_ROWS];
+        for (weights, tile) in weights.iter_mut().zip(tiles.clone()) {
+            *weights = &w.tile(tile)[bytes.clone()][..w.storage().chunk_bytes(entries)];
+        }
+        chunk_sums(isa, w.storage(), x, &weights[..tiles.len()], sums);
+        for ((tile, row), sums) in of_rows().zip(&*sums) {
+            for (out, sum) in out(tile, row).iter_mut().zip(sums) {
+                *out = if start == 0 { *sum } else { *out + *sum };
             }
         }
     }
     if bias.is_some() {
-        (0..rows).for_each(|row| add_bias(bias, first, out(row)));
+        of_rows().for_each(|(tile, row)| add_bias(bias, tile * TILE_OUTPUTS, out(tile, row)));
     }
 }
 
@@ -406,7 +424,7 @@ fn add_bias(bias: Option<&[f32]>, first: usize, out: &mut [f32]) {
 }
 
 /// Asks for what follows these bytes of the weights a while later. A task's tiles are one stream from memory, from the first to
-/// the last, and few rows go through it faster than the hardware looks ahead.
+/// the last, which is gone through faster than the hardware looks ahead.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn fetch_ahead(from: *const u8, bytes: usize) {
@@ -417,17 +435,22 @@ fn fetch_ahead(from: *const u8, bytes: usize) {
     }
 }
 
-/// The results of one chunk for one tile, for every row.
-fn chunk_sums(isa: Isa, storage: Storage, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_OUTPUTS]]) {
-    match isa {
-        Isa::Scalar => chunk_sums_scalar(storage, x, w, sums),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::chunk_sums(storage, x, w, sums),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => avx512::chunk_sums(storage, x, w, sums),
-        #[cfg(target_arch = "aarch64")]
-        Isa::Neon => neon::chunk_sums(storage, x, w, sums),
-        missing => missing.is_missing(),
+/// The results of one chunk for some tiles, for every row.
+fn chunk_sums(isa: Isa, storage: Storage, x: &[f32], w: &[&[u8]], sums: &mut [[f32; TILE_OUTPUTS]]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512 {
+        return avx512::chunk_sums(storage, x, w, sums);
+    }
+    let rows = sums.len() / w.len();
+    for (w, sums) in w.iter().zip(sums.chunks_exact_mut(rows)) {
+        match isa {
+            Isa::Scalar => chunk_sums_scalar(storage, x, w, sums),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::chunk_sums(storage, x, w, sums),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::chunk_sums(storage, x, w, sums),
+            missing => missing.is_missing(),
+        }
     }
 }
 

@@ -1,140 +1,169 @@
 //! The AVX-512 forms of a chunk for several rows: the 16 outputs of a tile are one register.
 //!
-//! Two blocks of rows take turns with each register of weights, so that enough chains are under way to hide the latency of
-//! fma. One row waits for memory, and has the AVX2 forms.
+//! A block of rows goes through two tiles at once: enough chains are under way to hide the latency of fma, and each input is
+//! fetched once for both. A tile that is left alone has two blocks of rows take turns with it. The first block of a lane asks ahead.
+//! One row waits for memory, and has the AVX2 forms.
 
-use super::{CHUNK, DType, LANES, Storage, TILE_OUTPUTS, avx2, blocks};
+use super::{CHUNK, DType, LANES, Storage, TILE_OUTPUTS, TILES_OF_ROWS, avx2, blocks, fetch_ahead};
 use std::arch::x86_64::*;
 
-/// Rows from which on a lane of 16-bit weights is widened once instead of for every two blocks.
-const WIDEN_FROM_ROWS: usize = 64;
-
-pub(super) fn chunk_sums(storage: Storage, x: &[f32], w: &[u8], sums: &mut [[f32; TILE_OUTPUTS]]) {
+pub(super) fn chunk_sums(storage: Storage, x: &[f32], w: &[&[u8]], sums: &mut [[f32; TILE_OUTPUTS]]) {
+    assert!((1..=TILES_OF_ROWS).contains(&w.len()) && sums.len().is_multiple_of(w.len()));
+    let rows = sums.len() / w.len();
     let few = if matches!(storage, Storage::Plain(_)) { 1 } else { super::BLOCK_ROWS };
-    if sums.len() <= few {
-        return avx2::chunk_sums(storage, x, w, sums);
+    if rows <= few {
+        for (w, sums) in w.iter().zip(sums.chunks_exact_mut(rows)) {
+            avx2::chunk_sums(storage, x, w, sums);
+        }
+        return;
     }
     assert!(crate::kernels::Isa::Avx512.available(), "this machine lacks AVX-512");
-    // Both slices hold whole lanes: the pointer arithmetic below relies on these equations.
-    let rows = sums.len();
+    // The slices hold whole lanes: the pointer arithmetic below relies on these equations.
     let entries = x.len() / rows;
     assert!(x.len() == entries * rows && entries.is_multiple_of(LANES) && entries <= CHUNK);
-    assert_eq!(w.len(), storage.chunk_bytes(entries));
-    let steps = entries / LANES;
-    // SAFETY: the features were just checked, and the slices hold `16 * steps` entries each, of the type that the
-    // constant stands for.
+    assert!(w.iter().all(|w| w.len() == storage.chunk_bytes(entries)));
+    // SAFETY: the features were just checked, and the slices hold whole chunks of so many entries.
     unsafe {
-        match storage {
-            Storage::Plain(DType::F32) => lanes::<0>(x, w, steps, sums),
-            Storage::Plain(DType::Bf16) if rows < WIDEN_FROM_ROWS => lanes::<1>(x, w, steps, sums),
-            Storage::Plain(DType::F16) if rows < WIDEN_FROM_ROWS => {
-                lanes::<2>(x, w, steps, sums);
-                sums.iter_mut().for_each(avx2::reorder_f16);
-            }
-            _ => widened(storage, x, w, steps, sums),
+        match *w {
+            [one] => tiles(storage, x, [one], sums),
+            [one, two] => tiles(storage, x, [one, two], sums),
+            _ => unreachable!("one tile or two, as was just checked"),
         }
     }
 }
 
 /// # Safety
-/// `w` holds `16 * steps` entries of the type and `x` as many groups of one value for each row.
+/// Each of `w` is a chunk of the storage, `x` has as many groups of one value for each row, and `sums` a row for each and tile.
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-unsafe fn lanes<const TYPE: u8>(x: &[f32], w: &[u8], steps: usize, sums: &mut [[f32; TILE_OUTPUTS]]) {
-    for lane in 0..LANES {
-        let w = &w[lane * (w.len() / LANES)..][..w.len() / LANES];
-        let x = &x[lane * (x.len() / LANES)..][..x.len() / LANES];
-        // SAFETY: a sixteenth of what the caller promises.
-        unsafe { lane_of_rows::<TYPE>(x, w, steps, lane == 0, sums) };
-    }
-}
-
-/// As [`lanes`], with every lane widened before its use.
-///
-/// # Safety
-/// `w` is a chunk of `16 * steps` entries and `x` has as many groups of one value for each row.
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
-unsafe fn widened(storage: Storage, x: &[f32], w: &[u8], steps: usize, sums: &mut [[f32; TILE_OUTPUTS]]) {
-    let mut widened = [0.0f32; CHUNK / LANES * TILE_OUTPUTS];
-    let widened = &mut widened[..steps * TILE_OUTPUTS];
-    for lane in 0..LANES {
-        let x = &x[lane * (x.len() / LANES)..][..x.len() / LANES];
-        // SAFETY: the caller's promise, with room for the entries of one lane; then a sixteenth of it, as f32.
-        unsafe {
-            avx2::widen(storage, lane, w, widened);
-            lane_of_rows::<0>(x, bytemuck::cast_slice(widened), steps, lane == 0, sums);
-        }
-    }
-}
-
-/// One lane for all blocks of rows, two of them together where they have as many rows.
-///
-/// # Safety
-/// `w` holds `steps` entries of the type and `x` as many groups of one value for each row.
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
-unsafe fn lane_of_rows<const TYPE: u8>(
+unsafe fn tiles<const TILES: usize>(
+    storage: Storage,
     x: &[f32],
-    w: &[u8],
+    w: [&[u8]; TILES],
+    sums: &mut [[f32; TILE_OUTPUTS]],
+) {
+    let lane_values = x.len() / LANES;
+    let steps = lane_values / (sums.len() / TILES);
+    let mut widened = [[0.0f32; CHUNK / LANES * TILE_OUTPUTS]; TILES];
+    for lane in 0..LANES {
+        let x = &x[lane * lane_values..][..lane_values];
+        let of_lane = w.map(|w| w[lane * (w.len() / LANES)..].as_ptr());
+        // SAFETY: a sixteenth of what the caller promises: `steps` entries of the type that the constant stands for. What is widened
+        // has room for as many of one tile, and is as f32 then.
+        unsafe {
+            match storage {
+                Storage::Plain(DType::F32) => lane_of_rows::<0, TILES>(x, of_lane, steps, lane == 0, sums),
+                Storage::Plain(DType::Bf16) => lane_of_rows::<1, TILES>(x, of_lane, steps, lane == 0, sums),
+                Storage::Plain(DType::F16) => lane_of_rows::<2, TILES>(x, of_lane, steps, lane == 0, sums),
+                _ => {
+                    for (w, widened) in w.iter().zip(&mut widened) {
+                        avx2::widen(storage, lane, w, &mut widened[..steps * TILE_OUTPUTS]);
+                    }
+                    let widened = widened.each_ref().map(|widened| widened.as_ptr().cast());
+                    lane_of_rows::<0, TILES>(x, widened, steps, lane == 0, sums);
+                }
+            }
+        }
+    }
+    if storage == Storage::Plain(DType::F16) {
+        sums.iter_mut().for_each(avx2::reorder_f16);
+    }
+}
+
+/// One lane for all blocks of rows.
+///
+/// # Safety
+/// Each of `w` points to `steps` entries of the type, `x` has as many groups of one value for each row, and `sums` a row for each
+/// and tile.
+#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+unsafe fn lane_of_rows<const TYPE: u8, const TILES: usize>(
+    x: &[f32],
+    w: [*const u8; TILES],
     steps: usize,
     first: bool,
     sums: &mut [[f32; TILE_OUTPUTS]],
 ) {
-    let mut blocks = blocks(sums.len()).peekable();
+    let rows = sums.len() / TILES;
+    let mut blocks = blocks(rows).peekable();
     while let Some(block) = blocks.next() {
-        let two = blocks.next_if(|next| next.len() == block.len());
-        let (start, rows) = (block.start, block.len());
+        let two = blocks.next_if(|next| TILES == 1 && next.len() == block.len());
         let end = two.as_ref().map_or(block.end, |two| two.end);
-        let x = &x[start * steps..end * steps];
-        let sums = &mut sums[start..end];
+        let lane = Lane { x: &x[block.start * steps..end * steps], w, steps, first, rows, row: block.start };
         // SAFETY: the caller's promise is passed on with the rows and blocks as constants.
         unsafe {
-            match (rows, two.is_some()) {
-                (1, false) => lane_of_blocks::<TYPE, 1, 1>(x, w, steps, first, sums),
-                (2, false) => lane_of_blocks::<TYPE, 2, 1>(x, w, steps, first, sums),
-                (3, false) => lane_of_blocks::<TYPE, 3, 1>(x, w, steps, first, sums),
-                (4, false) => lane_of_blocks::<TYPE, 4, 1>(x, w, steps, first, sums),
-                (5, false) => lane_of_blocks::<TYPE, 5, 1>(x, w, steps, first, sums),
-                (6, false) => lane_of_blocks::<TYPE, 6, 1>(x, w, steps, first, sums),
-                (3, true) => lane_of_blocks::<TYPE, 3, 2>(x, w, steps, first, sums),
-                (4, true) => lane_of_blocks::<TYPE, 4, 2>(x, w, steps, first, sums),
-                (5, true) => lane_of_blocks::<TYPE, 5, 2>(x, w, steps, first, sums),
-                (6, true) => lane_of_blocks::<TYPE, 6, 2>(x, w, steps, first, sums),
+            match (block.len(), two.is_some()) {
+                (1, false) => lane.of_blocks::<TYPE, 1, 1>(sums),
+                (2, false) => lane.of_blocks::<TYPE, 2, 1>(sums),
+                (3, false) => lane.of_blocks::<TYPE, 3, 1>(sums),
+                (4, false) => lane.of_blocks::<TYPE, 4, 1>(sums),
+                (5, false) => lane.of_blocks::<TYPE, 5, 1>(sums),
+                (6, false) => lane.of_blocks::<TYPE, 6, 1>(sums),
+                (3, true) => lane.of_blocks::<TYPE, 3, 2>(sums),
+                (4, true) => lane.of_blocks::<TYPE, 4, 2>(sums),
+                (5, true) => lane.of_blocks::<TYPE, 5, 2>(sums),
+                (6, true) => lane.of_blocks::<TYPE, 6, 2>(sums),
                 _ => unreachable!("a block has 1 to 6 rows, and one of many 3 at least"),
             }
         }
     }
 }
 
-/// # Safety
-/// `w` holds `steps` entries of the type; `x` has `BLOCKS` times as many groups of `ROWS` values, block by block, and
-/// `sums` as many rows.
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
-unsafe fn lane_of_blocks<const TYPE: u8, const ROWS: usize, const BLOCKS: usize>(
-    x: &[f32],
-    w: &[u8],
+/// A lane of some tiles, and the rows that it is for.
+struct Lane<'a, const TILES: usize> {
+    x: &'a [f32],
+    w: [*const u8; TILES],
     steps: usize,
+    /// Whether it is the first one of the chunk.
     first: bool,
-    sums: &mut [[f32; TILE_OUTPUTS]],
-) {
-    let entry = if TYPE == 0 { 64 } else { 32 };
-    let mut acc = [[_mm512_setzero_ps(); ROWS]; BLOCKS];
-    for step in 0..steps {
-        // SAFETY: step < steps, block < BLOCKS and row < ROWS, so that the entry and the values are inside the slices.
-        unsafe {
-            let weights = load_entry::<TYPE>(w.as_ptr().add(step * entry));
-            for (block, acc) in acc.iter_mut().enumerate() {
-                let x = x.as_ptr().add((block * steps + step) * ROWS);
-                for (row, acc) in acc.iter_mut().enumerate() {
-                    *acc = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(row)), weights, *acc);
+    /// Rows of all blocks.
+    rows: usize,
+    /// The first row of these.
+    row: usize,
+}
+
+impl<const TILES: usize> Lane<'_, TILES> {
+    /// # Safety
+    /// Each of `w` points to `steps` entries of the type; `x` has `BLOCKS` times as many groups of `ROWS` values, block by block, and
+    /// `sums` has `rows` rows for each tile, of which these are some.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    unsafe fn of_blocks<const TYPE: u8, const ROWS: usize, const BLOCKS: usize>(
+        &self,
+        sums: &mut [[f32; TILE_OUTPUTS]],
+    ) {
+        let entry = if TYPE == 0 { 64 } else { 32 };
+        let mut acc = [[[_mm512_setzero_ps(); ROWS]; BLOCKS]; TILES];
+        for step in 0..self.steps {
+            // SAFETY: step < steps, block < BLOCKS and row < ROWS, so that the entries and the values are inside the slices.
+            unsafe {
+                let mut weights = [_mm512_setzero_ps(); TILES];
+                for (weights, w) in weights.iter_mut().zip(self.w) {
+                    let at = w.add(step * entry);
+                    if self.row == 0 {
+                        fetch_ahead(at, entry);
+                    }
+                    *weights = load_entry::<TYPE>(at);
+                }
+                for block in 0..BLOCKS {
+                    let x = self.x.as_ptr().add((block * self.steps + step) * ROWS);
+                    for row in 0..ROWS {
+                        let x = _mm512_set1_ps(*x.add(row));
+                        for (acc, weights) in acc.iter_mut().zip(weights) {
+                            acc[block][row] = _mm512_fmadd_ps(x, weights, acc[block][row]);
+                        }
+                    }
                 }
             }
         }
-    }
-    for (sums, acc) in sums.iter_mut().zip(acc.as_flattened()) {
-        let at = sums.as_mut_ptr();
-        // SAFETY: `sums` is sixteen floats, one register; the accesses need no alignment.
-        unsafe {
-            let sum = if first { *acc } else { _mm512_add_ps(_mm512_loadu_ps(at), *acc) };
-            _mm512_storeu_ps(at, sum);
+        for (tile, acc) in acc.iter().enumerate() {
+            let sums = &mut sums[tile * self.rows + self.row..][..BLOCKS * ROWS];
+            for (sums, acc) in sums.iter_mut().zip(acc.as_flattened()) {
+                let at = sums.as_mut_ptr();
+                // SAFETY: `sums` is sixteen floats, one register; the accesses need no alignment.
+                unsafe {
+                    let sum = if self.first { *acc } else { _mm512_add_ps(_mm512_loadu_ps(at), *acc) };
+                    _mm512_storeu_ps(at, sum);
+                }
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use super::super::buffer::Parts;
 use super::super::convert::f16_value;
 use super::super::packed::{GROUP_VECTOR_BYTES, place_of_group};
 use super::super::quantise::{GROUP, GROUP_WORDS, Quantised, quantise_activations};
-use super::{BLOCK_ROWS, Isa, Product, TILE_OUTPUTS, add_bias, blocks};
+use super::{BLOCK_ROWS, Isa, Product, TILE_OUTPUTS, TILES_OF_ROWS, add_bias, blocks};
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
@@ -14,9 +14,6 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
-
-/// Tiles that a block of several rows goes through together: as many sums as hide the latency of a product.
-pub(super) const TILES_OF_ROWS: usize = 2;
 
 /// What a row of a block makes with the tiles that are gone through together, tile by tile.
 type Sums = [f32; TILES_OF_ROWS * TILE_OUTPUTS];
@@ -61,7 +58,7 @@ pub(super) fn part(isa: Isa, kind: Quantised, x: &[f32], product: &Product<'_>, 
     let mut sums = [[0.0; TILES_OF_ROWS * TILE_OUTPUTS]; BLOCK_ROWS];
     let mut tile = tiles.start;
     while tile < tiles.end {
-        let together = product.tiles_together().min(tiles.end - tile);
+        let together = product.tiles_together(isa).min(tiles.end - tile);
         let mut weights: [&[u8]; TILES_OF_ROWS] = [&[]; TILES_OF_ROWS];
         for (at, weights) in weights[..together].iter_mut().enumerate() {
             *weights = w.tile(tile + at);
