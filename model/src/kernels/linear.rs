@@ -367,33 +367,28 @@ fn linear_part(isa: Isa, x: &[f32], product: &Product<'_>, tiles: Range<usize>, 
         return grouped::part(isa, kind, x, product, tiles);
     }
     let together = product.tiles_together(isa);
-    let sums = room.values(together * product.rows * TILE_OUTPUTS).as_chunks_mut().0;
+    let rows = together * product.rows;
+    let (sums, totals) = room.values(2 * rows * TILE_OUTPUTS).as_chunks_mut().0.split_at_mut(rows);
     for first in tiles.clone().step_by(together) {
         let tiles = first..tiles.end.min(first + together);
-        let sums = &mut sums[..tiles.len() * product.rows];
-        linear_tiles(isa, x, product, tiles, sums);
+        let rows = tiles.len() * product.rows;
+        linear_tiles(isa, x, product, tiles, &mut sums[..rows], &mut totals[..rows]);
     }
 }
 
-/// Some tiles of outputs for all rows. `sums` has room for the results of one chunk, tile by tile, row by row.
+/// Some tiles of outputs for all rows. There is room for the sums of one chunk and of all so far, tile by tile, row by row.
 fn linear_tiles(
     isa: Isa,
     x: &[f32],
     product: &Product<'_>,
     tiles: Range<usize>,
     sums: &mut [[f32; TILE_OUTPUTS]],
+    totals: &mut [[f32; TILE_OUTPUTS]],
 ) {
     let Product { rows, w, bias, .. } = *product;
-    let out = |tile: usize, row: usize| {
-        let first = tile * TILE_OUTPUTS;
-        let at = row * w.outputs() + first;
-        // SAFETY: every tile has places of its own in a row, and one task has the tile; it uses one row at a time.
-        unsafe { product.out.part(at..at + TILE_OUTPUTS.min(w.outputs() - first)) }
-    };
-    let of_rows = || tiles.clone().flat_map(|tile| (0..rows).map(move |row| (tile, row)));
     let padded = padded_inputs(w.inputs());
     if padded == 0 {
-        of_rows().for_each(|(tile, row)| out(tile, row).fill(0.0));
+        totals.fill([0.0; TILE_OUTPUTS]);
     }
     for start in (0..padded).step_by(CHUNK) {
         let entries = CHUNK.min(padded - start);
@@ -403,15 +398,28 @@ fn linear_tiles(
         for (weights, tile) in weights.iter_mut().zip(tiles.clone()) {
             *weights = &w.tile(tile)[bytes.clone()][..w.storage().chunk_bytes(entries)];
         }
-        chunk_sums(isa, w.storage(), x, &weights[..tiles.len()], sums);
-        for ((tile, row), sums) in of_rows().zip(&*sums) {
-            for (out, sum) in out(tile, row).iter_mut().zip(sums) {
-                *out = if start == 0 { *sum } else { *out + *sum };
-            }
+        let weights = &weights[..tiles.len()];
+        if start == 0 {
+            chunk_sums(isa, w.storage(), x, weights, totals);
+            continue;
+        }
+        chunk_sums(isa, w.storage(), x, weights, sums);
+        for (total, sum) in totals.as_flattened_mut().iter_mut().zip(sums.as_flattened()) {
+            *total += sum;
         }
     }
-    if bias.is_some() {
-        of_rows().for_each(|(tile, row)| add_bias(bias, tile * TILE_OUTPUTS, out(tile, row)));
+    let first = tiles.start * TILE_OUTPUTS;
+    let width = (tiles.len() * TILE_OUTPUTS).min(w.outputs() - first);
+    for row in 0..rows {
+        let at = row * w.outputs() + first;
+        // SAFETY: every tile has places of its own in a row, and one task has the tile; it uses one row at a time.
+        let out = unsafe { product.out.part(at..at + width) };
+        for (out, totals) in
+            out.chunks_mut(TILE_OUTPUTS).zip(totals.chunks_exact(rows).map(|rows| &rows[row]))
+        {
+            out.copy_from_slice(&totals[..out.len()]);
+        }
+        add_bias(bias, first, out);
     }
 }
 
