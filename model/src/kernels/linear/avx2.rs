@@ -160,11 +160,12 @@ pub(super) unsafe fn widen(storage: Storage, lane: usize, w: &[u8], widened: &mu
     }
 }
 
-/// Widens 16-bit entries to 16 floats each, in the order of the outputs.
+/// Widens 16-bit entries to 16 floats each, in the order of the outputs. It asks for those that follow.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn widen_lane(dtype: DType, w: &[u8], out: &mut [f32]) {
     let lower = _mm256_set1_epi32(0xffff);
     for (entry, out) in w.as_chunks::<32>().0.iter().zip(out.as_chunks_mut::<16>().0) {
+        fetch_ahead(entry.as_ptr(), entry.len());
         // SAFETY: the entry is 32 bytes and `out` 16 floats; the accesses need no alignment.
         unsafe {
             let [low, high] = if dtype == DType::Bf16 {
@@ -195,17 +196,18 @@ unsafe fn lane_of_rows<const TYPE: u8>(
     sums: &mut [[f32; TILE_OUTPUTS]],
 ) {
     for block in blocks(sums.len()) {
+        let ahead = block.start == 0;
         let x = &x[block.start * steps..block.end * steps];
         let sums = &mut sums[block];
         // SAFETY: the caller's promise is passed on with the rows as the constant.
         unsafe {
             match sums.len() {
-                1 => lane_of_block::<TYPE, 1>(x, w, steps, first, sums),
-                2 => lane_of_block::<TYPE, 2>(x, w, steps, first, sums),
-                3 => lane_of_block::<TYPE, 3>(x, w, steps, first, sums),
-                4 => lane_of_block::<TYPE, 4>(x, w, steps, first, sums),
-                5 => lane_of_block::<TYPE, 5>(x, w, steps, first, sums),
-                6 => lane_of_block::<TYPE, 6>(x, w, steps, first, sums),
+                1 => lane_of_block::<TYPE, 1>(x, w, steps, first, ahead, sums),
+                2 => lane_of_block::<TYPE, 2>(x, w, steps, first, ahead, sums),
+                3 => lane_of_block::<TYPE, 3>(x, w, steps, first, ahead, sums),
+                4 => lane_of_block::<TYPE, 4>(x, w, steps, first, ahead, sums),
+                5 => lane_of_block::<TYPE, 5>(x, w, steps, first, ahead, sums),
+                6 => lane_of_block::<TYPE, 6>(x, w, steps, first, ahead, sums),
                 _ => unreachable!("a block has 1 to 6 rows"),
             }
         }
@@ -220,6 +222,7 @@ unsafe fn lane_of_block<const TYPE: u8, const ROWS: usize>(
     w: &[u8],
     steps: usize,
     first: bool,
+    ahead: bool,
     sums: &mut [[f32; TILE_OUTPUTS]],
 ) {
     let entry = if TYPE == 0 { 64 } else { 32 };
@@ -227,7 +230,11 @@ unsafe fn lane_of_block<const TYPE: u8, const ROWS: usize>(
     for step in 0..steps {
         // SAFETY: step < steps, so that the entry and the group are inside the slices.
         unsafe {
-            let weights = load_entry::<TYPE>(w.as_ptr().add(step * entry));
+            let at = w.as_ptr().add(step * entry);
+            if ahead {
+                fetch_ahead(at, entry);
+            }
+            let weights = load_entry::<TYPE>(at);
             multiply(x.as_ptr().add(step * ROWS), weights, &mut acc);
         }
     }
