@@ -7,7 +7,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, yield_now};
+use std::time::{Duration, Instant};
 
 use super::buffer::{Buffer, Parts};
 use super::{Isa, SelfTestError, self_test};
@@ -16,6 +17,9 @@ use super::{Isa, SelfTestError, self_test};
 const SPINS: u32 = 1_000;
 /// The same for the caller, whose job is not done before its last task is.
 const SPINS_FOR_LAST: u32 = 8_000;
+/// After so long a worker lets others that want its core have it, between two tasks. A scheduler that takes the core away does so in
+/// a task, mostly, and the caller waits for it until the others have had their turn, some milliseconds later.
+const TURN: Duration = Duration::from_micros(300);
 /// Below this many values what is done to each stays on the calling thread: waking another takes as long.
 const SHARED_FROM: usize = 1 << 15;
 /// Tasks of each thread where rows are shared out.
@@ -201,7 +205,7 @@ impl Pool {
         let run = unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
         let job = Job { run, tasks };
         self.shared.start(job);
-        let own = catch_unwind(AssertUnwindSafe(|| self.shared.take_tasks(job, &mut calling)));
+        let own = catch_unwind(AssertUnwindSafe(|| self.shared.take_tasks(job, &mut calling, || true)));
         let theirs = self.shared.finish();
         drop(calling);
         if let Err(panic) = own {
@@ -287,8 +291,8 @@ impl Shared {
         }
     }
 
-    fn take_tasks(&self, job: Job, room: &mut Buffer) {
-        loop {
+    fn take_tasks(&self, job: Job, room: &mut Buffer, goes_on: impl Fn() -> bool) {
+        while goes_on() {
             let task = self.next.fetch_add(1, Ordering::Relaxed);
             if task >= job.tasks {
                 return;
@@ -303,6 +307,7 @@ impl Shared {
             return;
         }
         let (mut seen, mut room) = (0, Buffer::default());
+        let mut turn_began = Instant::now();
         loop {
             for _ in 0..SPINS {
                 if self.generation.load(Ordering::Acquire) != seen {
@@ -317,6 +322,7 @@ impl Shared {
                     state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 self.parked.fetch_sub(1, Ordering::Relaxed);
+                turn_began = Instant::now();
             }
             seen = self.generation.load(Ordering::Acquire);
             let Some(job) = self.join() else {
@@ -325,11 +331,18 @@ impl Shared {
                 }
                 continue;
             };
-            let result = catch_unwind(AssertUnwindSafe(|| self.take_tasks(job, &mut room)));
+            let goes_on = || turn_began.elapsed() < TURN;
+            let result = catch_unwind(AssertUnwindSafe(|| self.take_tasks(job, &mut room, goes_on)));
             if let Err(panic) = result {
                 self.lock().panic = Some(panic);
             }
             self.leave();
+            if !goes_on() {
+                yield_now();
+                turn_began = Instant::now();
+                // There may be tasks left.
+                seen = seen.wrapping_sub(1);
+            }
         }
     }
 }
