@@ -75,6 +75,9 @@ impl Service {
         options.io = settings.io;
         options.computer = settings.computer;
         options.journal_bytes = settings.journal_bytes;
+        if let Some(time) = settings.sync_every {
+            options.sync_every = time;
+        }
         options.capture = capture;
         let (carved, carving) = channel();
         options.on_event = Some(Box::new(move |_, event| {

@@ -20,6 +20,8 @@ use std::time::Duration;
 /// The most compute threads.
 const THREADS_MAX: u16 = 1024;
 
+/// How long unfinished requests may go on when the node is told to stop.
+const DRAIN_BOUND: Duration = Duration::from_secs(10);
 /// The least that a journal may be bounded to.
 const JOURNAL_MAX_MIN: u64 = 128 << 10;
 
@@ -77,6 +79,9 @@ pub(crate) struct RuntimeArgs {
     /// Bytes that the journal may grow to; at half of them a snapshot lets old records go
     #[arg(long, value_name = "SIZE")]
     pub(crate) journal_max: Option<Size>,
+    /// How long tokens may gather before the journal is synced and they are told; 0s syncs for each [default: 20ms]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) sync_every: Option<Duration>,
     /// How long unfinished requests may go on after SIGTERM or SIGINT [default: 10s]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) drain_bound: Option<Duration>,
@@ -178,6 +183,7 @@ struct File {
     routing_seed: Option<u64>,
     snapshot_every: Option<u64>,
     journal_max: Option<toml::Value>,
+    sync_every: Option<String>,
     drain_bound: Option<String>,
     limits: FileLimits,
 }
@@ -216,6 +222,8 @@ pub(crate) struct Settings {
     /// Whether somebody said how much memory there is.
     pub(crate) memory_is_given: bool,
     pub(crate) journal_bytes: Option<u64>,
+    /// How long tokens may gather before the journal is synced; as the node has it if `None`.
+    pub(crate) sync_every: Option<Duration>,
     pub(crate) drain_bound: Duration,
 }
 
@@ -259,11 +267,13 @@ impl RuntimeArgs {
         };
         anyhow::ensure!(isa.available(), "this machine has no {lacking}; use --isa scalar");
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let drain_bound = match (self.drain_bound, &file.drain_bound) {
-            (Some(bound), _) => bound,
-            (None, Some(text)) => duration(text).map_err(|e| self.in_file(&format!("drain_bound: {e}")))?,
-            (None, None) => Duration::from_secs(10),
+        let time = |key, flag: Option<Duration>, text: &Option<String>| match (flag, text) {
+            (None, Some(text)) => {
+                duration(text).map(Some).map_err(|error| self.in_file(&format!("{key}: {error}")))
+            }
+            (flag, _) => Ok(flag),
         };
+        let drain_bound = time("drain_bound", self.drain_bound, &file.drain_bound)?.unwrap_or(DRAIN_BOUND);
         let journal_max = match (self.journal_max, &file.journal_max) {
             (Some(size), _) => Some(size),
             (None, Some(value)) => Some(self.size("journal_max", value)?),
@@ -271,6 +281,7 @@ impl RuntimeArgs {
         };
         Ok(Settings {
             journal_bytes: journal_max.map(|size| size.0),
+            sync_every: time("sync_every", self.sync_every, &file.sync_every)?,
             threads: self.threads.or(file.threads).map_or(cores, usize::from),
             isa,
             // Not the type of the weights: a cache that rounds is a choice, and the published oracles do not make it.

@@ -73,6 +73,7 @@ impl ClusterArgs {
             (run.routes.is_some(), "--routes"),
             (run.generations.is_some(), "--generations"),
             (run.runtime.journal_max.is_some(), "--journal-max"),
+            (run.runtime.sync_every.is_some(), "--sync-every"),
         ] {
             if given {
                 return Err(usage(format!("{flag} is for one process: leave it out, or leave out --nodes")));

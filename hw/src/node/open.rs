@@ -57,7 +57,7 @@ const NODE: u32 = 0;
 
 pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let NodeOptions { model_dir, state_dir, mut config, threads, isa, kv_dtype, io, .. } = options;
-    let NodeOptions { journal_bytes, capture, on_event, computer, .. } = options;
+    let NodeOptions { journal_bytes, sync_every, capture, on_event, computer, .. } = options;
     let gpu = gpu_of(computer, NODE)?;
     if config.memory_bytes == u64::MAX {
         let available = match &gpu {
@@ -135,6 +135,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let device = Device::new(compute, loaders, plan, tokenizer, gpu);
     let mut event_loop = EventLoop::new(engine, device, journal, telemetry, blobs, on_event, ready_sender);
     event_loop.bound_journal(journal_bytes);
+    event_loop.sync_every(sync_every);
     let thread = std::thread::Builder::new()
         .name("node".into())
         .spawn(move || event_loop.run(receiver, first))

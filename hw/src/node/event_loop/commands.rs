@@ -26,6 +26,7 @@ pub(in crate::node) enum Command {
 
 impl EventLoop {
     pub(super) fn command(&mut self, command: Command) -> Result<(), NodeError> {
+        self.owed.is_waited_for();
         match command {
             Command::Submit { id, body, from, events } => self.submit(id, body, from, events)?,
             Command::Cancel { id, reply } => {

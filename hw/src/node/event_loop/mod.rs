@@ -1,6 +1,7 @@
 //! The event loop: one message, one input, its outputs, its record.
 
 mod commands;
+mod owed;
 mod release;
 
 pub(super) use commands::Command;
@@ -26,6 +27,7 @@ use super::streams::Streams;
 use super::{ExitReport, NodeError, OnEvent};
 use crate::blobs::Blobs;
 use crate::telemetry::{Telemetry, Timing};
+use owed::Owed;
 
 /// What comes to the event loop.
 #[allow(
@@ -80,9 +82,9 @@ pub(super) struct EventLoop {
     ready: Option<Sender<()>>,
     /// Answers of the event loop itself, not yet handled.
     inbox: VecDeque<Input>,
-    /// The record of the input under way. It is handed over after what the input makes others do: the journal would take a
-    /// core from the step that begins.
-    owed: Option<Record>,
+    /// Records, up to that of the input under way. They are handed over after what the input makes others do: the journal would
+    /// take a core from the step that begins.
+    owed: Owed,
     /// Outputs that wait for the journal, in order.
     held: VecDeque<(Seq, Output)>,
     durable: Seq,
@@ -122,7 +124,7 @@ impl EventLoop {
             on_event,
             ready: Some(ready),
             inbox: VecDeque::new(),
-            owed: None,
+            owed: Owed::new(Duration::ZERO),
             held: VecDeque::new(),
             streams: Streams::default(),
             done: BTreeMap::new(),
@@ -140,6 +142,11 @@ impl EventLoop {
     /// Keeps the journal within so many bytes.
     pub(super) fn bound_journal(&mut self, bytes_max: Option<u64>) {
         self.snapshot_bytes = bytes_max.map(|bytes| bytes / 2);
+    }
+
+    /// Lets records that nobody waits for gather so long.
+    pub(super) fn sync_every(&mut self, time: Duration) {
+        self.owed = Owed::new(time);
     }
 
     /// Runs the node to its end, then ends its threads. What was handled is written even when the engine panics: the input that
@@ -181,10 +188,11 @@ impl EventLoop {
                 continue;
             }
             let taken = match self.receive(messages) {
-                Some(Message::Command(Command::Abandon)) => return End::Abandoned,
-                Some(Message::Command(command)) => self.command(command),
-                Some(Message::Report(report)) => self.report(report),
-                None => self.handle(Input::Tick).map(|_| ()),
+                Ok(Some(Message::Command(Command::Abandon))) => return End::Abandoned,
+                Ok(Some(Message::Command(command))) => self.command(command),
+                Ok(Some(Message::Report(report))) => self.report(report),
+                Ok(None) => self.handle(Input::Tick).map(|_| ()),
+                Err(error) => Err(error),
             };
             if let Err(error) = taken {
                 return End::Stopped(Err(error));
@@ -193,15 +201,21 @@ impl EventLoop {
     }
 
     /// The next message; `None` when the engine's alarm rings.
-    fn receive(&mut self, messages: &Receiver<Message>) -> Option<Message> {
-        let Some(until) = self.until else {
-            return Some(messages.recv().unwrap_or(Message::Command(Command::Abandon)));
-        };
-        let wait = Duration::from_nanos(until.0.saturating_sub(self.clock.now().0));
-        match messages.recv_timeout(wait) {
-            Ok(message) => Some(message),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => Some(Message::Command(Command::Abandon)),
+    fn receive(&mut self, messages: &Receiver<Message>) -> Result<Option<Message>, NodeError> {
+        loop {
+            self.hand_over_in_time()?;
+            let due = self.owed.due().map(|due| due.saturating_duration_since(Instant::now()));
+            let alarm =
+                self.until.map(|until| Duration::from_nanos(until.0.saturating_sub(self.clock.now().0)));
+            let Some(wait) = due.into_iter().chain(alarm).min() else {
+                return Ok(Some(messages.recv().unwrap_or(Message::Command(Command::Abandon))));
+            };
+            match messages.recv_timeout(wait) {
+                Ok(message) => return Ok(Some(message)),
+                Err(RecvTimeoutError::Timeout) if Some(wait) == alarm => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(Some(Message::Command(Command::Abandon))),
+            }
         }
     }
 
@@ -222,7 +236,7 @@ impl EventLoop {
     fn handle_encoded(&mut self, input: Input, payload: Vec<u8>) -> Result<Seq, NodeError> {
         let (seq, digest) = (self.engine.next_seq(), self.engine.digest());
         let now = self.clock.now().max(self.engine.now());
-        self.owed = Some(Record { seq: seq.0, time_ns: now.0, digest: digest.0, payload });
+        self.owed.push(Record { seq: seq.0, time_ns: now.0, digest: digest.0, payload });
         self.engine.handle(now, input);
         let mut snapshot = false;
         loop {
@@ -235,16 +249,28 @@ impl EventLoop {
                 output => self.obey(output)?,
             }
         }
-        self.hand_over()?;
+        self.hand_over_in_time()?;
         if snapshot {
+            self.hand_over()?;
             let (next, digest) = (self.engine.next_seq(), self.engine.digest());
             self.journal.snapshot(next, digest.0, self.engine.snapshot())?;
         }
         Ok(seq)
     }
 
+    /// Hands over all that is owed.
     fn hand_over(&mut self) -> Result<(), NodeError> {
-        self.owed.take().map_or(Ok(()), |record| self.journal.record(record))
+        self.owed.take().try_for_each(|record| self.journal.record(record))
+    }
+
+    fn hand_over_in_time(&mut self) -> Result<(), NodeError> {
+        if self.owed.due().is_some_and(|due| due <= Instant::now()) { self.hand_over() } else { Ok(()) }
+    }
+
+    /// Keeps an output until what it follows from is durable.
+    fn hold(&mut self, after: Seq, output: Output) {
+        self.owed.follows(&output);
+        self.held.push_back((after, output));
     }
 
     /// Does at once what need not wait, and keeps the rest.
@@ -259,8 +285,8 @@ impl EventLoop {
             | Output::Modified { after, .. }
             | Output::Answered { after, .. }
             | Output::Retire { after, .. }
-            | Output::Exit { after, .. } => self.held.push_back((after, output)),
-            Output::Event { seq, .. } => self.held.push_back((seq, output)),
+            | Output::Exit { after, .. } => self.hold(after, output),
+            Output::Event { seq, .. } => self.hold(seq, output),
             Output::Trim { before } => {
                 self.hand_over()?;
                 self.journal.trim(before)?;
@@ -268,7 +294,7 @@ impl EventLoop {
             // It waits for its place among the events.
             Output::FlushTelemetry => {
                 let last = Seq(self.engine.next_seq().0 - 1);
-                self.held.push_back((last, Output::FlushTelemetry));
+                self.hold(last, Output::FlushTelemetry);
             }
             Output::Snapshot | Output::Wait { .. } => unreachable!("taken by the caller"),
             output => self.inbox.extend(self.device.obey(&self.engine, output)),
