@@ -330,8 +330,11 @@ impl EventLoop {
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
-    use crate::node::{Node, NodeOptions};
+    use crate::node::{Node, NodeOptions, StreamEvent};
     use lite_llm_core::config::Config;
+    use lite_llm_core::ids::RequestId;
+    use lite_llm_core::input::Body;
+    use lite_llm_core::journal::frame::BLOCK_BYTES;
     use lite_llm_core::journal::scan;
     use lite_llm_model::disk::FileDisk;
     use lite_llm_tests::harness::folder;
@@ -350,5 +353,36 @@ mod tests {
         let records = scan(&mut FileDisk::open_read_only(state.path()).unwrap()).unwrap().records;
         let last = records.last().unwrap();
         assert_eq!((last.seq, &last.payload), (seq.0, &encode_input(&Input::BaseLoaded { shard: 7 })));
+    }
+
+    /// A group has a block at least, and each token is an input.
+    #[test]
+    fn tokens_that_gather_are_synced_in_few_groups_and_all_told() {
+        let run = |sync_every| {
+            let state = tempfile::tempdir().unwrap();
+            let config = Config { memory_bytes: 256 << 20, ..Config::default() };
+            let options =
+                NodeOptions { sync_every, ..NodeOptions::new(folder("olmoe"), state.path(), config) };
+            let node = Node::start(options).unwrap();
+            let body = Body { prompt: vec![1, 2, 3], max_tokens: 30, ignore_eos: true, ..Body::default() };
+            let events = node.submit(RequestId::new("a").unwrap(), body, 0);
+            let mut tokens = Vec::new();
+            for event in events {
+                match event {
+                    StreamEvent::Token { token, .. } => tokens.push(token),
+                    StreamEvent::Finish { .. } => break,
+                    _ => {}
+                }
+            }
+            node.drain(None).unwrap();
+            node.wait().unwrap();
+            let files = std::fs::read_dir(state.path()).unwrap().map(|file| file.unwrap());
+            let segments = files.filter(|file| file.file_name().to_string_lossy().starts_with("segment"));
+            (tokens, segments.map(|segment| segment.metadata().unwrap().len()).sum::<u64>())
+        };
+        let (apart, together) = (run(Duration::ZERO), run(Duration::from_secs(3600)));
+        assert_eq!(apart.0.len(), 30);
+        assert_eq!(apart.0, together.0);
+        assert!(together.1 < 20 * BLOCK_BYTES as u64, "{} and {} bytes", together.1, apart.1);
     }
 }
