@@ -2,26 +2,34 @@
 //!
 //! A block of rows goes through two tiles at once: enough chains are under way to hide the latency of fma, and each input is
 //! fetched once for both. A tile that is left alone has two blocks of rows take turns with it. The first block of a lane asks ahead.
-//! One row waits for memory, and has the AVX2 forms.
+//! One row of floats waits for memory, and has the AVX2 forms.
 
-use super::{CHUNK, DType, LANES, Storage, TILE_OUTPUTS, TILES_OF_ROWS, avx2, blocks, fetch_ahead};
+use super::{
+    BLOCK_ROWS, CHUNK, DType, LANES, Storage, TILE_OUTPUTS, TILES_OF_ROWS, avx2, blocks, fetch_ahead,
+};
 use std::arch::x86_64::*;
+
+mod scaled;
 
 pub(super) fn chunk_sums(storage: Storage, x: &[f32], w: &[&[u8]], sums: &mut [[f32; TILE_OUTPUTS]]) {
     assert!((1..=TILES_OF_ROWS).contains(&w.len()) && sums.len().is_multiple_of(w.len()));
     let rows = sums.len() / w.len();
-    let few = if matches!(storage, Storage::Plain(_)) { 1 } else { super::BLOCK_ROWS };
-    if rows <= few {
-        for (w, sums) in w.iter().zip(sums.chunks_exact_mut(rows)) {
-            avx2::chunk_sums(storage, x, w, sums);
-        }
-        return;
-    }
     assert!(crate::kernels::Isa::Avx512.available(), "this machine lacks AVX-512");
     // The slices hold whole lanes: the pointer arithmetic below relies on these equations.
     let entries = x.len() / rows;
     assert!(x.len() == entries * rows && entries.is_multiple_of(LANES) && entries <= CHUNK);
     assert!(w.iter().all(|w| w.len() == storage.chunk_bytes(entries)));
+    let is_plain = matches!(storage, Storage::Plain(_));
+    if rows <= if is_plain { 1 } else { BLOCK_ROWS } {
+        for (w, sums) in w.iter().zip(sums.chunks_exact_mut(rows)) {
+            match is_plain {
+                true => avx2::chunk_sums(storage, x, w, sums),
+                // SAFETY: as below.
+                false => unsafe { scaled::few_rows(storage, x, w, entries / LANES, sums) },
+            }
+        }
+        return;
+    }
     // SAFETY: the features were just checked, and the slices hold whole chunks of so many entries.
     unsafe {
         match *w {
@@ -43,7 +51,7 @@ unsafe fn tiles<const TILES: usize>(
 ) {
     let lane_values = x.len() / LANES;
     let steps = lane_values / (sums.len() / TILES);
-    let mut widened = [[0.0f32; CHUNK / LANES * TILE_OUTPUTS]; TILES];
+    let mut widened = [[[0.0; TILE_OUTPUTS]; CHUNK / LANES]; TILES];
     for lane in 0..LANES {
         let x = &x[lane * lane_values..][..lane_values];
         let of_lane = w.map(|w| w[lane * (w.len() / LANES)..].as_ptr());
@@ -56,7 +64,7 @@ unsafe fn tiles<const TILES: usize>(
                 Storage::Plain(DType::F16) => lane_of_rows::<2, TILES>(x, of_lane, steps, lane == 0, sums),
                 _ => {
                     for (w, widened) in w.iter().zip(&mut widened) {
-                        avx2::widen(storage, lane, w, &mut widened[..steps * TILE_OUTPUTS]);
+                        scaled::widen_lane(storage, lane, w, &mut widened[..steps]);
                     }
                     let widened = widened.each_ref().map(|widened| widened.as_ptr().cast());
                     lane_of_rows::<0, TILES>(x, widened, steps, lane == 0, sums);
@@ -157,14 +165,21 @@ impl<const TILES: usize> Lane<'_, TILES> {
         for (tile, acc) in acc.iter().enumerate() {
             let sums = &mut sums[tile * self.rows + self.row..][..BLOCKS * ROWS];
             for (sums, acc) in sums.iter_mut().zip(acc.as_flattened()) {
-                let at = sums.as_mut_ptr();
-                // SAFETY: `sums` is sixteen floats, one register; the accesses need no alignment.
-                unsafe {
-                    let sum = if self.first { *acc } else { _mm512_add_ps(_mm512_loadu_ps(at), *acc) };
-                    _mm512_storeu_ps(at, sum);
-                }
+                add_sums(*acc, self.first, sums);
             }
         }
+    }
+}
+
+/// Adds the results of a lane to the sums or, for the first lane, puts them there.
+#[inline]
+#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+fn add_sums(acc: __m512, first: bool, sums: &mut [f32; TILE_OUTPUTS]) {
+    let at = sums.as_mut_ptr();
+    // SAFETY: `sums` is sixteen floats, one register; the accesses need no alignment.
+    unsafe {
+        let sum = if first { acc } else { _mm512_add_ps(_mm512_loadu_ps(at), acc) };
+        _mm512_storeu_ps(at, sum);
     }
 }
 

@@ -7,20 +7,20 @@ use super::{LANES, TILE_OUTPUTS};
 use std::arch::x86_64::*;
 
 /// Codes of four bits.
-const MXFP4: u8 = 0;
+pub(super) const MXFP4: u8 = 0;
 /// Codes of eight.
-const E4M3: u8 = 1;
+pub(super) const E4M3: u8 = 1;
 
 /// Steps of a lane that share factors.
-const fn block_steps(kind: u8) -> usize {
+pub(super) const fn block_steps(kind: u8) -> usize {
     if kind == MXFP4 { MXFP4_BLOCK / LANES } else { E4M3_BLOCK / LANES }
 }
 
-const fn entry_bytes(kind: u8) -> usize {
+pub(super) const fn entry_bytes(kind: u8) -> usize {
     if kind == MXFP4 { TILE_OUTPUTS / 2 } else { TILE_OUTPUTS }
 }
 
-const fn factor_bytes(kind: u8) -> usize {
+pub(super) const fn factor_bytes(kind: u8) -> usize {
     if kind == MXFP4 { TILE_OUTPUTS * 2 } else { 4 }
 }
 
