@@ -39,7 +39,7 @@ pub(super) unsafe fn few_rows(
 
 /// # Safety
 /// As of [`few_rows`], with `ROWS` rows.
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
 unsafe fn lanes_of_rows<const KIND: u8, const ROWS: usize, const FLIGHT: usize>(
     x: &[f32],
     w: &[u8],
@@ -83,7 +83,7 @@ unsafe fn lanes_of_rows<const KIND: u8, const ROWS: usize, const FLIGHT: usize>(
 /// # Safety
 /// So many entries are readable at `w`, and as many groups of `ROWS` values at `x`.
 #[inline]
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
 unsafe fn steps_of_block<const KIND: u8, const ROWS: usize>(
     x: *const f32,
     w: *const u8,
@@ -91,14 +91,24 @@ unsafe fn steps_of_block<const KIND: u8, const ROWS: usize>(
     by: __m512,
     acc: &mut [__m512; ROWS],
 ) {
-    for step in 0..steps {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let weights = _mm512_mul_ps(load_codes::<KIND>(w.add(step * entry_bytes(KIND))), by);
-            for (row, acc) in acc.iter_mut().enumerate() {
-                *acc = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(step * ROWS + row)), weights, *acc);
-            }
+    let multiply = |step: usize, codes: __m512, acc: &mut [__m512; ROWS]| {
+        let weights = _mm512_mul_ps(codes, by);
+        for (row, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            let x = unsafe { *x.add(step * ROWS + row) };
+            *acc = _mm512_fmadd_ps(_mm512_set1_ps(x), weights, *acc);
         }
+    };
+    for step in (0..steps - steps % 2).step_by(2) {
+        // SAFETY: the caller's promise.
+        let [even, odd] = unsafe { load_two::<KIND>(w.add(step * entry_bytes(KIND))) };
+        multiply(step, even, acc);
+        multiply(step + 1, odd, acc);
+    }
+    if steps % 2 == 1 {
+        // SAFETY: the caller's promise.
+        let last = unsafe { load_codes::<KIND>(w.add((steps - 1) * entry_bytes(KIND))) };
+        multiply(steps - 1, last, acc);
     }
 }
 
@@ -119,7 +129,7 @@ pub(super) unsafe fn widen_lane(storage: Storage, lane: usize, w: &[u8], out: &m
 
 /// # Safety
 /// As of [`widen_lane`].
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
 unsafe fn widen<const KIND: u8>(lane: usize, w: &[u8], out: &mut [[f32; TILE_OUTPUTS]]) {
     let steps = out.len();
     let factors = (steps * LANES).div_ceil(block_steps(KIND) * LANES) * factor_bytes(KIND);
@@ -142,7 +152,7 @@ unsafe fn widen<const KIND: u8>(lane: usize, w: &[u8], out: &mut [[f32; TILE_OUT
 /// # Safety
 /// They are readable at `at`.
 #[inline]
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
 unsafe fn load_factors<const KIND: u8>(at: *const u8) -> __m512 {
     // SAFETY: the caller promises 32 bytes or 4; the loads need no alignment.
     unsafe {
@@ -155,12 +165,34 @@ unsafe fn load_factors<const KIND: u8>(at: *const u8) -> __m512 {
     }
 }
 
+/// The codes of two entries as floats, as of [`load_codes`].
+///
+/// # Safety
+/// They are readable at `at`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+unsafe fn load_two<const KIND: u8>(at: *const u8) -> [__m512; 2] {
+    // SAFETY: the caller promises 16 bytes or 32; the loads need no alignment.
+    unsafe {
+        if KIND == MXFP4 {
+            return [load_codes::<KIND>(at), load_codes::<KIND>(at.add(entry_bytes(KIND)))];
+        }
+        let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(at.cast()));
+        let rest = _mm512_and_si512(_mm512_slli_epi16::<7>(words), _mm512_set1_epi16(0x3f80));
+        let signs = _mm512_set1_epi16(i16::MIN);
+        // The sign where the mask is set, the rest elsewhere.
+        let halves = _mm512_ternarylogic_epi32::<0xe4>(_mm512_slli_epi16::<8>(words), rest, signs);
+        [_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64::<1>(halves)]
+            .map(|half| _mm512_cvtph_ps(half))
+    }
+}
+
 /// The codes of 16 outputs as floats: twice what MXFP4's mean, a 256th of what E4M3's do.
 ///
 /// # Safety
 /// They are readable at `at`.
 #[inline]
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
 unsafe fn load_codes<const KIND: u8>(at: *const u8) -> __m512 {
     // SAFETY: the caller promises 8 bytes or 16; the loads need no alignment.
     unsafe {
