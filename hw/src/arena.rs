@@ -5,7 +5,7 @@
 //! `Stage`, and read only between `Provide` and `Released`. The arena does not take its word for it. Each slot counts its readers and knows
 //! its writer, and a use that breaks the protocol panics before a byte is touched.
 
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -143,6 +143,18 @@ impl Arena {
             panic!("slot {slot} is to be written while it is in use ({})", Users(users));
         }
         SlotWriter { arena: Arc::clone(self), slot }
+    }
+
+    /// Takes one of some slots that nobody uses, if there is one, to write into it.
+    ///
+    /// # Panics
+    /// If there are no such slots.
+    pub(crate) fn write_any(self: &Arc<Self>, mut of: Range<u32>) -> Option<SlotWriter> {
+        let free = |slot: &u32| {
+            let users = self.users(Slot(*slot));
+            users.compare_exchange(0, WRITING, Ordering::Acquire, Ordering::Relaxed).is_ok()
+        };
+        of.find(free).map(|slot| SlotWriter { arena: Arc::clone(self), slot: Slot(slot) })
     }
 
     /// Takes a slot to read it.

@@ -2,114 +2,14 @@
 //! allow: tokens, digests and refusals have to be those of the model on the CPU. Nothing here has met a GPU.
 
 use lite_llm_tests::command::{Ran, child_of, parse_stream, try_signal};
-use lite_llm_tests::cuda::counts;
-use lite_llm_tests::gpu_place::GpuPlace;
+use lite_llm_tests::gpu_machine::{Machine, folder, prompt};
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-/// A machine with a GPU, and what requests are like there.
-struct Machine {
-    gpus: GpuPlace,
-    /// Tokens of prompts, at most.
-    length: u64,
-    /// Tokens that are chosen after a prompt.
-    chosen: &'static str,
-}
-
-impl Machine {
-    /// None, and said so, where there is no compiler of C++ or no NVRTC.
-    fn new() -> Option<Self> {
-        let gpus = GpuPlace::new(Path::new(env!("CARGO_TARGET_TMPDIR")), "models on a stand-in for a GPU")?;
-        Some(Self { gpus, length: 78, chosen: "5" })
-    }
-
-    /// Runs a command, with wishes for the stand-in.
-    fn run(&self, arguments: &[&str], wishes: &[(&str, &str)]) -> Ran {
-        self.gpus.command(arguments, wishes).output().unwrap().into()
-    }
-
-    /// Generates on a device, into a state directory of that name.
-    fn generate(&self, model: &Path, state: &str, more: &[&str], wishes: &[(&str, &str)]) -> Ran {
-        let prompt = prompt(model, self.length);
-        let mut arguments = vec!["run", model.to_str().unwrap(), "--prompt-tokens", &prompt, "--json"];
-        arguments.extend([
-            "--state",
-            state,
-            "--request-id",
-            "one",
-            "--max-tokens",
-            self.chosen,
-            "--ignore-eos",
-        ]);
-        arguments.extend(more);
-        self.run(&arguments, wishes)
-    }
-
-    /// The tokens of the CPU.
-    fn expected(&self, model: &Path, more: &[&str]) -> Value {
-        let more: Vec<&str> = [more, &["--device", "cpu"]].concat();
-        let ran = self.generate(model, "cpu", &more, &[]);
-        let tokens = ran.json()["tokens"].clone();
-        std::fs::remove_dir_all(self.gpus.place.path("cpu")).unwrap();
-        tokens
-    }
-
-    /// Checks tokens against the CPU's, and every digest by a full replay on the CPU.
-    #[track_caller]
-    fn check(&self, model: &Path, more: &[&str], wishes: &[(&str, &str)], expected: &Value) {
-        let more: Vec<&str> = [more, &["--device", "cuda"]].concat();
-        let found = self.generate(model, "gpu", &more, wishes).json();
-        assert_eq!(found["tokens"], *expected, "{} {more:?}", model.display());
-        self.replay(model);
-        std::fs::remove_dir_all(self.gpus.place.path("gpu")).unwrap();
-    }
-
-    /// Recomputes what a device computed on the CPU.
-    #[track_caller]
-    fn replay(&self, model: &Path) {
-        let replayed = self.gpus.place.run(["replay", "gpu", "--full", model.to_str().unwrap()]);
-        assert_eq!(replayed.code, Some(0), "{}: {}{}", model.display(), replayed.stdout, replayed.stderr);
-        assert!(replayed.stdout.contains("every digest and token equal"), "{}", replayed.stdout);
-    }
-
-    /// The least memory that a model is served with.
-    fn least(&self, model: &Path, more: &[&str]) -> u64 {
-        let more: Vec<&str> = [more, &["--device", "cuda", "--memory", "1MiB"]].concat();
-        let refused = self.generate(model, "least", &more, &[]);
-        refused.refuses(1, &["memory_bytes is 1048576", "at least"]);
-        std::fs::remove_dir_all(self.gpus.place.path("least")).unwrap();
-        let after = refused.stderr.split("at least ").nth(1).unwrap();
-        after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
-    }
-
-    /// A native checkpoint of a model.
-    fn import(&self, model: &Path, more: &[&str]) -> PathBuf {
-        let target = self.gpus.place.path("native");
-        let mut arguments = vec!["import", model.to_str().unwrap(), target.to_str().unwrap()];
-        arguments.extend(more);
-        let ran = self.gpus.place.run(arguments);
-        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
-        target
-    }
-}
-
-/// Tokens for a model: more than a page of positions, where its context has room.
-fn prompt(model: &Path, length: u64) -> String {
-    let config = std::fs::read(model.join("config.json")).or_else(|_| {
-        // A native checkpoint says it elsewhere; those here are of the fixtures.
-        std::fs::read(folder("fixtures").join("olmoe/config.json"))
-    });
-    let config: Value = serde_json::from_slice(&config.unwrap()).unwrap();
-    let context = config["max_position_embeddings"].as_u64().unwrap_or(64);
-    let tokens = (0..length.min(context - 12)).map(|i| (i * 37 % 91 + 2).to_string());
-    tokens.collect::<Vec<_>>().join(",")
-}
-
-fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+fn machine() -> Option<Machine> {
+    Machine::new(env!("CARGO_TARGET_TMPDIR"), "models on a stand-in for a GPU")
 }
 
 /// Every small checkpoint of a folder.
@@ -122,7 +22,7 @@ fn models(name: &str) -> Vec<PathBuf> {
 
 #[test]
 fn every_family_has_the_bits_of_the_cpu() {
-    let Some(mut machine) = Machine::new() else { return };
+    let Some(mut machine) = machine() else { return };
     let all: Vec<PathBuf> = models("fixtures").into_iter().chain(models("oracles")).collect();
     assert!(all.len() > 20, "{all:?}");
     for (seed, model) in all.iter().enumerate() {
@@ -137,7 +37,7 @@ fn every_family_has_the_bits_of_the_cpu() {
 
 #[test]
 fn experts_come_and_go_with_the_same_bits() {
-    let Some(mut machine) = Machine::new() else { return };
+    let Some(mut machine) = machine() else { return };
     machine.length = 20;
     for (seed, name) in ["olmoe", "deepseek_v2", "gpt_oss", "qwen2_moe"].into_iter().enumerate() {
         let (model, seed) = (folder("fixtures").join(name), seed.to_string());
@@ -152,7 +52,7 @@ fn experts_come_and_go_with_the_same_bits() {
 
 #[test]
 fn every_storage_has_the_bits_of_the_cpu() {
-    let Some(mut machine) = Machine::new() else { return };
+    let Some(mut machine) = machine() else { return };
     machine.length = 20;
     let olmoe = folder("fixtures/olmoe");
     for more in [&["--quantise", "q8"][..], &["--quantise", "q4"], &["--tiers", "core:5:hot,rest:3:cold"]] {
@@ -176,7 +76,7 @@ fn every_storage_has_the_bits_of_the_cpu() {
 
 #[test]
 fn rows_of_many_requests_share_steps() {
-    let Some(machine) = Machine::new() else { return };
+    let Some(machine) = machine() else { return };
     let model = folder("fixtures/qwen3_moe");
     let mut lines = String::new();
     // Tokens are chosen on the device, but where those before them count.
@@ -208,27 +108,10 @@ fn rows_of_many_requests_share_steps() {
     assert_eq!(batch("cuda", "gpu"), batch("cpu", "cpu"));
 }
 
-impl Machine {
-    /// How many of each call there were in a run with so many tokens, after the self-test.
-    fn tally(&self, model: &Path, more: &[&str], tokens: usize) -> BTreeMap<String, u64> {
-        let (count, file) = (tokens.to_string(), self.gpus.place.path("tally"));
-        let more = [more, &["--max-tokens", &count, "--device", "cuda"]].concat();
-        let prompt = prompt(model, self.length);
-        let mut arguments = vec!["run", model.to_str().unwrap(), "--prompt-tokens", &prompt, "--json"];
-        arguments.extend(["--ignore-eos"]);
-        arguments.extend(more);
-        let found = self.run(&arguments, &[("TALLY", file.to_str().unwrap())]).json();
-        assert_eq!(found["tokens"].as_array().unwrap().len(), tokens);
-        let mut tally = counts(&file);
-        tally.iter_mut().for_each(|(what, count)| *count -= self.gpus.before()[what]);
-        tally
-    }
-}
-
 /// Where all experts are resident a step of decode is told its lists once, and is read from once, however many layers it has.
 #[test]
 fn nothing_is_asked_of_the_host_in_a_step_with_all_experts() {
-    let Some(mut machine) = Machine::new() else { return };
+    let Some(mut machine) = machine() else { return };
     machine.length = 9;
     let model = folder("fixtures/olmoe");
     let memory = (machine.least(&model, &[]) + (20 << 10)).to_string();
@@ -255,7 +138,7 @@ fn nothing_is_asked_of_the_host_in_a_step_with_all_experts() {
 /// Steps of decode are recorded the second time a shape comes, and launched again: lists change, and now and then the shape does.
 #[test]
 fn recorded_steps_have_the_bits_of_the_cpu() {
-    let Some(mut machine) = Machine::new() else { return };
+    let Some(mut machine) = machine() else { return };
     (machine.length, machine.chosen) = (57, "80");
     // Pages of a whole sequence and of a window, latent attention, a dense model.
     for (seed, name) in ["olmoe", "gpt_oss", "deepseek_v2", "llama"].into_iter().enumerate() {
@@ -281,7 +164,7 @@ fn recorded_steps_have_the_bits_of_the_cpu() {
 /// The layer that first has a value that is not finite is heard of, though the layers after it were computed too.
 #[test]
 fn values_that_are_not_finite_are_the_fault_of_the_cpu() {
-    let Some(machine) = Machine::new() else { return };
+    let Some(machine) = machine() else { return };
     let fixture = folder("fixtures/olmoe");
     let model = machine.gpus.place.path("poisoned");
     std::fs::create_dir(&model).unwrap();
@@ -312,7 +195,7 @@ fn values_that_are_not_finite_are_the_fault_of_the_cpu() {
 
 #[test]
 fn bench_runs_there_too() {
-    let Some(machine) = Machine::new() else { return };
+    let Some(machine) = machine() else { return };
     let model = folder("fixtures/olmoe");
     let bench = |device: &str| {
         let arguments = ["bench", model.to_str().unwrap(), "--prompt", "8", "--decode", "4", "--batch", "2"];
@@ -326,7 +209,7 @@ fn bench_runs_there_too() {
 
 #[test]
 fn a_lost_device_ends_the_node_and_the_stream_goes_on() {
-    let Some(mut machine) = Machine::new() else { return };
+    let Some(mut machine) = machine() else { return };
     machine.length = 9;
     let model = folder("fixtures/olmoe");
     let expected = machine.expected(&model, &[]);
@@ -360,7 +243,7 @@ fn a_lost_device_ends_the_node_and_the_stream_goes_on() {
 
 #[test]
 fn a_flipped_bit_of_what_stays_is_found() {
-    let Some(mut machine) = Machine::new() else { return };
+    let Some(mut machine) = machine() else { return };
     machine.length = 9;
     let model = folder("fixtures/olmoe");
     let expected = machine.expected(&model, &[]);
@@ -379,13 +262,14 @@ fn a_flipped_bit_of_what_stays_is_found() {
 
 #[test]
 fn what_cannot_be_had_is_refused_with_numbers() {
-    let Some(mut machine) = Machine::new() else { return };
+    let Some(mut machine) = machine() else { return };
     machine.length = 9;
     let model = folder("fixtures/olmoe");
     let on = ["--device", "cuda"];
     let small = [("MEMORY", "100000000")];
     let more = [&on[..], &["--memory", "200MiB"]].concat();
-    let words = ["memory_bytes is 209715200", "100000000 bytes of the GPU", "give at most 100000000"];
+    let words =
+        ["memory_bytes is 209715200", "100000000 bytes of the GPU", "only 100000000 are free: give at most"];
     machine.generate(&model, "a", &more, &small).refuses(1, &words);
     // Left out, it is what the device has.
     assert_eq!(machine.generate(&model, "b", &on, &small).code, Some(0));
@@ -401,7 +285,7 @@ fn what_cannot_be_had_is_refused_with_numbers() {
 
 #[test]
 fn a_device_is_chosen_by_its_number() {
-    let Some(mut machine) = Machine::new() else { return };
+    let Some(mut machine) = machine() else { return };
     machine.length = 20;
     let model = folder("fixtures/qwen2_moe");
     let expected = machine.expected(&model, &[]);
@@ -430,7 +314,7 @@ fn a_device_is_chosen_by_its_number() {
 /// Wherever it is killed, in a step or while it starts, the next life goes on with the same bits.
 #[test]
 fn a_supervised_node_that_is_killed_in_steps_goes_on() {
-    let Some(machine) = Machine::new() else { return };
+    let Some(machine) = machine() else { return };
     let model = folder("fixtures/olmoe");
     let prompt = prompt(&model, 20);
     let run =

@@ -16,7 +16,8 @@
 //   LITE_LLM_STAND_IN_FAULT   faults with commas between them, each `what:number:how`
 // The number-th `what` of the process, counted from 1 as the host asks for it, or each where the number is *: init, alloc (of a device),
 // pin, module, graph (one that is made), replay (its launch), launch (of a kernel; those of a graph count at each replay), copy (from
-// the host to a device), fetch (back), and the name of a kernel for its launches. `how` is
+// the host to a device), fetch (back), pages and pages_back (those of both that are whole pages of the host, as experts are), and the
+// name of a kernel for its launches. `how` is
 //   a code    the call fails with it. One after which a context is lost (214, 700, 719, 999 and others) comes when the operation
 //             runs, so that a later call has it first; and from then on nothing runs, and every call has it
 //   hang      the operation never ends, and nothing that waits for it begins
@@ -81,7 +82,7 @@ struct Fault {
     enum How { NOTHING, CODE, HANG, FLIP } how = NOTHING;
     int code = 0;
 };
-enum What { INIT, ALLOC, PIN, MODULE, GRAPH, REPLAY, LAUNCH, COPY, FETCH, WHATS };
+enum What { INIT, ALLOC, PIN, MODULE, GRAPH, REPLAY, LAUNCH, COPY, FETCH, PAGES, PAGES_BACK, WHATS };
 
 const char* kind_of_driver();
 std::size_t memory_of_device();
@@ -89,6 +90,8 @@ std::size_t pinned_limit();
 bool is_busy(int device);
 // Counts one more of them, and says what is to become of it.
 Fault count(What what);
+// The same of a copy from the host or to it, by whether it is of whole pages too.
+Fault count_copy(bool to_host, Address host, std::size_t bytes);
 // The same of a launch, by its kernel too.
 Fault count_launch(const char* kernel);
 // Whether a context is lost with this code.

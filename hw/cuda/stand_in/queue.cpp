@@ -116,8 +116,8 @@ bool run_for(Path& path) { return (draw(4) < temper().broad && run_any()) || run
 Op make(Stream& stream, std::shared_ptr<const Work> work, const std::vector<Op>& after) {
     const Op op = std::make_shared<Operation>();
     op->fault = work->kind == Work::RUN                        ? count_launch(work->kernel->name)
-                : work->kind == Work::MOVE && work->from_host  ? count(COPY)
-                : work->kind == Work::MOVE && work->to_host    ? count(FETCH)
+                : work->kind == Work::MOVE && work->from_host  ? count_copy(false, work->from, work->bytes)
+                : work->kind == Work::MOVE && work->to_host    ? count_copy(true, work->to, work->bytes)
                                                                : Fault{};
     if (op->fault.how == Fault::CODE && !is_sticky(op->fault.code)) return op;
     op->work = std::move(work);

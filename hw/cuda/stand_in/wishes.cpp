@@ -13,7 +13,7 @@
 namespace stand_in {
 namespace {
 
-const char* const NAMES[WHATS] = {"init", "alloc", "pin", "module", "graph", "replay", "launch", "copy", "fetch"};
+const char* const NAMES[WHATS] = {"init", "alloc", "pin", "module", "graph", "replay", "launch", "copy", "fetch", "pages", "pages_back"};
 
 const char* variable(const char* name, const char* otherwise) {
     const char* const value = std::getenv(name);
@@ -117,6 +117,13 @@ bool is_busy(int device) {
 }
 
 Fault count(What what) { return count_named(NAMES[what]); }
+
+Fault count_copy(bool to_host, Address host, std::size_t bytes) {
+    const Fault of_copy = count(to_host ? FETCH : COPY);
+    if (host % 4096 || bytes % 4096 || bytes == 0) return of_copy;
+    const Fault of_pages = count(to_host ? PAGES_BACK : PAGES);
+    return of_copy.how == Fault::NOTHING ? of_pages : of_copy;
+}
 
 Fault count_launch(const char* kernel) {
     const Fault of_kernel = count_named(kernel), of_launch = count(LAUNCH);

@@ -12,6 +12,7 @@ use super::blocks::{Blocks, Buffered, Direct, Mapped};
 use super::fetch::Fetch;
 use super::reader::{Bounds, Reader, Tell, Told};
 use super::shards::{Shard, open, open_direct};
+use super::staging::Staging;
 
 /// A way to read experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,6 +121,31 @@ impl Cold {
         })
     }
 
+    /// The same of experts for a GPU: they are read into so many rooms of the host, which are as large as slots.
+    ///
+    /// # Errors
+    /// As above.
+    pub(crate) fn open_staged(
+        asked: Option<Io>,
+        loader: &ExpertLoader,
+        rooms: u32,
+        slot_bytes: u64,
+    ) -> Result<Self, ColdError> {
+        let mut cold = Self::open(asked, loader, u64::from(rooms).saturating_mul(slot_bytes))?;
+        match cold.io {
+            Some(Io::Uring) => {
+                let ahead =
+                    format!("; those are {rooms} slots of pinned memory, and copied to the GPU from there");
+                cold.report.push_str(&ahead);
+            }
+            Some(Io::Pread | Io::Mmap) => {
+                cold.report.push_str("; each into pinned memory, and copied to the GPU from there");
+            }
+            None => {}
+        }
+        Ok(cold)
+    }
+
     /// The same, of shards that need not be a checkpoint's.
     ///
     /// # Errors
@@ -223,13 +249,31 @@ impl Cold {
         self,
         tell: impl Fn(Told) -> bool + Send + Sync + 'static,
     ) -> Result<Option<Reader>, ColdError> {
+        self.reader_by(None, tell)
+    }
+
+    /// The same, for slots that are read by way of rooms.
+    ///
+    /// # Errors
+    /// As above.
+    pub(crate) fn reader_by(
+        self,
+        staging: Option<Arc<dyn Staging>>,
+        tell: impl Fn(Told) -> bool + Send + Sync + 'static,
+    ) -> Result<Option<Reader>, ColdError> {
         let tell: Tell = Arc::new(tell);
         #[cfg(target_os = "linux")]
         if let (Some(ring), Some(fetch)) = (self.ring, self.fetch) {
-            return Reader::start(ring, fetch, Bounds::default(), tell).map(Some).map_err(ColdError::Threads);
+            let reader = Reader::start(ring, fetch, Bounds::default(), staging, tell);
+            return reader.map(Some).map_err(ColdError::Threads);
         }
-        drop(tell);
+        drop((staging, tell));
         Ok(None)
+    }
+
+    /// Whether one thread has all loads of whole blobs.
+    pub(crate) fn has_reader(&self) -> bool {
+        self.io == Some(Io::Uring)
     }
 }
 

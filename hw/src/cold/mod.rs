@@ -5,6 +5,8 @@
 //! 64 MiB in flight, while another (`verify.rs`) holds what has come against its CRC-32. With `pread` and `mmap` a pool of
 //! threads each reads and verifies one expert after another (`fetch.rs`).
 //!
+//! Slots that are memory of a GPU are read by way of rooms of the host (`staging.rs`): whatever reads, verifies before it is copied.
+//!
 //! What a disk does wrong is met alike on each: an interrupted read is repeated, one that fails or comes short is tried once
 //! more, bytes that do not have their checksum are read once more; then it is a fault that names shard, byte and expert.
 //!
@@ -22,6 +24,7 @@ mod registered;
 #[cfg(target_os = "linux")]
 mod ring;
 mod shards;
+mod staging;
 #[cfg(test)]
 mod tests;
 pub mod trial;
@@ -31,6 +34,7 @@ pub use choice::{Cold, ColdError, Io};
 pub(crate) use fault::Named;
 pub use fetch::Fetch;
 pub use reader::{Answer, Load, Reader, Told};
+pub(crate) use staging::{Outlet, Staged, Staging};
 
 /// Whatever is read past the cache begins at a multiple of this, in file and memory.
 const BLOCK: usize = 4096;

@@ -3,10 +3,10 @@
 //! Loads are begun in the order in which they were asked for, which is that of need; each is cut into pieces, and as many of
 //! them are in flight as the device has use for (`depth.rs`). What has come whole goes to the thread that verifies it.
 //!
-//! A slot belongs to the kernel from submission to completion. So nothing that could end early gives one back: a reader that ends
-//! or panics while reads are in flight keeps their slots, and with them the arena, for ever. A device that answers nothing for a
-//! minute is reported as lost, which ends the node; one that does not answer a closing reader is left to itself after seconds
-//! ([`Bounds`]).
+//! A slot, or the room that is read to instead, belongs to the kernel from submission to completion. So nothing that could end
+//! early gives one back: a reader that ends or panics while reads are in flight keeps their slots, and with them the arena, for
+//! ever. A device that answers nothing for a minute is reported as lost, which ends the node; one that does not answer a closing
+//! reader is left to itself after seconds ([`Bounds`]).
 
 use std::collections::VecDeque;
 use std::io;
@@ -24,6 +24,7 @@ use super::depth::{DEPTH_MAX, Depth};
 use super::fault::ReadFault;
 use super::fetch::{Fetch, padded, passes};
 use super::registered::Registered;
+use super::staging::{Outlet, Staging};
 use super::verify::Verify;
 use super::{BLOCK, INTERRUPTED_MAX};
 use crate::arena::SlotWriter;
@@ -86,6 +87,8 @@ pub enum Told {
     Answer(Answer),
     /// The device, or the kernel's interface to it, answers no more. Slots stay with it, so no node can go on.
     Lost(String),
+    /// What the slots are memory of answers no more.
+    DeviceLost(String),
     /// A bug.
     Panicked(String),
 }
@@ -159,6 +162,8 @@ pub(super) enum Message {
 #[derive(Debug)]
 pub(super) struct Read {
     pub(super) load: Load,
+    /// Where it is read to, if not into its slot.
+    pub(super) room: Option<SlotWriter>,
     pub(super) began: Instant,
     /// Bytes that direct reads bring, and those of them that were asked for.
     pub(super) direct: usize,
@@ -196,22 +201,29 @@ impl Reader {
         queue: impl Queue + 'static,
         fetch: Fetch,
         bounds: Bounds,
+        staging: Option<Arc<dyn Staging>>,
         tell: Tell,
     ) -> io::Result<Self> {
         let (messages, receiver) = channel();
         let (verify, reads) = channel();
+        let (onward, verified) = channel();
         let bell = queue.bell();
         let verifying = Verify {
             fetch: fetch.clone(),
             reader: messages.clone(),
-            bell: Arc::clone(&bell),
-            tell: Arc::clone(&tell),
+            onward,
+            outlet: Outlet { bell: Arc::clone(&bell), tell: Arc::clone(&tell) },
         };
         let mut flying = Flying::new(queue, fetch, bounds, (verify, Arc::clone(&tell)));
-        let threads = vec![
+        flying.staging = staging.clone();
+        let mut threads = vec![
             spawn("cold-reader", Arc::clone(&tell), move || flying.run(&receiver))?,
-            spawn("cold-verify", tell, move || verifying.run(&reads))?,
+            spawn("cold-verify", Arc::clone(&tell), move || verifying.run(&reads))?,
         ];
+        if let Some(staging) = staging {
+            let outlet = Outlet { bell: Arc::clone(&bell), tell: Arc::clone(&tell) };
+            threads.push(spawn("cold-copy", tell, move || staging.run(&verified, &outlet))?);
+        }
         Ok(Self { messages, bell, threads })
     }
 
@@ -258,6 +270,8 @@ struct Flying<Q: Queue> {
     bounds: Bounds,
     verify: Sender<Read>,
     tell: Tell,
+    /// Where what is not for slots of the host is read to.
+    staging: Option<Arc<dyn Staging>>,
     depth: Depth,
     registered: Registered,
     /// Not begun, in order of need.
@@ -288,6 +302,7 @@ impl<Q: Queue> Flying<Q> {
             bounds,
             verify,
             tell,
+            staging: None,
             depth: Depth::new(),
             registered: Registered::default(),
             waiting: VecDeque::new(),
@@ -367,18 +382,19 @@ impl<Q: Queue> Flying<Q> {
             let Some(flight) = self.retried.pop_front().or_else(|| self.next_flight()) else { return };
             let Flight { read, from, len, got, .. } = self.flights[flight].expect("it is to be pushed");
             let of = self.reads[read].as_mut().expect("a read has its flights");
-            let start = of.load.slot.start();
-            assert!(from + len <= of.load.slot.bytes(), "a piece lies in its slot");
+            let place = of.place();
+            let start = place.start();
+            assert!(from + len <= place.bytes(), "a piece lies in its place");
             let piece = Piece {
                 id: flight as u64,
                 shard: of.load.blob.shard,
                 offset: of.load.blob.offset + (from + got) as u64,
-                // SAFETY: by the assertion above the place lies in the slot.
+                // SAFETY: by the assertion above the piece lies in it.
                 into: unsafe { start.add(from + got) },
                 len: (len - got) as u32,
                 buffer: of.buffer,
             };
-            // SAFETY: the slot is `of`'s, which is kept, and not looked at, until the piece has come (`came`), or for ever.
+            // SAFETY: the place is `of`'s, which is kept, and not looked at, until the piece has come (`came`), or for ever.
             if !unsafe { self.queue.push(&piece) } {
                 self.retried.push_front(flight);
                 return;
@@ -418,7 +434,7 @@ impl<Q: Queue> Flying<Q> {
                 let _ = self.verify.send(read);
                 continue;
             }
-            read.buffer = self.registered.buffer(&mut read.load.slot, &mut self.queue);
+            read.buffer = self.registered.buffer(read.place(), &mut self.queue);
             let at = self.reads.iter().position(Option::is_none).unwrap_or_else(|| {
                 self.reads.push(None);
                 self.reads.len() - 1
@@ -429,15 +445,23 @@ impl<Q: Queue> Flying<Q> {
     }
 
     fn prepare(&mut self) -> Option<Read> {
+        let first = self.waiting.front()?;
+        let room = match &self.staging {
+            // Where there is none, the bell rings when there is one again.
+            Some(staging) if staging.stages(&first.slot) => Some(staging.room()?),
+            _ => None,
+        };
         let mut load = self.waiting.pop_front()?;
         let began = Instant::now();
-        if let Some(mut keep) = load.keep.take() {
+        if room.is_none()
+            && let Some(mut keep) = load.keep.take()
+        {
             keep.copy_from_slice(&load.slot);
         }
-        let blob = &load.blob;
-        let bytes = padded(blob, self.fetch.shards[blob.shard].bytes, load.slot.bytes());
+        let (blob, place) = (&load.blob, room.as_ref().unwrap_or(&load.slot));
+        let bytes = padded(blob, self.fetch.shards[blob.shard].bytes, place.bytes());
         let direct = bytes / BLOCK * BLOCK;
-        Some(Read { load, began, direct, asked: 0, pieces: 0, again: false, buffer: None, fault: None })
+        Some(Read { load, room, began, direct, asked: 0, pieces: 0, again: false, buffer: None, fault: None })
     }
 
     fn came(&mut self, came: Came, full: bool) {
@@ -508,10 +532,17 @@ impl<Q: Queue> Flying<Q> {
     }
 }
 
+impl Read {
+    /// Where it is read to.
+    pub(super) fn place(&mut self) -> &mut SlotWriter {
+        self.room.as_mut().unwrap_or(&mut self.load.slot)
+    }
+}
+
 impl<Q: Queue> Drop for Flying<Q> {
     fn drop(&mut self) {
         if self.in_flight > 0 {
-            // The kernel may write to these slots at any time: they and their arenas stay.
+            // The kernel may write to these slots and rooms at any time: they and their arenas stay.
             std::mem::forget(std::mem::take(&mut self.reads));
             std::mem::forget(std::mem::take(&mut self.registered));
         }

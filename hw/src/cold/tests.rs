@@ -14,8 +14,10 @@ use lite_llm_model::checkpoint::native::ExpertBlob;
 
 use super::faulty::{Faults, FaultyBlocks, FaultyQueue, Planned, Wrong};
 use super::reader::{Bounds, Tell};
-use super::{Answer, Cold, ColdError, Fetch, Io, Load, Reader, Told};
+use super::{Answer, Cold, ColdError, Fetch, Io, Load, Reader, Staging, Told};
 use crate::arena::Arena;
+
+mod staged;
 
 const EIO: i32 = 5;
 const EINTR: i32 = 4;
@@ -73,6 +75,16 @@ impl Ground {
     }
 
     fn start_within(&self, io: Io, planned: &[Planned], bounds: Bounds) -> Running {
+        self.start_by(None, io, planned, bounds)
+    }
+
+    fn start_by(
+        &self,
+        staging: Option<Arc<dyn Staging>>,
+        io: Io,
+        planned: &[Planned],
+        bounds: Bounds,
+    ) -> Running {
         let faults = Faults::of(planned);
         let cold = Cold::of_shards(Some(io), &self.paths, 1 << 20).unwrap();
         assert!(cold.report().contains(if io == Io::Uring { "io_uring" } else { "with " }), "{cold:?}");
@@ -82,7 +94,7 @@ impl Ground {
         let tell: Tell = Arc::new(move |what| told.send(what).is_ok());
         let reader = cold.ring.map(|ring| {
             let queue = FaultyQueue::under(ring, Arc::clone(&faults));
-            Reader::start(queue, fetch.clone(), bounds, Arc::clone(&tell)).unwrap()
+            Reader::start(queue, fetch.clone(), bounds, staging, Arc::clone(&tell)).unwrap()
         });
         Running { reader, fetch, tell, answers, faults }
     }

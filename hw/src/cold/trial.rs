@@ -50,7 +50,7 @@ pub fn delivered(
                 under_way += usize::from(began.elapsed() < time && ask(slot));
             }
             Told::Answer(Answer { result: Err(fault), .. }) => return Err(fault.to_string()),
-            Told::Lost(what) | Told::Panicked(what) => return Err(what),
+            Told::Lost(what) | Told::DeviceLost(what) | Told::Panicked(what) => return Err(what),
         }
     }
     let seconds = began.elapsed().as_secs_f64();

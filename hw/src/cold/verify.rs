@@ -1,18 +1,19 @@
 //! What has come is verified here, while the reader has the next in flight: the tail that no direct read reaches, the checksum.
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
 use super::fault::corrupt;
 use super::fetch::{Fetch, read_all};
-use super::reader::{Answer, Bell, Message, Read, Tell, Told};
+use super::reader::{Answer, Message, Read, Told};
+use super::staging::{Outlet, Staged};
 
 /// The verifying thread's own.
 pub(super) struct Verify {
     pub(super) fetch: Fetch,
     pub(super) reader: Sender<Message>,
-    pub(super) bell: Arc<dyn Bell>,
-    pub(super) tell: Tell,
+    /// To whoever brings experts on from their rooms.
+    pub(super) onward: Sender<Staged>,
+    pub(super) outlet: Outlet,
 }
 
 impl Verify {
@@ -29,7 +30,7 @@ impl Verify {
         let (expert, blob) = (read.load.expert, read.load.blob);
         let path = self.fetch.path(blob.shard);
         let direct = read.direct.min(blob.bytes);
-        let slot = &mut read.load.slot[..blob.bytes];
+        let slot = &mut read.place()[..blob.bytes];
         let tail = blob.bytes - direct;
         let came =
             read_all(&*self.fetch.blocks, blob.shard, blob.offset + direct as u64, &mut slot[direct..], tail);
@@ -41,13 +42,22 @@ impl Verify {
                     read.again = true;
                     // A reader that is gone reads nothing again, and nobody waits for it.
                     let _ = self.reader.send(Message::Again(read));
-                    self.bell.ring();
+                    self.outlet.bell.ring();
                     return true;
                 }
                 Err(error) => Err(corrupt(expert, &error)),
             },
         };
-        (self.tell)(Told::Answer(read.answer(result)))
+        let Some(room) = read.room.take() else {
+            return (self.outlet.tell)(Told::Answer(read.answer(result)));
+        };
+        let Read { load, began, .. } = read;
+        let staged = Staged { load, room, began };
+        match result {
+            // Whoever takes it on and is gone has said why.
+            Ok(()) => self.onward.send(staged).is_ok(),
+            Err(_) => self.outlet.answer(staged, result),
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The host side of the kernels for GPUs: which devices there are ([`driver`]), the kernels' sources and what is made of them
 //! ([`kernels`]), the compiler that makes it ([`nvrtc`]) and the cache that keeps it ([`cache`]); a device that is used ([`gpu`]), its
-//! memory, streams and functions; how experts come to it (`upload.rs`), and a model's steps on it (`model`);
+//! memory, streams and functions; how experts come to it (`staging.rs`, `upload.rs`), and a model's steps on it (`model`);
 //! and whether a cluster's nodes could have them ([`ready()`]).
 //!
 //! The libraries are opened while the program runs, never linked: it is the same program where there is no GPU. Whether a library
@@ -8,6 +8,7 @@
 
 pub mod cache;
 pub mod driver;
+mod event;
 mod functions;
 pub mod gpu;
 mod graph;
@@ -17,6 +18,7 @@ pub(crate) mod model;
 pub mod nvrtc;
 mod ready;
 pub mod self_test;
+pub(crate) mod staging;
 pub(crate) mod stream;
 pub(crate) mod upload;
 
@@ -74,7 +76,9 @@ pub enum CudaError {
         free: u64,
     },
     /// The host does not have as much memory that may be pinned.
-    #[error("the system does not pin {bytes} bytes of memory for copies to the GPU; give --warm less")]
+    #[error(
+        "the system does not pin {bytes} bytes of memory for copies to the GPU; give --warm less, or free memory of the host"
+    )]
     Pinned {
         /// How much.
         bytes: u64,

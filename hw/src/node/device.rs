@@ -5,6 +5,7 @@ use super::loaders::{Job, Loaders};
 use super::stop;
 use crate::arena::{Arena, ArenaError};
 use crate::cuda::Gpu;
+use crate::cuda::staging::pinned_bytes;
 use crate::memory;
 use lite_llm_core::cluster::message::Tag;
 use lite_llm_core::digest::Digest;
@@ -28,12 +29,12 @@ struct Arenas {
 }
 
 impl Arenas {
-    /// Of a GPU, the hot one is the device's, and all that is not warm is its budget.
+    /// Of a GPU, the hot one is the device's, and all that is not pinned is its budget.
     fn of(carving: Carving, budget: u64, gpu: Option<&Arc<Gpu>>) -> Result<Self, ArenaError> {
         let Carving { slots, warm_slots, slot_bytes, pages: _, page_bytes: _ } = carving;
         if let Some(gpu) = gpu {
             let warm_bytes = u64::from(warm_slots) * slot_bytes;
-            gpu.set_limit(budget.saturating_sub(warm_bytes));
+            gpu.set_limit(budget.saturating_sub(warm_bytes).saturating_sub(pinned_bytes(slot_bytes)));
             let hot = Arena::on_device(gpu, slots, slot_bytes)?;
             return Ok(Self { hot, warm: Arena::pinned(gpu, warm_slots, slot_bytes, warm_bytes)? });
         }
@@ -133,7 +134,9 @@ impl Device {
                 let warm_bytes = engine.view().config().warm_bytes;
                 return Some(match &self.gpu {
                     None => reserve(memory_bytes),
-                    Some(gpu) => reserve_of(gpu, memory_bytes, warm_bytes),
+                    Some(gpu) => {
+                        reserve_of(gpu, memory_bytes, warm_bytes, pinned_bytes(self.plan.slot_bytes))
+                    }
                 });
             }
             Output::ReadManifest => return Some(Input::ManifestRead { plan: Box::new(self.plan.clone()) }),
@@ -194,7 +197,8 @@ impl Device {
         while held() && began.elapsed() < FORGET_WAIT {
             std::thread::sleep(Duration::from_millis(1));
         }
-        match Arenas::of(carving, budget, self.gpu.as_ref()) {
+        let arenas = Arenas::of(carving, budget, self.gpu.as_ref());
+        match arenas.and_then(|arenas| self.loaders.carve(carving.slot_bytes).map(|()| arenas)) {
             Ok(arenas) => {
                 self.compute.send(Work::Carve { arena: Arc::clone(&arenas.hot), pages: carving.pages });
                 self.arenas = Some(arenas);
@@ -225,8 +229,8 @@ impl Device {
     }
 }
 
-/// The same of a GPU: the budget is of its memory, but for the warm arena, which is the host's.
-fn reserve_of(gpu: &Gpu, memory_bytes: u64, warm_bytes: u64) -> Input {
+/// The same of a GPU: the budget is of its memory, but for the warm arena and what experts pass through, which is the host's.
+fn reserve_of(gpu: &Gpu, memory_bytes: u64, warm_bytes: u64, passing_bytes: u64) -> Input {
     let refuse = |what: String| Input::BootFailed { fault: Fault::Resource(what) };
     let (free, total) = match gpu.memory() {
         Ok(memory) => memory,
@@ -234,15 +238,16 @@ fn reserve_of(gpu: &Gpu, memory_bytes: u64, warm_bytes: u64) -> Input {
     };
     // What this process has of an epoch that is over is given back before anything is taken.
     let (_, taken) = gpu.budget();
-    let most = free.saturating_add(taken).saturating_add(warm_bytes);
+    let pinned_bytes = warm_bytes.saturating_add(passing_bytes);
+    let most = free.saturating_add(taken).saturating_add(pinned_bytes);
     if memory_bytes > most {
         return refuse(format!(
-            "memory_bytes is {memory_bytes}, of which {warm_bytes} are for the warm arena; but of the {total} bytes of the GPU \
-             ({}) only {free} are free: give at most {most}",
+            "memory_bytes is {memory_bytes}, of which {warm_bytes} are for the warm arena, and {passing_bytes} for what passes \
+             through memory of the host; but of the {total} bytes of the GPU ({}) only {free} are free: give at most {most}",
             gpu.name()
         ));
     }
-    if warm_bytes == 0 { Input::Reserved } else { reserve(warm_bytes) }
+    if pinned_bytes == 0 { Input::Reserved } else { reserve(pinned_bytes) }
 }
 
 fn reserve(memory_bytes: u64) -> Input {

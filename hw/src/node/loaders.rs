@@ -1,5 +1,5 @@
 //! Loaders: a few threads that read experts into slots, each packed and verified, move them between the arenas, and write
-//! modified ones. Where the cold tier has a reader of its own, whole blobs of shards are left to it.
+//! modified ones. Where the cold tier has a reader of its own, whole blobs of shards are left to it, also those for a GPU.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -16,9 +16,10 @@ use super::NodeError;
 use super::busy::{Busy, JOB_MAX};
 use super::error::panic_message;
 use super::reports::{Report, Reports};
-use crate::arena::SlotWriter;
+use crate::arena::{ArenaError, SlotWriter};
 use crate::blobs::Blobs;
-use crate::cold::{self, Cold, Fetch, Reader, Told};
+use crate::cold::{self, Cold, Fetch, Reader, Staging, Told};
+use crate::cuda::staging::Rooms;
 use crate::cuda::upload::Uploads;
 use crate::cuda::{CudaError, Gpu};
 use crate::telemetry::Timing;
@@ -64,6 +65,8 @@ pub(crate) struct Loaders {
     epoch: u64,
     loader: Arc<ExpertLoader>,
     reader: Option<Reader>,
+    /// What the reader reads for a GPU passes through these.
+    rooms: Option<Arc<Rooms>>,
     threads: Vec<JoinHandle<()>>,
     /// Nobody watches them any more once it is dropped.
     watched: Sender<()>,
@@ -82,11 +85,12 @@ impl Loaders {
         let receiver = Arc::new(Mutex::new(receiver));
         let fetch = cold.fetch();
         let heard = reports.clone();
-        // What is read for a GPU goes through a loader's hands.
-        let reader = if gpu.is_none() { cold.reader(move |told| heard.tell(report_of(told)))? } else { None };
+        let rooms = gpu.filter(|_| cold.has_reader()).map(Rooms::new);
+        let staging = rooms.clone().map(|rooms| rooms as Arc<dyn Staging>);
+        let reader = cold.reader_by(staging, move |told| heard.tell(report_of(told)))?;
         let (busy, (watched, closed)) = (Busy::of(count.max(1)), channel());
         let loader = Arc::new(loader);
-        let mut loaders = Self { jobs, epoch: 0, loader, reader, threads: Vec::new(), watched };
+        let mut loaders = Self { jobs, epoch: 0, loader, reader, rooms, threads: Vec::new(), watched };
         let failed = |source| NodeError::System { what: "cannot start a loader thread", source };
         let (all, heard) = (Arc::clone(&busy), reports.clone());
         let watch = std::thread::Builder::new().name("loader-watch".into());
@@ -115,7 +119,7 @@ impl Loaders {
         let (Some(reader), Job::Load { expert, blob: None, slot, .. }) = (&self.reader, &job) else {
             return Some(job);
         };
-        let Some(blob) = self.loader.blob(*expert).filter(|blob| blob.bytes <= slot.len()) else {
+        let Some(blob) = self.loader.blob(*expert).filter(|blob| blob.bytes <= slot.bytes()) else {
             return Some(job);
         };
         let Job::Load { load, expert, slot, keep, .. } = job else { unreachable!("it was looked at") };
@@ -123,8 +127,19 @@ impl Loaders {
         None
     }
 
+    /// Takes the memory that experts of such a size pass through on their way to a GPU.
+    ///
+    /// # Errors
+    /// If the system does not have so much that may be pinned.
+    pub(crate) fn carve(&self, slot_bytes: u64) -> Result<(), ArenaError> {
+        self.rooms.as_ref().map_or(Ok(()), |rooms| rooms.carve(slot_bytes))
+    }
+
     /// Lets go of the arenas.
     pub(crate) fn release(&self) {
+        if let Some(rooms) = &self.rooms {
+            rooms.release();
+        }
         if let Some(reader) = &self.reader {
             reader.forget(self.epoch);
         }
@@ -161,6 +176,7 @@ fn report_of(told: Told) -> Report {
             Report::Done { epoch, input, took: Some((Timing::Load(load.0), took)) }
         }
         Told::Lost(what) => Report::Lost { what },
+        Told::DeviceLost(what) => Report::DeviceLost { what },
         Told::Panicked(message) => Report::Panicked { thread: "cold reader", message },
     }
 }

@@ -40,6 +40,7 @@ use crate::cold::Cold;
 use crate::cuda::Gpu;
 use crate::cuda::model::CudaModel;
 use crate::cuda::model::sizes::Sizes;
+use crate::cuda::staging::{pinned_bytes, rooms};
 use crate::disk::FileDisk;
 use crate::memory;
 use crate::telemetry::Telemetry;
@@ -59,19 +60,9 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let NodeOptions { model_dir, state_dir, mut config, threads, isa, kv_dtype, io, .. } = options;
     let NodeOptions { journal_bytes, sync_every, capture, on_event, computer, .. } = options;
     let gpu = gpu_of(computer, NODE)?;
-    if config.memory_bytes == u64::MAX {
-        let available = match &gpu {
-            Some(gpu) => gpu.memory()?.0,
-            None => {
-                let what = "cannot tell how much memory there is, so it must be given";
-                memory::measure().map_err(|source| NodeError::System { what, source })?.available
-            }
-        };
-        config.memory_bytes = available - available / 8;
-        if gpu.is_some() {
-            // What is warm is the host's.
-            config.memory_bytes += config.warm_bytes;
-        }
+    let left_out = config.memory_bytes == u64::MAX;
+    if left_out {
+        config.memory_bytes = memory_of(gpu.as_deref())?;
     }
     // The lock first: nobody else may serve this state while its model is being read.
     let mut disk = FileDisk::open(&state_dir)?;
@@ -87,7 +78,15 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let model = Model::open(checkpoint, options)?;
     // Refused before all weights are read for their digest.
     let loader = model.expert_loader();
-    let cold = Cold::open(io, &loader, config.memory_bytes)?;
+    let slot_bytes = model.slot_bytes() as u64;
+    if left_out && gpu.is_some() {
+        // What is warm, and what experts pass through, is the host's.
+        config.memory_bytes += config.warm_bytes + pinned_bytes(slot_bytes);
+    }
+    let cold = match &gpu {
+        None => Cold::open(io, &loader, config.memory_bytes)?,
+        Some(_) => Cold::open_staged(io, &loader, rooms(slot_bytes), slot_bytes)?,
+    };
     let reading = cold.report().into();
     let tokenizer_digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);
     let limits = &config.limits;
@@ -144,6 +143,18 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     Ok(Node { handle, ready, thread: Some(thread) })
 }
 
+/// What memory a node has if nobody says: seven eighths of what can be had.
+fn memory_of(gpu: Option<&Gpu>) -> Result<u64, NodeError> {
+    let available = match gpu {
+        Some(gpu) => gpu.memory()?.0,
+        None => {
+            let what = "cannot tell how much memory there is, so it must be given";
+            memory::measure().map_err(|source| NodeError::System { what, source })?.available
+        }
+    };
+    Ok(available - available / 8)
+}
+
 /// The GPU of a node, if it has one.
 pub(crate) fn gpu_of(computer: Computer, node: u32) -> Result<Option<Arc<Gpu>>, NodeError> {
     Ok(match computer {
@@ -154,7 +165,7 @@ pub(crate) fn gpu_of(computer: Computer, node: u32) -> Result<Option<Arc<Gpu>>, 
 }
 
 /// What computes a model, and what people may want to know of how steps are launched; in the plan, what these need beside weights, cache
-/// and experts, which is another thing on a GPU.
+/// and experts, which is another thing on a GPU: it also has the memory of the host that experts pass through.
 pub(crate) fn backend_of(
     gpu: Option<&Arc<Gpu>>,
     model: Model,
@@ -164,7 +175,7 @@ pub(crate) fn backend_of(
 ) -> Result<(Box<dyn Backend>, String), NodeError> {
     let Some(gpu) = gpu else { return Ok((Box::new(Cpu::new(model)), String::new())) };
     let sizes = Sizes::of(&model, limits.step_positions_max, limits.rows_max)?;
-    plan.overhead_bytes = sizes.overhead_bytes(&model);
+    plan.overhead_bytes = sizes.overhead_bytes(&model).saturating_add(pinned_bytes(plan.slot_bytes));
     let model = CudaModel::new(gpu, model, sizes, isa)?;
     let launching = model.launching();
     Ok((Box::new(model), launching))
