@@ -8,11 +8,14 @@ KERNEL divide(float* logits, float by, u32 n) {
     for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < n; at += gridDim.x * blockDim.x) logits[at] = logits[at] / by;
 }
 
-// Divides the positive and multiplies the negative logits of some tokens, each of which is there once.
+// Divides the positive and multiplies the negative logits of some tokens, each of which is there once. ALL is no token: lists of
+// recorded steps have more places than tokens.
 KERNEL penalise(float* logits, const u32* __restrict__ tokens, float penalty, u32 count) {
     for (u32 at = blockIdx.x * blockDim.x + threadIdx.x; at < count; at += gridDim.x * blockDim.x) {
-        const float logit = logits[tokens[at]];
-        logits[tokens[at]] = logit < 0.0f ? logit * penalty : logit / penalty;
+        const u32 token = tokens[at];
+        if (token == ALL) continue;
+        const float logit = logits[token];
+        logits[token] = logit < 0.0f ? logit * penalty : logit / penalty;
     }
 }
 

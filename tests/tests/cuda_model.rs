@@ -79,7 +79,7 @@ fn rows_of_many_requests_share_steps() {
     let Some(machine) = machine() else { return };
     let model = folder("fixtures/qwen3_moe");
     let mut lines = String::new();
-    // Tokens are chosen on the device, but where those before them count.
+    // Tokens are chosen on the device, also where those before them count.
     let ways = [
         "\"temperature\": 0.0",
         "\"temperature\": 0.9, \"repetition_penalty\": 1.3",
@@ -127,12 +127,12 @@ fn nothing_is_asked_of_the_host_in_a_step_with_all_experts() {
         assert_eq!(more("fetch") == 8 && more("copy") == 8, all, "{few:?} {many:?}");
         assert!(more("fetch") >= 8 && more("launch") > 8, "{few:?} {many:?}");
     }
-    // One that is drawn is chosen there too, but where tokens before it count.
+    // One that is drawn is chosen there too, also where tokens before it count.
     let drawn = ["--memory", "300MiB", "--temperature", "0.8"];
     let tally = machine.tally(&model, &drawn, 4);
-    assert_eq!((tally["argmax"], tally["sample"]), (4, 4), "{tally:?}");
+    assert_eq!((tally["argmax"], tally["sample"], tally["penalise"]), (4, 4, 0), "{tally:?}");
     let tally = machine.tally(&model, &[&drawn[..], &["--repetition-penalty", "1.2"]].concat(), 4);
-    assert_eq!((tally["argmax"], tally["sample"]), (0, 0), "{tally:?}");
+    assert_eq!((tally["argmax"], tally["sample"], tally["penalise"]), (4, 4, 4), "{tally:?}");
 }
 
 /// Steps of decode are recorded the second time a shape comes, and launched again: lists change, and now and then the shape does.

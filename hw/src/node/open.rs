@@ -169,14 +169,14 @@ pub(crate) fn gpu_of(computer: Computer, node: u32) -> Result<Option<Arc<Gpu>>, 
 pub(crate) fn backend_of(
     gpu: Option<&Arc<Gpu>>,
     model: Model,
-    isa: Isa,
+    _: Isa,
     limits: &Limits,
     plan: &mut ModelPlan,
 ) -> Result<(Box<dyn Backend>, String), NodeError> {
     let Some(gpu) = gpu else { return Ok((Box::new(Cpu::new(model)), String::new())) };
     let sizes = Sizes::of(&model, limits.step_positions_max, limits.rows_max)?;
     plan.overhead_bytes = sizes.overhead_bytes(&model).saturating_add(pinned_bytes(plan.slot_bytes));
-    let model = CudaModel::new(gpu, model, sizes, isa)?;
+    let model = CudaModel::new(gpu, model, sizes)?;
     let launching = model.launching();
     Ok((Box::new(model), launching))
 }

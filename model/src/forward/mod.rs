@@ -24,7 +24,7 @@ pub(crate) use tiered::route as route_by_tiers;
 pub(crate) use workspace::planned_bytes;
 
 pub use cache::KvCache;
-pub use outcome::{Outcome, choice};
+pub use outcome::{Outcome, choice, penalty};
 pub use workspace::Workspace;
 
 use crate::arch::Activation;

@@ -2,19 +2,25 @@
 //! give of the same values.
 
 use super::StepError;
-use super::output::{digest_values, params, penalises, token};
+use super::output::{digest_values, params, penalised_tokens, penalises};
 use super::ranks::{RowDigest, handed_on, taken_over};
-use crate::kernels::Isa;
 use crate::kernels::sample::Params;
 use crate::share::Share;
 use lite_llm_core::input::RowResult;
 use lite_llm_core::output::{Forward, Row};
 
-/// How the token of a row is chosen, by which parameters and draw, if its logits alone decide: not if it samples none, or if tokens
-/// before it change them.
+/// How the token of a row is chosen, by which parameters and draw, if it samples one: by its logits, or what repetition makes of them
+/// ([`penalty`]).
 pub fn choice(row: &Row) -> Option<(Params, u64)> {
-    let spec = row.sample.as_ref().filter(|spec| !penalises(&spec.sampling))?;
+    let spec = row.sample.as_ref()?;
     Some((params(&spec.sampling), spec.draw))
+}
+
+/// The tokens whose logits are changed before one is chosen, each once, and by which penalty; none if it changes nothing. The digest is
+/// of logits as they were.
+pub fn penalty(row: &Row) -> Option<(Vec<u32>, f32)> {
+    let spec = row.sample.as_ref().filter(|spec| penalises(&spec.sampling))?;
+    Some((penalised_tokens(row, spec), spec.sampling.repetition_penalty))
 }
 
 /// The results of a step's rows as they become known, in this order: routes, layer by layer and in each position by position;
@@ -63,27 +69,8 @@ impl<'a> Outcome<'a> {
         }
     }
 
-    /// The logits of the last position of a row, which samples if it is to. They are left as repetition makes them.
-    ///
-    /// # Errors
-    /// If one is not finite; the model has so many layers.
-    ///
-    /// # Panics
-    /// If there is no such row.
-    pub fn logits(
-        &mut self,
-        isa: Isa,
-        row: usize,
-        layers: usize,
-        logits: &mut [f32],
-    ) -> Result<(), StepError> {
-        let of_row = &self.step.rows[row];
-        let Some(spec) = &of_row.sample else { return Ok(()) };
-        digest_values(&mut self.digests[row], logits);
-        self.choose(row, layers, token(isa, of_row, spec, logits))
-    }
-
-    /// The same of a row that samples, whose token was chosen elsewhere as [`choice`] says: none if a logit is not finite.
+    /// The logits of the last position of a row that samples, as they were before repetition changed any, and its token, which was chosen
+    /// elsewhere as [`choice`] and [`penalty`] say: none if a logit is not finite.
     ///
     /// # Errors
     /// If one is not finite; the model has so many layers.

@@ -116,12 +116,17 @@ pub(super) fn penalises(sampling: &Sampling) -> bool {
 pub(super) fn token(isa: Isa, row: &Row, spec: &SampleSpec, logits: &mut [f32]) -> Option<u32> {
     let sampling = &spec.sampling;
     if penalises(sampling) {
-        penalise(logits, &spec.history, sampling.repetition_penalty);
-        let fresh: Vec<u32> =
-            row.tokens.iter().copied().filter(|token| !spec.history.contains(token)).collect();
-        penalise(logits, &fresh, sampling.repetition_penalty);
+        penalise(logits, &penalised_tokens(row, spec), sampling.repetition_penalty);
     }
     sample(isa, logits, &params(sampling), spec.draw).ok()
+}
+
+/// The tokens before the one that is sampled, each once, in their order.
+pub(super) fn penalised_tokens(row: &Row, spec: &SampleSpec) -> Vec<u32> {
+    let mut tokens: Vec<u32> = spec.history.iter().chain(&row.tokens).copied().collect();
+    tokens.sort_unstable();
+    tokens.dedup();
+    tokens
 }
 
 pub(super) fn params(sampling: &Sampling) -> Params {

@@ -17,9 +17,14 @@ fn logits_are_divided_and_penalised() {
     let tokens = [5, 0, 332, 17, 18, 100];
     let launch =
         Launch::new("penalise", [1, 1, 1], 32).values(&logits).words(&tokens).value(1.3).word(tokens.len());
-    let mut expected = logits;
+    let mut expected = logits.clone();
     penalise(&mut expected, &tokens, 1.3);
     assert_bits("penalise", &shim.check(&launch).values(0), &expected);
+    // Places that have no token, in a list of several blocks.
+    let places: Vec<u32> = tokens.into_iter().chain(std::iter::repeat_n(u32::MAX, 90)).collect();
+    let launch =
+        Launch::new("penalise", [2, 1, 1], 32).values(&logits).words(&places).value(1.3).word(places.len());
+    assert_bits("penalise of places", &shim.check(&launch).values(0), &expected);
 }
 
 #[test]

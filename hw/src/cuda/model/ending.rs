@@ -1,20 +1,22 @@
 //! The end of a step: logits where they are wanted, then all that is digested comes back.
 
 use super::super::CudaError;
-use super::super::stream::Arg::{At, Word};
+use super::super::stream::Arg::{At, Value, Word};
 use super::mirror::Results;
 use super::ranks::Among;
 use super::routes::Routes;
 use super::run::Run;
 use super::sizes::Back;
-use super::tables::{Wanted, last_of};
+use super::tables::{Penalty, Wanted, last_of};
 use super::{Failed, Step};
 use lite_llm_model::forward::choice;
 use lite_llm_model::forward::exchange::of_output;
-use lite_llm_model::kernels::Isa;
 
 /// The most threads of a block that chooses a token.
 const SAMPLE_THREADS: u32 = 1024;
+/// Threads of a block that changes logits of tokens that were there, and the most such blocks.
+const PENALTY_THREADS: u32 = 256;
+const PENALTY_BLOCKS: u32 = 64;
 /// What stands for no token whose logit is not finite.
 const NO_FAULT: u32 = u32::MAX;
 
@@ -23,7 +25,6 @@ impl Run<'_> {
     /// first logits are there, and others are computed.
     pub(super) fn end(
         &self,
-        isa: Isa,
         step: &mut Step<'_, '_>,
         results: &mut Results,
         among: &mut Among<'_>,
@@ -46,11 +47,11 @@ impl Run<'_> {
             let from = if number == 0 || number == last { 0 } else { tokens };
             results.ask(self.stream, Self::value(self.room.x, from), end - from)?;
             let words = results.look(self.stream)?;
-            let (before, words) = words.split_at_mut(logits - from);
+            let (before, words) = words.split_at(logits - from);
             if number == 0 {
                 self.kept_routes(step, &before[routes..])?;
             }
-            self.choose(isa, wanted, step, &before[tokens - from..], words)?;
+            self.choose(wanted, step, &before[tokens - from..], words)?;
             if number == last {
                 self.digest(step, before);
             }
@@ -74,18 +75,17 @@ impl Run<'_> {
     /// Takes logits of some positions, and the tokens that were chosen by them.
     fn choose(
         &self,
-        isa: Isa,
         wanted: &Wanted,
         step: &mut Step<'_, '_>,
         tokens: &[u32],
-        logits: &mut [u32],
+        logits: &[u32],
     ) -> Result<(), Failed> {
         let arch = self.model.arch();
         let (tokens, faults) = tokens.split_at(self.back.faults - self.back.tokens);
         let found = tokens.iter().zip(faults).map(|(&token, &fault)| (fault == NO_FAULT).then_some(token));
-        let each = wanted.positions.iter().zip(logits.chunks_exact_mut(arch.vocab)).zip(found);
+        let each = wanted.positions.iter().zip(logits.chunks_exact(arch.vocab)).zip(found);
         for ((&i, logits), token) in each {
-            let logits: &mut [f32] = bytemuck::cast_slice_mut(logits);
+            let logits: &[f32] = bytemuck::cast_slice(logits);
             let at = &self.at[i as usize];
             if let Some(capture) = &mut step.capture
                 && capture.wants_logits(at.request)
@@ -95,26 +95,41 @@ impl Run<'_> {
             let Some(row) = last_of(step.forward, at) else { continue };
             if choice(row).is_some() {
                 step.outcome.chosen(at.row, arch.layers.len(), logits, token)?;
-            } else {
-                step.outcome.logits(isa, at.row, arch.layers.len(), logits)?;
             }
         }
         Ok(())
     }
 
-    /// Chooses tokens by logits alone.
+    /// The logits by which tokens are chosen: a copy where repetition changes any, as those that are digested stay as they are.
+    fn penalised(&self, wanted: &Wanted) -> Result<u64, CudaError> {
+        let (room, rows, vocab) = (self.room, wanted.positions.len() as u32, self.sizes.vocab as u32);
+        if wanted.penalties.is_empty() {
+            return Ok(room.logits);
+        }
+        self.arrange((room.logits, vocab, 0), 0, (room.penalised, vocab, 0), vocab, rows)?;
+        for &Penalty { row, tokens, places, bits } in &wanted.penalties {
+            let logits = Self::value(room.penalised, row as usize * self.sizes.vocab);
+            let arguments = [At(logits), At(tokens), Value(f32::from_bits(bits)), Word(places)];
+            let blocks = [places.div_ceil(PENALTY_THREADS).min(PENALTY_BLOCKS), 1, 1];
+            self.launch(self.functions.penalise, blocks, PENALTY_THREADS, &arguments)?;
+        }
+        Ok(room.penalised)
+    }
+
+    /// Chooses tokens.
     fn tokens(&self, wanted: &Wanted) -> Result<(), CudaError> {
         let (room, rows, vocab) = (self.room, wanted.positions.len() as u32, self.sizes.vocab as u32);
         if !wanted.chooses {
             return Ok(());
         }
+        let logits = self.penalised(wanted)?;
         // Some logits a thread, so that a small vocabulary does not wait for threads without any.
         let threads = vocab.div_ceil(8).next_multiple_of(32).min(SAMPLE_THREADS);
-        let arguments = [At(room.logits), At(room.tokens), At(room.faults), Word(vocab)];
+        let arguments = [At(logits), At(room.tokens), At(room.faults), Word(vocab)];
         self.launch(self.functions.argmax, [rows, 1, 1], threads, &arguments)?;
         let Some(draws) = &wanted.draws else { return Ok(()) };
         let arguments = [
-            At(room.logits),
+            At(logits),
             At(room.faults),
             At(draws.temperatures),
             At(draws.top_k),

@@ -29,7 +29,6 @@ use graphs::Graphs;
 use lite_llm_core::input::{Fault, RowResult};
 use lite_llm_core::output::Forward;
 use lite_llm_model::forward::Outcome;
-use lite_llm_model::kernels::Isa;
 use lite_llm_model::{Capture, ExpertSource, Model, StepError, Stopped};
 use mirror::{Mirror, Results};
 use mixture::Desk;
@@ -110,7 +109,6 @@ pub(crate) struct CudaModel {
     /// Why the driver makes no graphs, if it makes none.
     no_graphs: Option<CudaError>,
     sizes: Sizes,
-    isa: Isa,
     model: Model,
     gpu: Arc<Gpu>,
 }
@@ -120,11 +118,11 @@ impl CudaModel {
     ///
     /// # Errors
     /// If the device is lost.
-    pub(crate) fn new(gpu: &Arc<Gpu>, model: Model, sizes: Sizes, isa: Isa) -> Result<Self, CudaError> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, model: Model, sizes: Sizes) -> Result<Self, CudaError> {
         let stream = Stream::new(gpu)?;
         let no_graphs = graphs::refusal(&stream, gpu.functions.add)?;
         let (carved, base, routers) = (None, None, None);
-        Ok(Self { carved, base, routers, stream, no_graphs, sizes, isa, model, gpu: Arc::clone(gpu) })
+        Ok(Self { carved, base, routers, stream, no_graphs, sizes, model, gpu: Arc::clone(gpu) })
     }
 
     /// What people may want to know of how steps are launched; empty if there is nothing.
@@ -203,7 +201,7 @@ impl CudaModel {
         let share = self.model.share();
         let Desk { results, post, .. } = &mut carved.desk;
         let among = &mut Among::Ranks { source, post };
-        if share.is_last_stage() { run.end(self.isa, step, results, among) } else { run.hand_on(step, among) }
+        if share.is_last_stage() { run.end(step, results, among) } else { run.hand_on(step, among) }
     }
 }
 

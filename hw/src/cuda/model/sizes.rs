@@ -39,6 +39,8 @@ pub(crate) struct Sizes {
     pub(super) users: usize,
     pub(super) hidden: usize,
     pub(super) vocab: usize,
+    /// Tokens that a sequence can have, each once, and as many more as lists of them are rounded up by.
+    pub(super) seen: usize,
     pub(super) heads: usize,
     pub(super) experts: usize,
     pub(super) moe_layers: usize,
@@ -68,6 +70,11 @@ pub(crate) struct Sizes {
 /// Values that a row has once it is packed, whatever the storage of the matrix.
 const fn padded(inputs: usize) -> usize {
     inputs.next_multiple_of(CHUNK)
+}
+
+/// How long a list of so many tokens is: what grows step by step is rounded up, so that many steps have one shape.
+pub(super) const fn places_of_tokens(tokens: usize) -> usize {
+    if tokens < 64 { 64 } else { tokens.next_power_of_two() }
 }
 
 /// Experts of a position as kernels count them.
@@ -140,6 +147,7 @@ impl Sizes {
             users,
             hidden,
             vocab: arch.vocab,
+            seen: places_of_tokens(arch.vocab.min(arch.context as usize)),
             heads,
             experts: moe.map_or(0, |moe| moe.experts),
             moe_layers: arch.moe_layers().len(),
@@ -190,6 +198,7 @@ impl Sizes {
             2 * positions * self.router_rows,
             self.rows * hidden,
             2 * self.rows * self.vocab,
+            self.rows * self.vocab,
             self.whole,
             self.own,
         ]
@@ -224,7 +233,7 @@ impl Sizes {
         let of_groups = groups * (12 * positions + rows.max(1) * (pages + 2));
         let of_heads = 2 * positions * heads + 3 * heads;
         // Each list begins at a multiple of sixteen bytes.
-        4 * positions + of_groups + of_heads + 9 * positions + 8 * rows + 4096
+        4 * positions + of_groups + of_heads + 9 * positions + (8 + self.seen) * rows + 4096
     }
 
     /// Words of the lists of a mixture: users, and for each expert where it lies and which users it has.
@@ -258,7 +267,7 @@ impl Sizes {
 }
 
 /// Pieces of memory of a step.
-const PIECES: usize = 29;
+const PIECES: usize = 30;
 
 /// Offsets in what comes back of a step, in words from the residual stream on.
 #[derive(Clone, Copy, Debug)]
@@ -300,6 +309,8 @@ pub(super) struct Room {
     pub(super) last: u64,
     /// A number of 64 bits for each logit.
     pub(super) shares: u64,
+    /// Logits as repetition makes them.
+    pub(super) penalised: u64,
     pub(super) tokens: u64,
     pub(super) faults: u64,
     pub(super) logits: u64,
@@ -338,7 +349,8 @@ impl Room {
         });
         let [x, normed, added, values, inner, words, scales, inner_words, inner_scales, rest @ ..] = at;
         let [q, k, v, mixed, first, queries, apart, through, attention, rest @ ..] = rest;
-        let [gates, ups, inside, results, shared, shared_gates, scores, last, shares, whole, own] = rest;
+        let [gates, ups, inside, results, shared, shared_gates, scores, rest @ ..] = rest;
+        let [last, shares, penalised, whole, own] = rest;
         let packed = Packed { values, words, scales };
         let packed_inside = Packed { values: inner, words: inner_words, scales: inner_scales };
         let this = Self {
@@ -366,6 +378,7 @@ impl Room {
             routes: 0,
             last,
             shares,
+            penalised,
             tokens: 0,
             faults: 0,
             logits: 0,

@@ -1,16 +1,18 @@
 //! What kernels have to know of a step: tokens, positions, where pages are, which rows attend together.
 
 use super::mirror::Mirror;
-use super::sizes::Sizes;
+use super::sizes::{Sizes, places_of_tokens};
 use lite_llm_core::output::{Forward, Row};
 use lite_llm_model::Model;
-use lite_llm_model::forward::choice;
+use lite_llm_model::forward::{choice, penalty};
 use lite_llm_model::kernels::PAGE_POSITIONS;
 use lite_llm_model::kernels::sample::Params;
 
 /// Rows of one sequence that read a page together.
 const TOGETHER: usize = 16;
 const PAGE: u32 = PAGE_POSITIONS as u32;
+/// What a list of tokens has where it has none.
+const NO_TOKEN: u32 = u32::MAX;
 
 /// A position of a step.
 #[derive(Clone, Copy, Debug)]
@@ -73,9 +75,22 @@ pub(super) struct Wanted {
     /// Lists: the same; the rows of their product.
     pub(super) picked: u64,
     pub(super) all: u64,
-    /// Whether the token of one is chosen by its logits alone, and the lists by which, if one is drawn.
+    /// Whether a token is chosen after one, what repetition changes before, and the lists by which, if one is drawn.
     pub(super) chooses: bool,
+    pub(super) penalties: Vec<Penalty>,
     pub(super) draws: Option<Draws>,
+}
+
+/// What repetition changes in the logits of a position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Penalty {
+    /// Which one of those together it is.
+    pub(super) row: u32,
+    /// A list of tokens, each once, and how long it is with the places after them that are none.
+    pub(super) tokens: u64,
+    pub(super) places: u32,
+    /// By how much, as bits.
+    pub(super) bits: u32,
 }
 
 /// Lists of how tokens are drawn, position by position: temperatures, 0 where the largest logit is taken; top-k; shares of top-p and
@@ -159,7 +174,16 @@ fn wanted_of(step: &Forward, at: &[At], positions: &[u32], mirror: &mut Mirror) 
             draws: mirror.longs(&longs(&|_, draw| draw)),
         }
     });
+    let changed = (0..).zip(positions).filter_map(|(row, &i)| Some((row, last_of(step, &at[i as usize])?)));
+    let changed = changed.filter_map(|(row, of_row)| Some((row, penalty(of_row)?)));
+    let penalties = changed.map(|(row, (mut tokens, by))| {
+        tokens.resize(places_of_tokens(tokens.len()), NO_TOKEN);
+        let places = tokens.len() as u32;
+        Penalty { row, tokens: mirror.words(&tokens), places, bits: by.to_bits() }
+    });
+    let penalties = penalties.collect();
     Wanted {
+        penalties,
         positions: positions.to_vec(),
         picked: mirror.words(positions),
         all: mirror.words(&[0, positions.len() as u32]),
