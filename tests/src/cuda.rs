@@ -126,6 +126,19 @@ pub fn compile_driver(dir: &Path) -> Option<PathBuf> {
 // without it.
 const DRIVER: &str = "libcuda.so";
 
+/// The folder in which the stand-in of [`compile_driver`], in this folder, is NCCL too.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn nccl_of(driver: &Path) -> PathBuf {
+    let dir = driver.join("nccl");
+    std::fs::create_dir_all(&dir).expect("a folder for the library");
+    // One file with two names is one library, which has the driver's queues and memory. Another process may have been faster.
+    let _ = std::fs::hard_link(driver.join(DRIVER), dir.join("libnccl.so.2"));
+    assert!(dir.join("libnccl.so.2").exists(), "the library has no other name in {}", dir.display());
+    dir
+}
+
 fn build_driver(compiler: &OsString, dir: &Path) -> PathBuf {
     let folder = sources().join("stand_in");
     let mut units = files(&folder);

@@ -7,7 +7,7 @@
 
 namespace stand_in {
 
-Device devices[DEVICES] = {{0, 0, 0}, {1, 0, 0}};
+Device devices[DEVICES_MAX];
 thread_local Device* current;
 bool initialised;
 
@@ -83,7 +83,7 @@ int attribute_of(int attribute) {
     return attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : 0;
 }
 
-bool is_device(int device) { return device >= 0 && device < DEVICES; }
+bool is_device(int device) { return device >= 0 && device < device_count(); }
 
 void look_at_end() {
     // A thread that runs something, or hangs, goes down with the process.
@@ -104,6 +104,7 @@ CALL cuInit(unsigned) {
     if (std::strcmp(kind_of_driver(), "fails") == 0) return MISMATCH;
     if (std::strcmp(kind_of_driver(), "0") == 0) return NO_DEVICE;
     if (!initialised) {
+        for (int number = 0; number < DEVICES_MAX; number++) devices[number].number = number;
         watch_faults();
         std::atexit(look_at_end);
     }
@@ -127,7 +128,7 @@ CALL cuGetErrorName(int code, const char** text) {
 
 CALL cuDeviceGetCount(int* count) {
     ENTER(DRIVER);
-    return *count = DEVICES, SUCCESS;
+    return *count = device_count(), SUCCESS;
 }
 
 CALL cuDeviceGet(int* device, int number) {
@@ -140,6 +141,13 @@ CALL cuDeviceGetName(char* name, int size, int device) {
     ENTER(DRIVER);
     if (!is_device(device)) return INVALID_DEVICE;
     return std::snprintf(name, static_cast<std::size_t>(size), "Stand-in %d", device), SUCCESS;
+}
+
+CALL cuDeviceGetUuid(char* uuid, int device) {
+    ENTER(DRIVER);
+    if (!is_device(device)) return INVALID_DEVICE;
+    std::memcpy(uuid, "stand-in device ", 16);
+    return uuid[15] = static_cast<char>(device), SUCCESS;
 }
 
 CALL cuDeviceGetAttribute(int* value, int attribute, int device) {
@@ -176,7 +184,7 @@ CALL cuCtxSetCurrent(void* context) {
     ENTER(DRIVER);
     auto* const device = static_cast<Device*>(context);
     if (lost) return lost;
-    if (device && (device < devices || device >= devices + DEVICES || device->retained == 0)) return INVALID_CONTEXT;
+    if (device && (device < devices || device >= devices + device_count() || device->retained == 0)) return INVALID_CONTEXT;
     return current = device, SUCCESS;
 }
 

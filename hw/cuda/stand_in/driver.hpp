@@ -9,15 +9,18 @@
 //   LITE_LLM_STAND_IN         a device of that compute capability, ten times it; none (0, or nothing); a driver that fails (fails)
 //   LITE_LLM_STAND_IN_SEED    the order in which what is queued runs (0)
 //   LITE_LLM_STAND_IN_MEMORY  bytes of each device (24 GiB)
+//   LITE_LLM_STAND_IN_DEVICES how many devices there are (2)
 //   LITE_LLM_STAND_IN_PINNED  bytes of host memory that may be pinned (no limit)
 //   LITE_LLM_STAND_IN_BUSY    the number of a device that somebody else has to himself
 //   LITE_LLM_STAND_IN_TALLY   a file, to which a process that ends well writes how many of each `what` there were, and how often each
-//                             kernel ran: a line for each
+//                             kernel ran: a line for each. %p in its name is the number of the process
+//   LITE_LLM_STAND_IN_NCCL    the folder in which processes find each other (TMPDIR, or /tmp): see nccl.cpp
+//   LITE_LLM_STAND_IN_NCCL_VERSION  the version of NCCL, as it counts them (22703)
 //   LITE_LLM_STAND_IN_FAULT   faults with commas between them, each `what:number:how`
 // The number-th `what` of the process, counted from 1 as the host asks for it, or each where the number is *: init, alloc (of a device),
 // pin, module, graph (one that is made), replay (its launch), launch (of a kernel; those of a graph count at each replay), copy (from
-// the host to a device), fetch (back), pages and pages_back (those of both that are whole pages of the host, as experts are), and the
-// name of a kernel for its launches. `how` is
+// the host to a device), fetch (back), pages and pages_back (those of both that are whole pages of the host, as experts are), unique,
+// join and exchange (of NCCL), and the name of a kernel for its launches. `how` is
 //   a code    the call fails with it. One after which a context is lost (214, 700, 719, 999 and others) comes when the operation
 //             runs, so that a later call has it first; and from then on nothing runs, and every call has it
 //   hang      the operation never ends, and nothing that waits for it begins
@@ -66,7 +69,7 @@ enum Code : int {
 // As an address of device memory is handed to the host.
 using Address = std::uint64_t;
 
-constexpr int DEVICES = 2;
+constexpr int DEVICES_MAX = 8;
 
 // A device, and its primary context, which is all the contexts that there are.
 struct Device {
@@ -74,7 +77,7 @@ struct Device {
     unsigned retained;
     std::size_t used;
 };
-extern Device devices[DEVICES];
+extern Device devices[DEVICES_MAX];
 
 // ---- What was wished (wishes.cpp).
 
@@ -82,9 +85,13 @@ struct Fault {
     enum How { NOTHING, CODE, HANG, FLIP } how = NOTHING;
     int code = 0;
 };
-enum What { INIT, ALLOC, PIN, MODULE, GRAPH, REPLAY, LAUNCH, COPY, FETCH, PAGES, PAGES_BACK, WHATS };
+enum What { INIT, ALLOC, PIN, MODULE, GRAPH, UNIQUE, REPLAY, LAUNCH, COPY, FETCH, PAGES, PAGES_BACK, JOIN, EXCHANGE, WHATS };
 
 const char* kind_of_driver();
+int device_count();
+// Where processes find each other, and the version of NCCL.
+std::string folder_of_nccl();
+int version_of_nccl();
 std::size_t memory_of_device();
 std::size_t pinned_limit();
 bool is_busy(int device);
@@ -134,8 +141,17 @@ extern std::string running_now;
 
 // ---- What is queued (queue.cpp).
 
+// What goes to other processes, and comes from them.
+struct Exchange {
+    virtual ~Exchange() = default;
+    // Moves what can be moved; whether all is done, or nobody waits for it any more.
+    virtual bool advance() = 0;
+    virtual bool uses(Address begin, Address end) const = 0;
+};
+
 struct Work {
-    enum Kind { MARK, RUN, MOVE } kind = MARK;
+    enum Kind { MARK, RUN, MOVE, MEET } kind = MARK;
+    std::shared_ptr<Exchange> exchange;
     const shim::Kernel* kernel = nullptr;
     uint3 grid = {}, block = {};
     std::vector<shim::Argument> arguments;
@@ -173,6 +189,8 @@ struct Stream {
     Device* device = nullptr;
     bool waits_for_default = true;
     Op last;
+    // An exchange is to come that was not issued yet: what is queued now would overtake it.
+    bool is_overtaken = false;
     // Where it records a graph: what comes next comes after these nodes.
     std::shared_ptr<Capture> capture;
     std::vector<std::size_t> tails;
@@ -224,7 +242,8 @@ extern int lost;
 
 // ---- Running it (run.cpp, fibers.cpp).
 
-void run(Operation& operation);
+// Whether it is done: what waits for other processes may not be.
+bool run(Operation& operation);
 void run_grid(const shim::Kernel& kernel, const shim::Argument* arguments, uint3 grid, uint3 block);
 
 // ---- A call of the host: one at a time.

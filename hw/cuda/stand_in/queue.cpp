@@ -6,8 +6,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <set>
+#include <thread>
 #include <unordered_map>
+#include <utility>
 
 #include "driver.hpp"
 
@@ -20,7 +23,7 @@ namespace {
 std::unordered_map<Operation*, Op> pending;
 std::vector<Operation*> ready;
 std::set<Stream*> streams;
-Stream defaults[DEVICES], defaults_of_threads[DEVICES];
+Stream defaults[DEVICES_MAX], defaults_of_threads[DEVICES_MAX];
 std::uint64_t operations;
 unsigned streams_made;
 
@@ -57,18 +60,28 @@ void finish(Operation* operation) {
     pending.erase(found);
 }
 
-void run_ready(std::size_t index) {
+// Whether it got anywhere: what waits for another process is tried again.
+bool run_ready(std::size_t index) {
     Operation* const operation = ready[index];
     ready[index] = ready.back();
     ready.pop_back();
     // What hangs is never done, and never ready again.
-    if (operation->fault.how == Fault::HANG) return;
-    run(*operation);
+    if (operation->fault.how == Fault::HANG) return true;
+    if (!run(*operation)) {
+        ready.push_back(operation);
+        return false;
+    }
     if (operation->fault.how == Fault::CODE) {
         lost = operation->fault.code;
-        return;
+        return true;
     }
     finish(operation);
+    return true;
+}
+
+// Whether something waits for another process.
+bool somebody_waits() {
+    return std::any_of(ready.begin(), ready.end(), [](const Operation* of) { return of->work->kind == Work::MEET; });
 }
 
 // Runs one operation, drawn.
@@ -81,8 +94,7 @@ bool run_any() {
             if (key(ready[i]) < key(ready[index])) index = i;
         }
     }
-    run_ready(index);
-    return true;
+    return run_ready(index);
 }
 
 // From an operation to one that it waits for, as far as that is known: chains are long, and each is walked once.
@@ -101,8 +113,7 @@ bool run_needed(Path& path) {
     }
     const auto found = std::find(ready.begin(), ready.end(), path.back().get());
     if (lost || found == ready.end()) return false;
-    run_ready(static_cast<std::size_t>(found - ready.begin()));
-    return true;
+    return run_ready(static_cast<std::size_t>(found - ready.begin()));
 }
 
 bool run_for(Path& path) { return (draw(4) < temper().broad && run_any()) || run_needed(path); }
@@ -111,6 +122,29 @@ bool run_for(Path& path) { return (draw(4) < temper().broad && run_any()) || run
 [[noreturn]] void hang(std::unique_lock<std::mutex>& lock) {
     lock.unlock();
     for (;;) pause();
+}
+
+// A device gets on whether its host calls or not, which others see who exchange something with it: as long as there is an exchange, what
+// it takes to come to it is run by a thread of its own.
+void run_beside_calls() {
+    static bool begun, over;
+    if (std::exchange(begun, true)) return;
+    std::atexit([] {
+        const std::lock_guard<std::mutex> lock(door());
+        over = true;
+    });
+    std::thread([] {
+        for (;;) {
+            usleep(200);
+            const std::lock_guard<std::mutex> lock(door());
+            if (over) return;
+            const auto is_exchange = [](const auto& one) { return one.second->work->kind == Work::MEET; };
+            const auto found = std::find_if(pending.begin(), pending.end(), is_exchange);
+            if (lost || found == pending.end()) continue;
+            Path path = {found->second};
+            run_for(path);
+        }
+    }).detach();
 }
 
 Op make(Stream& stream, std::shared_ptr<const Work> work, const std::vector<Op>& after) {
@@ -144,6 +178,7 @@ Stream& default_of(Device* device) {
 }  // namespace
 
 bool Work::uses(Address begin, Address end) const {
+    if (kind == MEET) return exchange->uses(begin, end);
     const auto overlaps = [&](Address at, std::size_t count) { return at < end && begin < at + count; };
     if (kind == MOVE && !from_host && overlaps(from, bytes)) return true;
     if (kind == MOVE && !to_host && overlaps(to, bytes)) return true;
@@ -161,7 +196,10 @@ bool Work::uses_host(const char* begin, const char* end) const {
 }
 
 std::string Operation::name() const {
-    std::string what = work->kind == Work::RUN ? work->kernel->name : work->kind == Work::MOVE ? "a copy" : "a mark";
+    std::string what = work->kind == Work::RUN    ? work->kernel->name
+                       : work->kind == Work::MOVE ? "a copy"
+                       : work->kind == Work::MEET ? "an exchange"
+                                                  : "a mark";
     if (work->kind == Work::MOVE) {
         what += work->from_host ? " from the host" : work->to_host ? " to the host" : " on the device";
         what += " of " + std::to_string(work->bytes) + " bytes";
@@ -221,6 +259,9 @@ Op enqueue_after(Stream& stream, std::shared_ptr<const Work> work, const std::ve
 }
 
 int enqueue(Stream& stream, std::shared_ptr<const Work> work, const std::vector<Op>& more, Op* made) {
+    if (stream.is_overtaken) report("what is queued would overtake an exchange: ncclCommGetAsyncError has not yet said that it was issued");
+    if (stream.capture && work->kind == Work::MEET) report("an exchange is recorded in a graph");
+    if (work->kind == Work::MEET) run_beside_calls();
     if (stream.capture) {
         if (stream.capture->invalid) return CAPTURE_INVALIDATED;
         stream.capture->nodes.push_back({std::move(work), stream.tails});
@@ -244,7 +285,10 @@ int wait_for(const Op& op, std::unique_lock<std::mutex>& lock) {
         if (lost) return lost;
         if (!run_for(path)) {
             if (lost) return lost;
-            hang(lock);
+            if (!somebody_waits()) hang(lock);
+            lock.unlock();
+            usleep(50);
+            lock.lock();
         }
     }
     return SUCCESS;

@@ -84,19 +84,22 @@ void launch(const Operation& operation) {
 
 }  // namespace
 
-void run(Operation& operation) {
+bool run(Operation& operation) {
     running_now = operation.name();
     const Work& work = *operation.work;
     // What faults does nothing, so that nobody takes its results for good.
     const bool faults = operation.fault.how == Fault::CODE;
+    bool done = true;
     if (!faults) {
         switch (work.kind) {
             case Work::MARK: break;
             case Work::RUN: launch(operation); break;
             case Work::MOVE: move(operation); break;
+            case Work::MEET: done = work.exchange->advance(); break;
         }
     }
     running_now.clear();
+    return done;
 }
 
 }  // namespace stand_in

@@ -13,7 +13,8 @@
 namespace stand_in {
 namespace {
 
-const char* const NAMES[WHATS] = {"init", "alloc", "pin", "module", "graph", "replay", "launch", "copy", "fetch", "pages", "pages_back"};
+const char* const NAMES[WHATS] = {
+    "init", "alloc", "pin", "module", "graph", "unique", "replay", "launch", "copy", "fetch", "pages", "pages_back", "join", "exchange"};
 
 const char* variable(const char* name, const char* otherwise) {
     const char* const value = std::getenv(name);
@@ -77,8 +78,10 @@ struct Tally {
     std::map<std::string, std::uint64_t> counts;
 
     ~Tally() {
-        const char* const path = variable("LITE_LLM_STAND_IN_TALLY", nullptr);
-        std::FILE* const file = path ? std::fopen(path, "w") : nullptr;
+        std::string path = variable("LITE_LLM_STAND_IN_TALLY", "");
+        const std::size_t own = path.find("%p");
+        if (own != std::string::npos) path.replace(own, 2, std::to_string(getpid()));
+        std::FILE* const file = path.empty() ? nullptr : std::fopen(path.c_str(), "w");
         if (!file) return;
         const auto write = [&](const char* name) { std::fprintf(file, "%s %llu\n", name, static_cast<unsigned long long>(counts[name])); };
         for (const char* const name : NAMES) write(name);
@@ -100,6 +103,15 @@ Fault count_named(const char* what) {
 }  // namespace
 
 const char* kind_of_driver() { return variable("LITE_LLM_STAND_IN", "0"); }
+
+int device_count() {
+    static const int count = static_cast<int>(std::min<std::uint64_t>(number("LITE_LLM_STAND_IN_DEVICES", 2), DEVICES_MAX));
+    return count;
+}
+
+std::string folder_of_nccl() { return variable("LITE_LLM_STAND_IN_NCCL", variable("TMPDIR", "/tmp")); }
+
+int version_of_nccl() { return static_cast<int>(number("LITE_LLM_STAND_IN_NCCL_VERSION", 22703)); }
 
 std::size_t memory_of_device() {
     static const std::size_t bytes = number("LITE_LLM_STAND_IN_MEMORY", std::uint64_t{24} << 30);
