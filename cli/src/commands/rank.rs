@@ -1,6 +1,7 @@
 //! `lite-llm rank`: the process of one node of a cluster.
 
 use crate::exit::Exit;
+use crate::terminal::tell;
 use anyhow::Context;
 use clap::Args;
 use lite_llm_core::cluster::membership::{Member, NodeId};
@@ -118,6 +119,7 @@ impl RankArgs {
             supervisor: self.join,
             listen: self.listen,
             key: Key::of_file(&self.key_file)?,
+            say: |line| tell!("{line}"),
         })?;
         Ok(Exit::Ok)
     }

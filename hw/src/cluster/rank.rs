@@ -88,6 +88,8 @@ pub struct RankOptions {
     pub listen: SocketAddr,
     /// What all processes of the cluster share.
     pub key: Key,
+    /// Tells people a line of this node.
+    pub say: fn(&str),
 }
 
 /// What every node of a cluster has to say of itself.
@@ -185,6 +187,7 @@ struct Node {
     /// When the supervisor was last heard.
     heard: Instant,
     end: Option<Result<(), ClusterError>>,
+    say: fn(&str),
 }
 
 impl Node {
@@ -262,6 +265,7 @@ impl Node {
             member: *member,
             heard: Instant::now(),
             end: None,
+            say: options.say,
         })
     }
 
@@ -336,6 +340,9 @@ impl Node {
 
     /// A thread of this node has done something.
     fn report(&mut self, report: Report) -> Result<(), ClusterError> {
+        if let Some(news) = self.device.news() {
+            (self.say)(&format!("{}: {news}", self.member));
+        }
         match report {
             Report::Done { epoch, mut input, took } if epoch == self.device.epoch() => {
                 if let Some((what, duration)) = took {

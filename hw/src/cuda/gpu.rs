@@ -8,8 +8,8 @@ use super::nvrtc::Nvrtc;
 use super::self_test::{self, Tried};
 use cudarc::driver::result::{self, ctx, device, module, primary_ctx};
 use cudarc::driver::sys::{CUcontext, CUdevice, CUmodule};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// How long a device may be without progress, if nobody says otherwise. A kernel of the largest step takes milliseconds.
@@ -33,6 +33,19 @@ pub struct Gpu {
     taken: AtomicU64,
     /// Nothing is given back any more: work may be under way for ever, and whoever gives back what it uses waits for it.
     lost: AtomicBool,
+    /// How often whoever waits for other ranks was told to give that up.
+    interrupts: AtomicU64,
+    exchanges: Mutex<Exchanges>,
+}
+
+/// How values go to other ranks, as people are told.
+#[derive(Debug, Default)]
+struct Exchanges {
+    said: String,
+    /// It was not yet asked for.
+    is_new: bool,
+    /// Why NCCL did not do, when it was tried.
+    refusal: Option<String>,
 }
 
 // SAFETY: handles of the driver may be used from any thread in which the context is current; nothing here is changed but atomics.
@@ -89,6 +102,8 @@ impl Gpu {
             limit: AtomicU64::new(0),
             taken: AtomicU64::new(0),
             lost: AtomicBool::new(false),
+            interrupts: AtomicU64::new(0),
+            exchanges: Mutex::default(),
         };
         this.enter()?;
         let mut loaded = Vec::new();
@@ -144,6 +159,53 @@ impl Gpu {
     /// Makes the device current to give something back to it; whether that may be done.
     pub(super) fn takes_back(&self) -> bool {
         !self.lost.load(Ordering::Acquire) && self.enter().is_ok()
+    }
+
+    /// What tells it from every other device.
+    ///
+    /// # Errors
+    /// If it is lost.
+    pub(crate) fn uuid(&self) -> Result<[u8; 16], CudaError> {
+        let uuid = result::device::get_uuid(self.device).map_err(refusal("cuDeviceGetUuid"))?;
+        Ok(uuid.bytes.map(|byte| byte as u8))
+    }
+
+    /// Ends waiting for other ranks: a step was given up, or an epoch is over. It is said before the thread that computes is told why.
+    pub(crate) fn interrupt(&self) {
+        self.interrupts.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// How often that was.
+    pub(crate) fn interrupts(&self) -> u64 {
+        self.interrupts.load(Ordering::Acquire)
+    }
+
+    fn exchanges(&self) -> std::sync::MutexGuard<'_, Exchanges> {
+        self.exchanges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says how values go to other ranks from now on.
+    pub(crate) fn say_exchanges(&self, how: String) {
+        let mut exchanges = self.exchanges();
+        if exchanges.said != how {
+            (exchanges.said, exchanges.is_new) = (how, true);
+        }
+    }
+
+    /// What was said of it since the last time.
+    pub(crate) fn news(&self) -> Option<String> {
+        let mut exchanges = self.exchanges();
+        std::mem::take(&mut exchanges.is_new).then(|| exchanges.said.clone())
+    }
+
+    /// NCCL was tried and did not do: it is not tried again.
+    pub(crate) fn refuse_nccl(&self, why: String) {
+        self.exchanges().refusal = Some(why);
+    }
+
+    /// Why it did not do, if it was tried.
+    pub(crate) fn nccl_refusal(&self) -> Option<String> {
+        self.exchanges().refusal.clone()
     }
 
     /// Lets so many bytes be taken, in all.

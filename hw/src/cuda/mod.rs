@@ -1,7 +1,7 @@
 //! The host side of the kernels for GPUs: which devices there are ([`driver`]), the kernels' sources and what is made of them
 //! ([`kernels`]), the compiler that makes it ([`nvrtc`]) and the cache that keeps it ([`cache`]); a device that is used ([`gpu`]), its
-//! memory, streams and functions; how experts come to it (`staging.rs`, `upload.rs`), and a model's steps on it (`model`);
-//! and whether a cluster's nodes could have them ([`ready()`]).
+//! memory, streams and functions; how experts come to it (`staging.rs`, `upload.rs`), and a model's steps on it (`model`); the library
+//! that moves values from device to device (`nccl`); and whether a cluster's nodes could have them ([`ready()`]).
 //!
 //! The libraries are opened while the program runs, never linked: it is the same program where there is no GPU. Whether a library
 //! is there is asked before its first call, which would panic without it.
@@ -15,6 +15,7 @@ mod graph;
 pub mod kernels;
 pub(crate) mod memory;
 pub(crate) mod model;
+pub(crate) mod nccl;
 pub mod nvrtc;
 mod ready;
 pub mod self_test;
@@ -116,6 +117,20 @@ pub enum CudaError {
     Hang {
         /// How long it was waited for.
         patience: Duration,
+    },
+    /// Waiting for other ranks was interrupted.
+    #[error("the step was given up")]
+    Stopped,
+    /// NCCL answers with an error while values are moved.
+    #[error(
+        "NCCL fails ({call}: {why}); set NCCL_DEBUG=WARN to hear more of it; where libnccl.so.2 is not found, ranks exchange through \
+         the host"
+    )]
+    Nccl {
+        /// What was called.
+        call: &'static str,
+        /// What it answered.
+        why: String,
     },
     /// The driver is there and has no device.
     #[error(

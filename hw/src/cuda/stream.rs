@@ -2,10 +2,14 @@
 
 use super::CudaError;
 use super::driver::refusal;
+use super::event::Event;
 use super::functions::Function;
 use super::gpu::Gpu;
-use cudarc::driver::result::{self, event, stream};
-use cudarc::driver::sys::{self, CUevent, CUresult, CUstream};
+use super::nccl::communicator::Communicator;
+use cudarc::driver::result::{self, stream};
+use cudarc::driver::sys::{self, CUstream};
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -41,12 +45,28 @@ impl Arg {
     }
 }
 
+/// A stream's handle.
+pub(super) type Raw = CUstream;
+
 /// A stream of a device. It is used by one thread at a time.
 #[derive(Debug)]
 pub(crate) struct Stream {
     pub(super) gpu: Arc<Gpu>,
     pub(super) raw: CUstream,
-    end: CUevent,
+    end: Event,
+    exchanges: RefCell<Exchanges>,
+}
+
+/// The exchanges with other ranks that nobody has waited for. What comes before one and after it is the device's own work, and a device
+/// that does not get on with that hangs; an exchange takes as long as the others take.
+#[derive(Debug, Default)]
+struct Exchanges {
+    /// Events at the beginning and the end of each.
+    pending: VecDeque<(Event, Event, Arc<Communicator>)>,
+    /// Where the one that is being queued begins.
+    begun: Option<Event>,
+    /// Events that are free.
+    spare: Vec<Event>,
 }
 
 // SAFETY: handles of the driver may move to another thread.
@@ -60,8 +80,45 @@ impl Stream {
     pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         gpu.enter()?;
         let raw = stream::create(stream::StreamKind::NonBlocking).map_err(refusal("cuStreamCreate"))?;
-        let end = event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-        Ok(Self { gpu: Arc::clone(gpu), raw, end: end.map_err(refusal("cuEventCreate"))? })
+        Ok(Self { gpu: Arc::clone(gpu), raw, end: Event::new(gpu)?, exchanges: RefCell::default() })
+    }
+
+    /// Its handle.
+    pub(super) const fn raw(&self) -> Raw {
+        self.raw
+    }
+
+    /// What is queued next moves values between ranks.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub(super) fn begin_exchange(&self) -> Result<(), CudaError> {
+        let event = self.marked()?;
+        let mut exchanges = self.exchanges.borrow_mut();
+        // One that failed has begun and not ended.
+        let failed = exchanges.begun.replace(event);
+        exchanges.spare.extend(failed);
+        Ok(())
+    }
+
+    /// What was queued since then is an exchange of this communicator.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    pub(super) fn end_exchange(&self, of: &Arc<Communicator>) -> Result<(), CudaError> {
+        let end = self.marked()?;
+        let mut exchanges = self.exchanges.borrow_mut();
+        let begin = exchanges.begun.take().expect("an exchange ends after it has begun");
+        exchanges.pending.push_back((begin, end, Arc::clone(of)));
+        Ok(())
+    }
+
+    /// An event that is reached here.
+    fn marked(&self) -> Result<Event, CudaError> {
+        let spare = self.exchanges.borrow_mut().spare.pop();
+        let event = spare.map_or_else(|| Event::new(&self.gpu), Ok)?;
+        self.mark(&event)?;
+        Ok(event)
     }
 
     /// Launches a kernel: blocks, threads of a block, arguments.
@@ -125,36 +182,55 @@ impl Stream {
     /// Waits for all that it was given.
     ///
     /// # Errors
-    /// If the device is lost, or has not come to the end after as long as it may be without progress.
+    /// If the device is lost, or has not come to the end after as long as it may be without progress; or if waiting for other ranks is
+    /// interrupted. What waited for them ends then, so that the stream can be waited for again.
     pub(crate) fn wait(&self) -> Result<(), CudaError> {
-        // SAFETY: event and stream live.
-        unsafe { event::record(self.end, self.raw) }.map_err(refusal("cuEventRecord"))?;
-        let began = Instant::now();
-        loop {
-            // SAFETY: the event lives.
-            match unsafe { event::query(self.end) } {
-                Ok(()) => return Ok(()),
-                Err(error) if error.0 == CUresult::CUDA_ERROR_NOT_READY => {}
-                Err(error) => return Err(refusal("cuEventQuery")(error)),
+        self.mark(&self.end)?;
+        while let Some((begin, end, of)) = self.next_exchange() {
+            let ended = self.reach(&begin, None).and_then(|()| self.reach(&end, Some(&of)));
+            self.exchanges.borrow_mut().spare.extend([begin, end]);
+            if ended.is_err() {
+                self.forget_exchanges();
+                return ended;
             }
+        }
+        self.reach(&self.end, None)
+    }
+
+    /// Takes the first exchange that nobody has waited for.
+    fn next_exchange(&self) -> Option<(Event, Event, Arc<Communicator>)> {
+        self.exchanges.borrow_mut().pending.pop_front()
+    }
+
+    /// Nobody waits for any of them.
+    fn forget_exchanges(&self) {
+        let Exchanges { pending, spare, .. } = &mut *self.exchanges.borrow_mut();
+        spare.extend(pending.drain(..).flat_map(|(begin, end, _)| [begin, end]));
+    }
+
+    /// Waits until an event is passed: as long as the device may be without progress, or as long as an exchange may end well.
+    fn reach(&self, event: &Event, exchange: Option<&Communicator>) -> Result<(), CudaError> {
+        let began = Instant::now();
+        while !event.is_passed()? {
             let waited = began.elapsed();
-            if waited > self.gpu.patience {
-                return Err(CudaError::Hang { patience: self.gpu.patience });
+            match exchange {
+                Some(exchange) => exchange.look()?,
+                None if waited > self.gpu.patience => {
+                    return Err(CudaError::Hang { patience: self.gpu.patience });
+                }
+                None => {}
             }
             if waited < BUSY { std::thread::yield_now() } else { std::thread::sleep(PAUSE) }
         }
+        Ok(())
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if !self.gpu.takes_back() {
-            return;
-        }
-        // SAFETY: both were created once, and are used by nobody after this.
-        unsafe {
-            let _ = event::destroy(self.end);
-            let _ = stream::destroy(self.raw);
+        if self.gpu.takes_back() {
+            // SAFETY: it was created once, and is used by nobody after this.
+            let _ = unsafe { stream::destroy(self.raw) };
         }
     }
 }

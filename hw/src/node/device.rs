@@ -118,8 +118,21 @@ impl Device {
         if let Some(Arenas { hot, warm }) = self.arenas.take() {
             self.former.extend([Arc::downgrade(&hot), Arc::downgrade(&warm)]);
         }
+        self.interrupt();
         self.loaders.begin(self.epoch, model.as_ref().map(Model::expert_loader));
         self.compute.send(Work::Forget { epoch: self.epoch, model: model.map(Box::new) });
+    }
+
+    /// Ends waiting for other ranks on a device, which nothing that comes through a channel ends.
+    fn interrupt(&self) {
+        if let Some(gpu) = &self.gpu {
+            gpu.interrupt();
+        }
+    }
+
+    /// What people may want to know of how ranks exchange, if it is not what it was.
+    pub(crate) fn news(&self) -> Option<String> {
+        self.gpu.as_ref()?.news()
     }
 
     /// Hands the running step what another rank computed.
@@ -178,7 +191,10 @@ impl Device {
                 let provided = Provided { wave, wave_len, expert, slot };
                 self.compute.send(Work::Provide { step, attempt, layer, provided });
             }
-            Output::Abort { step, attempt } => self.compute.send(Work::Abort { step, attempt }),
+            Output::Abort { step, attempt } => {
+                self.interrupt();
+                self.compute.send(Work::Abort { step, attempt });
+            }
             Output::Release => {
                 self.arenas = None;
                 self.loaders.release();
@@ -224,6 +240,7 @@ impl Device {
 
     /// Gives a running step up, waits for the loads under way, and ends the threads.
     pub(crate) fn close(self) {
+        self.interrupt();
         self.loaders.close();
         self.compute.close();
     }

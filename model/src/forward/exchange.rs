@@ -16,6 +16,9 @@ const RESULTS: u32 = 6;
 const HANDED_ON: u32 = 7;
 const EXPERTS: u32 = 8;
 
+/// Beyond those of all layers.
+const AGREEMENT: u32 = u32::MAX - 0xff;
+
 const fn number(layer: usize, place: u32) -> u32 {
     layer as u32 * OF_LAYER + place
 }
@@ -59,4 +62,9 @@ pub const fn of_stage(layer: usize) -> u32 {
 /// [`ROWS_TOGETHER`] rows that are resident.
 pub const fn of_experts(layer: usize, together: u32) -> u32 {
     number(layer, EXPERTS + 2 * together)
+}
+
+/// Of what ranks agree on before the first step that exchanges: the so-manieth round.
+pub const fn of_agreement(round: u8) -> u32 {
+    AGREEMENT + round as u32
 }

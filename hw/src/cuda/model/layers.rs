@@ -34,10 +34,10 @@ impl Run<'_> {
         if share.is_first_stage() {
             self.embed()?;
         } else {
-            self.take_over(step, &mut Among::Ranks { source, post: &mut desk.post })?;
+            self.take_over(step, &mut Among::Ranks { source, transport: desk.ways.transport() })?;
         }
         for (index, layer) in share.layers(self.model.arch()).zip(&self.base.layers) {
-            let among = &mut Among::Ranks { source, post: &mut desk.post };
+            let among = &mut Among::Ranks { source, transport: desk.ways.transport() };
             self.before_block(index, layer, among)?;
             if !self.dense(index, layer, among)? {
                 self.mixture(index, layer, step, source, desk)?;
@@ -46,7 +46,7 @@ impl Run<'_> {
         if !share.is_last_stage() {
             return Ok(());
         }
-        self.first_logits(&mut Among::Ranks { source, post: &mut desk.post })
+        self.first_logits(&mut Among::Ranks { source, transport: desk.ways.transport() })
     }
 
     fn before_block(&self, index: usize, layer: &Layer, among: &mut Among<'_>) -> Result<(), Failed> {

@@ -4,11 +4,13 @@
 
 use super::super::CudaError;
 use super::super::stream::Arg::{At, Value, Word};
+use super::agreement::Ways;
 use super::mirror::{Mirror, Results};
-use super::ranks::{Among, Post};
+use super::ranks::Among;
 use super::routes::{Routes, Users, foreseen};
 use super::run::{Run, Several};
 use super::standing::Resident;
+use super::transport::Transport;
 use super::weights::{Layer, Matrix};
 use super::{Failed, Step};
 use lite_llm_core::ids::Slot;
@@ -26,7 +28,7 @@ pub(super) struct Desk {
     pub(super) lists: Mirror,
     pub(super) results: Results,
     pub(super) users: Users,
-    pub(super) post: Post,
+    pub(super) ways: Ways,
 }
 
 /// The matrices of experts, as those of the slot where slots begin.
@@ -77,7 +79,7 @@ impl Run<'_> {
         let first_row = desk.lists.words(&users.firsts);
         // Those that this rank computes are neighbours, as an expert rank's always are.
         let own = users.own(self.model);
-        let post = &mut desk.post;
+        let transport = desk.ways.transport();
         if let Some(resident) = &step.forward.resident {
             let slots = users.keys[own.clone()].iter().map(|key| {
                 let at = resident.binary_search_by_key(key, |&(key, _)| key);
@@ -99,24 +101,24 @@ impl Run<'_> {
                     rows_max: users.most(&group),
                     rows_usual: users.most(&group),
                 };
-                let mut among = Among::Ranks { source, post };
+                let mut among = Among::Ranks { source, transport };
                 self.together(&experts, several, users.of(&group), of_experts(index, count), &mut among)?;
                 (first, count) = (group.end, count + 1);
             }
-            self.exchange_results(index, users, &own, &mut Among::Ranks { source, post })?;
-            self.shared(index, layer, &mut Among::Ranks { source, post })?;
+            self.exchange_results(index, users, &mut Among::Ranks { source, transport })?;
+            self.shared(index, layer, &mut Among::Ranks { source, transport })?;
         } else {
             desk.lists.send(self.stream)?;
             source.need(number, &users.keys, &foreseen)?;
             // Tensor ranks exchange what it gives, in the order of the model on the CPU.
             if !self.is_tensor() {
-                self.shared(index, layer, &mut Among::Ranks { source, post })?;
+                self.shared(index, layer, &mut Among::Ranks { source, transport })?;
             }
             self.pack_users(&experts, users.of(&own), positions)?;
-            self.as_they_come(index, &experts, (users, &own), first_row, (source, post))?;
-            self.exchange_results(index, users, &own, &mut Among::Ranks { source, post })?;
+            self.as_they_come(index, &experts, (users, &own), first_row, (source, transport))?;
+            self.exchange_results(index, users, &mut Among::Ranks { source, transport })?;
             if self.is_tensor() {
-                self.shared(index, layer, &mut Among::Ranks { source, post })?;
+                self.shared(index, layer, &mut Among::Ranks { source, transport })?;
             }
         }
         self.combine(layer, results, self.place(false).routes)?;
@@ -178,7 +180,7 @@ impl Run<'_> {
         experts: &Experts,
         (users, own): (&Users, &Range<usize>),
         first_row: u64,
-        (source, post): (&mut dyn ExpertSource, &mut Post),
+        (source, transport): (&mut dyn ExpertSource, &mut dyn Transport),
     ) -> Result<(), Failed> {
         let (mut left, mut count, mut came) = (own.len(), 0, 0);
         let mut wave: Vec<Provided> = Vec::new();
@@ -201,7 +203,7 @@ impl Run<'_> {
                     rows_usual: users.most(&group),
                 };
                 let here = experts.at(self.begin(provided.slot));
-                let mut among = Among::Ranks { source, post };
+                let mut among = Among::Ranks { source, transport };
                 self.together(&here, several, users.of(&group), of_experts(index, count), &mut among)?;
                 (left, count) = (left - 1, count + 1);
             }

@@ -3,9 +3,12 @@
 //! Weights, cache, experts and the values of a step are in memory of the device that is taken at start, within a hard budget
 //! ([`sizes`]). The host makes lists ([`tables`]), launches ([`run`], [`attention`], [`mixture`]) and takes back what is digested: the
 //! routes of each layer, logits, the residual stream, and the tokens that were chosen. Rows are digested by the model's own code
-//! ([`lite_llm_model::forward::Outcome`]). A rank computes its share, and exchanges with others through the host ([`ranks`]).
+//! ([`lite_llm_model::forward::Outcome`]). A rank computes its share, and exchanges with others ([`ranks`]): through the
+//! host, or from device to device ([`transport`]).
 
+mod agreement;
 mod attention;
+mod direct;
 mod ending;
 mod graphs;
 mod layers;
@@ -17,6 +20,7 @@ mod run;
 pub(crate) mod sizes;
 mod standing;
 mod tables;
+mod transport;
 mod weights;
 
 use super::CudaError;
@@ -25,6 +29,7 @@ use super::memory::Memory;
 use super::stream::Stream;
 use crate::arena::Arena;
 use crate::node::backend::{Backend, Unfinished, fault_of};
+use agreement::Ways;
 use graphs::Graphs;
 use lite_llm_core::input::{Fault, RowResult};
 use lite_llm_core::output::Forward;
@@ -32,7 +37,7 @@ use lite_llm_model::forward::Outcome;
 use lite_llm_model::{Capture, ExpertSource, Model, StepError, Stopped};
 use mirror::{Mirror, Results};
 use mixture::Desk;
-use ranks::{Among, Post};
+use ranks::Among;
 use routes::Users;
 use run::Run;
 use sizes::{Room, Sizes};
@@ -62,7 +67,10 @@ impl From<Stopped> for Failed {
 
 impl From<CudaError> for Failed {
     fn from(error: CudaError) -> Self {
-        Self::Cuda(error)
+        match error {
+            CudaError::Stopped => Self::Step(Stopped.into()),
+            error => Self::Cuda(error),
+        }
     }
 }
 
@@ -142,7 +150,7 @@ impl CudaModel {
             lists: Mirror::new(gpu, lists, sizes.list_words())?,
             results: Results::new(gpu, sizes.results_bytes())?,
             users: Users::default(),
-            post: Post::new(gpu, sizes.exchanged_bytes())?,
+            ways: Ways::new(gpu, sizes.exchanged_bytes())?,
         };
         let standing = (lists + 4 * sizes.list_words() as u64).next_multiple_of(super::memory::ALIGN);
         let standing = Standing::new(Mirror::new(gpu, standing, sizes.standing_words())?);
@@ -164,6 +172,9 @@ impl CudaModel {
         let carved = self.carved.as_mut().expect("memory is carved before the first step");
         let slots = carved.arena.on_gpu().expect("experts are on the device");
         carved.desk.results.clear();
+        if self.model.share().topology().ranks() > 1 {
+            carved.desk.ways.agree(&self.gpu, self.model.share(), source)?;
+        }
         let through = (&self.stream, &mut carved.desk.results);
         let standing = carved.standing.of(&self.model, step.forward, slots.1, through)?;
         let capture = step.capture.as_deref();
@@ -199,9 +210,9 @@ impl CudaModel {
             }
         }
         let share = self.model.share();
-        let Desk { results, post, .. } = &mut carved.desk;
-        let among = &mut Among::Ranks { source, post };
-        if share.is_last_stage() { run.end(step, results, among) } else { run.hand_on(step, among) }
+        let Desk { results, ways, .. } = &mut carved.desk;
+        let among = &mut Among::Ranks { source, transport: ways.transport() };
+        if share.is_last_stage() { run.end(step, results, among) } else { run.hand_on(step, results, among) }
     }
 }
 
@@ -260,8 +271,12 @@ impl Backend for CudaModel {
             Ok(()) => Ok(step.outcome.results()),
             Err(Failed::Cuda(error)) => Err(lost(error)),
             Err(Failed::Step(error)) => {
-                // Slots, pages and lists may be written again once this returns.
-                self.stream.wait().map_err(lost)?;
+                // Slots, pages and lists may be written again once this returns. What waits for other ranks is ended by the first wait.
+                let waited = match self.stream.wait() {
+                    Err(CudaError::Stopped) => self.stream.wait(),
+                    waited => waited,
+                };
+                waited.map_err(lost)?;
                 Err(error.into())
             }
         }

@@ -5,6 +5,7 @@ use super::super::CudaError;
 use super::super::memory::ALIGN;
 use lite_llm_model::Model;
 use lite_llm_model::arch::{Moe, Norm, QkNorm};
+use lite_llm_model::forward::exchange::ROWS_TOGETHER;
 use lite_llm_model::kernels::{PAGE_POSITIONS, Storage};
 use lite_llm_model::parts::ExpertPart;
 
@@ -65,6 +66,8 @@ pub(crate) struct Sizes {
     pub(super) whole: usize,
     pub(super) own: usize,
     pub(super) exchanged: usize,
+    /// The most that tensor ranks gather at once, with what aligns their parts.
+    pub(super) gathered: usize,
 }
 
 /// Values that a row has once it is packed, whatever the storage of the matrix.
@@ -132,6 +135,12 @@ impl Sizes {
         };
         let deepest = (0..topology.tensor).map(|rank| model.share().rows_of(rank, hidden).len()).max();
         let own = if model.share().is_tensor() { users * deepest.unwrap_or(0) } else { 0 };
+        // Experts that are computed together have few rows, or are one, which every position may use.
+        let together = if places > 0 { users.min(positions.max(ROWS_TOGETHER)) } else { 0 };
+        let gathered = whole
+            .max(positions * dense.max(hidden).max(attention.mixed_dim()))
+            .max(together * width.max(hidden))
+            .max(rows * arch.vocab);
         let exchanged = whole
             .max(inside)
             .max(positions * hidden.max(attention.mixed_dim()))
@@ -140,6 +149,7 @@ impl Sizes {
         Ok(Self {
             whole,
             own,
+            gathered: if model.share().is_tensor() { gathered + 4 * topology.tensor as usize } else { 0 },
             exchanged: if topology.ranks() > 1 { exchanged } else { 0 },
             positions,
             rows,
@@ -201,6 +211,7 @@ impl Sizes {
             self.rows * self.vocab,
             self.whole,
             self.own,
+            self.gathered,
         ]
     }
 
@@ -267,7 +278,7 @@ impl Sizes {
 }
 
 /// Pieces of memory of a step.
-const PIECES: usize = 30;
+const PIECES: usize = 31;
 
 /// Offsets in what comes back of a step, in words from the residual stream on.
 #[derive(Clone, Copy, Debug)]
@@ -316,6 +327,8 @@ pub(super) struct Room {
     pub(super) logits: u64,
     pub(super) whole: u64,
     pub(super) own: u64,
+    /// Parts of tensor ranks as they came from their devices.
+    pub(super) gathered: u64,
 }
 
 /// Where rows are brought in the order that products want: values, or integers and their scales.
@@ -350,7 +363,7 @@ impl Room {
         let [x, normed, added, values, inner, words, scales, inner_words, inner_scales, rest @ ..] = at;
         let [q, k, v, mixed, first, queries, apart, through, attention, rest @ ..] = rest;
         let [gates, ups, inside, results, shared, shared_gates, scores, rest @ ..] = rest;
-        let [last, shares, penalised, whole, own] = rest;
+        let [last, shares, penalised, whole, own, gathered] = rest;
         let packed = Packed { values, words, scales };
         let packed_inside = Packed { values: inner, words: inner_words, scales: inner_scales };
         let this = Self {
@@ -384,6 +397,7 @@ impl Room {
             logits: 0,
             whole,
             own,
+            gathered,
         };
         (this, next)
     }
