@@ -1,7 +1,7 @@
 //! A place for commands on a machine with GPUs: a stand-in for the driver (`hw/cuda/stand_in`), and NVRTC as it is.
 
 use crate::command::{Place, Ran};
-use crate::cuda::{after_the_self_test, compile_driver, counts, say_skipped};
+use crate::cuda::{after_the_self_test, compile_driver, counts, nccl_of, say_skipped};
 use crate::harness::folder;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -14,6 +14,8 @@ pub struct GpuPlace {
     /// Where its commands run.
     pub place: Place,
     libraries: OsString,
+    /// The same with NCCL.
+    more_libraries: OsString,
     /// Kernels are compiled once for all tests.
     cache: PathBuf,
     before: OnceLock<BTreeMap<String, u64>>,
@@ -31,9 +33,11 @@ impl GpuPlace {
             say_skipped(&format!("{what}, for want of a C++ compiler or hw/cuda/fetch-nvrtc"));
             return None;
         };
-        let libraries = std::env::join_paths([driver, nvrtc]).expect("paths without colons");
+        let joined = |paths: &[&PathBuf]| std::env::join_paths(paths).expect("paths without colons");
+        let (libraries, more_libraries) =
+            (joined(&[&driver, &nvrtc]), joined(&[&driver, &nccl_of(&driver), &nvrtc]));
         let (cache, before) = (target.join("cuda-cache"), OnceLock::new());
-        Some(Self { place: Place::new(), libraries, cache, before })
+        Some(Self { place: Place::new(), libraries, more_libraries, cache, before })
     }
 
     /// A command, with wishes for the stand-in: names after `LITE_LLM_STAND_IN`, and values. Faults are counted from the end of the
@@ -48,6 +52,13 @@ impl GpuPlace {
             command.env(format!("LITE_LLM_STAND_IN_{name}"), value);
         }
         command
+    }
+
+    /// Gives a command NCCL, and so many devices.
+    pub fn with_nccl(&self, command: &mut Command, devices: u32) {
+        command.env("LD_LIBRARY_PATH", &self.more_libraries);
+        command.env("LITE_LLM_STAND_IN_NCCL", self.place.path(""));
+        command.env("LITE_LLM_STAND_IN_DEVICES", devices.to_string());
     }
 
     /// How often the stand-in is asked for what by the self-test, which whoever opens a device makes.

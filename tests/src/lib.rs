@@ -7,6 +7,7 @@ pub mod fuzzing;
 #[allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a panic is a finding")]
 pub mod gpu_machine;
 pub mod gpu_place;
+pub mod gpu_ranks;
 pub mod harness;
 pub mod heard;
 pub mod kept;
