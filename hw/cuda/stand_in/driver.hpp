@@ -85,7 +85,7 @@ struct Fault {
     enum How { NOTHING, CODE, HANG, FLIP } how = NOTHING;
     int code = 0;
 };
-enum What { INIT, ALLOC, PIN, MODULE, GRAPH, UNIQUE, REPLAY, LAUNCH, COPY, FETCH, PAGES, PAGES_BACK, JOIN, EXCHANGE, WHATS };
+enum What { INIT, ALLOC, PIN, MODULE, GRAPH, UNIQUE, REPLAY, LAUNCH, JOIN, EXCHANGE, PAGES, PAGES_BACK, COPY, FETCH, WHATS };
 
 const char* kind_of_driver();
 int device_count();

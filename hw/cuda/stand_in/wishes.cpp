@@ -14,7 +14,7 @@ namespace stand_in {
 namespace {
 
 const char* const NAMES[WHATS] = {
-    "init", "alloc", "pin", "module", "graph", "unique", "replay", "launch", "copy", "fetch", "pages", "pages_back", "join", "exchange"};
+    "init", "alloc", "pin", "module", "graph", "unique", "replay", "launch", "join", "exchange", "pages", "pages_back", "copy", "fetch"};
 
 const char* variable(const char* name, const char* otherwise) {
     const char* const value = std::getenv(name);
