@@ -40,6 +40,7 @@ fn a_configuration_is_refused_by_file_and_key() {
         ("warm = -1", &["config.toml", "warm"]),
         ("io = \"tape\"", &["config.toml", "io", "uring", "pread", "mmap"]),
         ("drain_bound = \"soon\"", &["config.toml", "drain_bound"]),
+        ("sync_every = \"often\"", &["config.toml", "sync_every"]),
         ("treads = 1", &["config.toml", "treads"]),
         ("tierset = [\"fast\"]", &["config.toml", "unknown tier \"fast\"", "all"]),
         ("mode = \"quick\"", &["config.toml", "unknown mode \"quick\"", "balanced"]),

@@ -131,7 +131,7 @@ fn launched(counts: &Path) -> Vec<(String, u64)> {
     let counts = std::fs::read_to_string(counts).unwrap();
     let lines = counts.lines().map(|line| line.split_once(' ').unwrap());
     let lines = lines.map(|(what, count)| (what.to_owned(), count.parse().unwrap()));
-    let kernels = lines.skip_while(|(what, _)| what != "pages_back").skip(1);
+    let kernels = lines.skip_while(|(what, _)| what != "kernels").skip(1);
     kernels.filter(|(what, _)| !what.starts_with("planted")).collect()
 }
 

@@ -95,9 +95,9 @@ fn ranks_that_are_killed_in_an_exchange_cost_no_bit() {
     assert_eq!(tokens(&ran), expected);
     assert!(ran.stderr.contains(DIRECT), "{}", ran.stderr);
     assert!(!ran.stderr.contains("the GPU is lost"), "who is left goes on: {}", ran.stderr);
-    // Some have been of the first epoch and of those after it, each with a communicator of its own.
+    // Some have been of the first epoch and of one after it, each with a communicator of its own. Both deaths may fall into one.
     let joined = asked_for(&machine, "join");
-    assert!(joined.iter().any(|&joined| joined >= 3), "{joined:?}: {}", ran.stderr);
+    assert!(joined.iter().any(|&joined| joined >= 2), "{joined:?}: {}", ran.stderr);
     for node in 0..5 {
         machine.replay(&model, node);
     }

@@ -85,6 +85,7 @@ struct Tally {
         if (!file) return;
         const auto write = [&](const char* name) { std::fprintf(file, "%s %llu\n", name, static_cast<unsigned long long>(counts[name])); };
         for (const char* const name : NAMES) write(name);
+        write("kernels");
         for (std::size_t i = 0; i < shim::kernels_count; i++) write(shim::kernels[i].name);
         std::fclose(file);
     }
