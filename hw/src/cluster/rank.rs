@@ -218,7 +218,7 @@ impl Node {
         let mut plan = plan.map_err(NodeError::from)?;
         let facts = facts_of(&plan.identity, config);
         // How graphs of decode are made is nothing to ranks, which have none.
-        let (backend, _) = backend_of(gpu.as_ref(), model, options.isa, limits, &mut plan)?;
+        let (backend, _) = backend_of(gpu.as_ref(), model, limits, &mut plan)?;
         let header = Header {
             logic_version: LOGIC_VERSION,
             node: member.node.0,

@@ -22,7 +22,6 @@ use lite_llm_core::journal::{Header, Recovered, Store, scan};
 use lite_llm_core::output::Output;
 use lite_llm_core::plan::ModelPlan;
 use lite_llm_core::replay::fold;
-use lite_llm_model::kernels::Isa;
 use lite_llm_model::tokenizer::Tokenizer;
 use lite_llm_model::{Checkpoint, Model, ModelOptions};
 
@@ -92,7 +91,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let limits = &config.limits;
     let mut plan = model.plan(limits.step_positions_max, limits.rows_max, tokenizer_digest)?;
     let identity = Arc::new(plan.identity.clone());
-    let (backend, launching) = backend_of(gpu.as_ref(), model, isa, limits, &mut plan)?;
+    let (backend, launching) = backend_of(gpu.as_ref(), model, limits, &mut plan)?;
 
     let scanned = scan(&mut disk)?;
     let former = scanned.header.map_or(0, |header| header.incarnation);
@@ -169,7 +168,6 @@ pub(crate) fn gpu_of(computer: Computer, node: u32) -> Result<Option<Arc<Gpu>>, 
 pub(crate) fn backend_of(
     gpu: Option<&Arc<Gpu>>,
     model: Model,
-    _: Isa,
     limits: &Limits,
     plan: &mut ModelPlan,
 ) -> Result<(Box<dyn Backend>, String), NodeError> {
