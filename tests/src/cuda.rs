@@ -125,6 +125,8 @@ pub fn compile_driver(dir: &Path) -> Option<PathBuf> {
 // The name that is looked for first: before that of a driver that the machine may have. NVRTC looks for another one, and is content
 // without it.
 const DRIVER: &str = "libcuda.so";
+// The same of cuFile.
+const CUFILE: &str = "libcufile.so";
 
 /// The folder in which the stand-in of [`compile_driver`], in this folder, is NCCL too.
 ///
@@ -175,6 +177,29 @@ fn build_driver(compiler: &OsString, dir: &Path) -> PathBuf {
     }
     put(&library, &dir, DRIVER);
     dir
+}
+
+/// Compiles into a folder of its own in `dir` the stand-in for cuFile, and gives the folder. `None` if there is no C++ compiler.
+///
+/// # Panics
+/// If the compiler finds an error.
+pub fn compile_cufile(dir: &Path) -> Option<PathBuf> {
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let built = FOLDER.get_or_init(|| {
+        let (compiler, dir) = (compiler()?, dir.join("cuda-cufile"));
+        std::fs::create_dir_all(&dir).expect("a folder for the library");
+        let library = own(&dir, CUFILE);
+        let options =
+            ["-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-static-libstdc++", "-static-libgcc"];
+        let mut command = compile(&compiler);
+        command.args(options).args(["-Wl,--exclude-libs,ALL", "-Wl,-z,defs", "-pthread"]);
+        succeed(
+            command.arg(sources().join("stand_in/cufile/cufile.cpp")).arg("-ldl").arg("-o").arg(&library),
+        );
+        put(&library, &dir, CUFILE);
+        Some(dir)
+    });
+    built.clone()
 }
 
 /// The command that compiles a source of the stand-in: the bits are those of the shim, and it is as fast as this machine can.

@@ -40,6 +40,15 @@ impl GpuPlace {
         Some(Self { place: Place::new(), libraries, more_libraries, cache, before })
     }
 
+    /// Gives the machine one library more, by its folder.
+    ///
+    /// # Panics
+    /// If there is a colon in it.
+    pub fn add_library(&mut self, folder: &Path) {
+        let all = std::env::split_paths(&self.libraries).chain([folder.to_owned()]);
+        self.libraries = std::env::join_paths(all).expect("paths without colons");
+    }
+
     /// A command, with wishes for the stand-in: names after `LITE_LLM_STAND_IN`, and values. Faults are counted from the end of the
     /// self-test on.
     pub fn command(&self, arguments: &[&str], wishes: &[(&str, &str)]) -> Command {

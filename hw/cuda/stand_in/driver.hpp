@@ -236,6 +236,8 @@ int wait_for(const Op& op, std::unique_lock<std::mutex>& lock);
 bool poll(const Op& op);
 // Reports what is queued and uses this memory.
 void refuse_if_used(Address begin, Address end, const char* call);
+// The same of copies alone.
+void refuse_if_copied(Address begin, Address end, const char* call);
 void refuse_if_host_used(const char* begin, const char* end, const char* call);
 // The code with which the context was lost.
 extern int lost;

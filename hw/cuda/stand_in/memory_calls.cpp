@@ -1,4 +1,6 @@
 // Calls that make, free and copy memory.
+#include <cstring>
+
 #include "driver.hpp"
 
 using namespace stand_in;
@@ -89,6 +91,17 @@ CALL cuMemcpyDtoHAsync_v2(void* to, Address from, std::size_t bytes, void* strea
 CALL cuMemcpyDtoDAsync_v2(Address to, Address from, std::size_t bytes, void* stream) {
     ENTER(CONTEXT);
     return queue(stream_of(stream), copy(to, ON_DEVICE, from, ON_DEVICE, bytes));
+}
+
+// For the stand-in of cuFile (cufile/cufile.cpp), and no call of a driver: bytes come to a device past streams, at once.
+CALL stand_in_put(Address to, const void* from, std::size_t bytes) {
+    ENTER(CONTEXT);
+    const Allocation* const of = find(to);
+    if (!of || of->device != current || bytes > of->at + of->bytes - to) return INVALID_VALUE;
+    refuse_if_copied(to, to + bytes, "cuFileRead");
+    // Or it is only asked whether they could.
+    if (from && bytes > 0) std::memcpy(reach(to), from, bytes);
+    return SUCCESS;
 }
 
 CALL cuMemcpyHtoD_v2(Address to, const void* from, std::size_t bytes) {

@@ -312,6 +312,13 @@ void refuse_if_used(Address begin, Address end, const char* call) {
     }
 }
 
+void refuse_if_copied(Address begin, Address end, const char* call) {
+    for (const auto& [at, op] : pending) {
+        if (op->work->kind != Work::MOVE || !op->work->uses(begin, end)) continue;
+        report("%s of memory that is still used by %s", call, op->name().c_str());
+    }
+}
+
 void refuse_if_host_used(const char* begin, const char* end, const char* call) {
     for (const auto& [at, op] : pending) {
         if (op->work->uses_host(begin, end)) report("%s of memory that is still used by %s", call, op->name().c_str());
