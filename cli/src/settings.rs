@@ -151,6 +151,8 @@ pub(crate) enum IoName {
     Pread,
     /// The same threads, through maps of the files
     Mmap,
+    /// The same threads, straight into memory of a GPU (GPUDirect Storage)
+    Direct,
 }
 
 impl From<IoName> for Io {
@@ -159,6 +161,7 @@ impl From<IoName> for Io {
             IoName::Uring => Self::Uring,
             IoName::Pread => Self::Pread,
             IoName::Mmap => Self::Mmap,
+            IoName::Direct => Self::Direct,
         }
     }
 }

@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use lite_llm_core::ids::Slot;
 use memmap2::{Advice, MmapMut, MmapRaw};
 
+use crate::cold::Direct;
+use crate::cuda::cufile::CuFileMemory;
 use crate::cuda::memory::{Memory, Pinned};
 use crate::cuda::{CudaError, Gpu};
 
@@ -61,6 +63,8 @@ enum Place {
 /// The slots of an arena.
 #[derive(Debug)]
 pub struct Arena {
+    /// Where files are read straight into it. It goes before the memory does.
+    _known: Option<CuFileMemory>,
     place: Place,
     slot_bytes: usize,
     users: Box<[AtomicU32]>,
@@ -96,14 +100,21 @@ impl Arena {
     }
 
     /// The same in memory of a GPU, within its budget. The bytes of such slots are the device's alone: [`SlotWriter::address`]
-    /// says where they are.
+    /// says where they are. Where files are read straight into them, they are made known for it.
     ///
     /// # Errors
     /// If the slots are not whole pages, or the GPU does not have so much.
-    pub(crate) fn on_device(gpu: &Arc<Gpu>, slots: u32, slot_bytes: u64) -> Result<Arc<Self>, ArenaError> {
+    pub(crate) fn on_device(
+        gpu: &Arc<Gpu>,
+        slots: u32,
+        slot_bytes: u64,
+        direct: Option<&Direct>,
+    ) -> Result<Arc<Self>, ArenaError> {
         let length = Self::length(slots, slot_bytes, u64::MAX)?;
         let memory = Memory::new(gpu, "slots of experts", length as u64)?;
-        Ok(Self::of(Place::Device(memory), slots, length))
+        // SAFETY: all is of this memory, and the arena lets go of both in this order.
+        let known = direct.and_then(|direct| unsafe { direct.know(memory.at(), length) });
+        Ok(Self::known(known, Place::Device(memory), slots, length))
     }
 
     fn length(slots: u32, slot_bytes: u64, budget: u64) -> Result<usize, ArenaError> {
@@ -116,8 +127,12 @@ impl Arena {
     }
 
     fn of(place: Place, slots: u32, length: usize) -> Arc<Self> {
+        Self::known(None, place, slots, length)
+    }
+
+    fn known(known: Option<CuFileMemory>, place: Place, slots: u32, length: usize) -> Arc<Self> {
         let users = (0..slots).map(|_| AtomicU32::new(0)).collect();
-        Arc::new(Self { place, slot_bytes: length / (slots.max(1) as usize), users })
+        Arc::new(Self { _known: known, place, slot_bytes: length / (slots.max(1) as usize), users })
     }
 
     /// Where the slots begin in the memory of a GPU, and bytes of each; none if they are the host's.

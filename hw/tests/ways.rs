@@ -59,18 +59,18 @@ fn every_way_gives_the_tokens_of_the_oracle() {
         let node = options(least + 3 * slot_bytes, 3 * slot_bytes).unwrap();
         (state, node)
     };
-    for io in [Some(Io::Uring), Some(Io::Pread), Some(Io::Mmap), None] {
+    let ways: [(Option<Io>, &[&str]); 4] = [
+        (Some(Io::Uring), &["io_uring"]),
+        (Some(Io::Pread), &["with pread"]),
+        (Some(Io::Mmap), &["with mmap"]),
+        (None, &["io_uring", "with pread"]),
+    ];
+    for (io, names) in ways {
         let state = state();
         let node = match Node::start(options(&native, state.path(), io)) {
             // A sandbox may forbid it, a file system have no direct reads.
             Err(NodeError::Cold(ColdError::Refused { io: Io::Uring, .. })) => continue,
             node => node.unwrap(),
-        };
-        let names: &[&str] = match io {
-            Some(Io::Uring) => &["io_uring"],
-            Some(Io::Pread) => &["with pread"],
-            Some(Io::Mmap) => &["with mmap"],
-            None => &["io_uring", "with pread"],
         };
         assert!(names.iter().any(|name| node.reading().contains(name)), "{io:?}: {}", node.reading());
         assert_eq!(generate(&node, 2), greedy, "{io:?}");

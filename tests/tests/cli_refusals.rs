@@ -73,6 +73,10 @@ fn a_run_says_how_experts_are_read_and_refuses_what_cannot_be_had() {
 
     let imported = place.run(["import", "model", "native"]);
     assert_eq!(imported.code, Some(0), "{}", imported.stderr);
+    for model in ["model", "native"] {
+        let words = ["direct", "memory of a GPU", "give --device cuda", "--io"];
+        run(model, &["--io", "direct"]).refuses(1, &words);
+    }
     let said = run("native", &["--config", "config.toml", "--io", "mmap"]).stderr;
     assert!(said.contains("experts are read with mmap"), "a flag goes before the file: {said}");
     let said = run("native", &["--io", "pread"]).stderr;

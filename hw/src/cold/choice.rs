@@ -8,11 +8,14 @@ use std::sync::Arc;
 use lite_llm_model::ExpertLoader;
 use serde::{Deserialize, Serialize};
 
-use super::blocks::{Blocks, Buffered, Direct, Mapped};
+use super::blocks::{self, Blocks, Buffered, Mapped};
+use super::direct::Direct;
 use super::fetch::Fetch;
 use super::reader::{Bounds, Reader, Tell, Told};
 use super::shards::{Shard, open, open_direct};
 use super::staging::Staging;
+use crate::cuda::Gpu;
+use crate::cuda::cufile::Missing;
 
 /// A way to read experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +27,8 @@ pub enum Io {
     Pread,
     /// The same pool, through maps of the shards and the system's cache.
     Mmap,
+    /// The same pool, straight into memory of a GPU (GPUDirect Storage).
+    Direct,
 }
 
 impl fmt::Display for Io {
@@ -32,6 +37,7 @@ impl fmt::Display for Io {
             Self::Uring => "uring",
             Self::Pread => "pread",
             Self::Mmap => "mmap",
+            Self::Direct => "direct",
         })
     }
 }
@@ -71,6 +77,12 @@ struct Absent {
     remedy: String,
 }
 
+impl From<Missing> for Absent {
+    fn from(missing: Missing) -> Self {
+        Self { why: missing.why, remedy: missing.remedy.into() }
+    }
+}
+
 impl Absent {
     fn refuse(self, io: Io) -> ColdError {
         ColdError::Refused { io, why: self.why, remedy: self.remedy }
@@ -83,6 +95,8 @@ pub struct Cold {
     pub(super) fetch: Option<Fetch>,
     #[cfg(target_os = "linux")]
     pub(super) ring: Option<super::ring::Ring>,
+    /// What slots of a GPU are read with, past the host.
+    direct: Option<Arc<Direct>>,
     io: Option<Io>,
     report: String,
 }
@@ -94,6 +108,11 @@ impl Cold {
     /// # Errors
     /// If a shard cannot be opened, or the way that is asked for cannot be had.
     pub fn open(asked: Option<Io>, loader: &ExpertLoader, slots_bytes: u64) -> Result<Self, ColdError> {
+        // Said before anything of the checkpoint, which would be no help.
+        if asked == Some(Io::Direct) { Err(no_gpu()) } else { Self::choose(asked, loader, slots_bytes) }
+    }
+
+    fn choose(asked: Option<Io>, loader: &ExpertLoader, slots_bytes: u64) -> Result<Self, ColdError> {
         let shards = loader.shards();
         if !shards.is_empty() && !loader.cuts() {
             return Self::of_shards(asked, &shards, slots_bytes);
@@ -116,22 +135,59 @@ impl Cold {
             fetch: None,
             #[cfg(target_os = "linux")]
             ring: None,
+            direct: None,
             io: None,
             report,
         })
     }
 
-    /// The same of experts for a GPU: they are read into so many rooms of the host, which are as large as slots.
+    /// The same of experts for a GPU: they are read straight into it, or into so many rooms of the host, which are as large as slots.
     ///
     /// # Errors
     /// As above.
-    pub(crate) fn open_staged(
+    pub(crate) fn open_for(
+        gpu: &Arc<Gpu>,
         asked: Option<Io>,
         loader: &ExpertLoader,
         rooms: u32,
         slot_bytes: u64,
     ) -> Result<Self, ColdError> {
-        let mut cold = Self::open(asked, loader, u64::from(rooms).saturating_mul(slot_bytes))?;
+        let paths = loader.shards();
+        if paths.is_empty() || loader.cuts() || asked.is_some_and(|io| io != Io::Direct) {
+            return Self::open_staged(asked, loader, rooms, slot_bytes);
+        }
+        match Self::direct(gpu, &paths)? {
+            Ok(cold) => Ok(cold),
+            Err(missing) if asked.is_some() => Err(Absent::from(missing).refuse(Io::Direct)),
+            Err(Missing { why, .. }) => {
+                let mut cold = Self::open_staged(None, loader, rooms, slot_bytes)?;
+                let better = format!("; not straight into memory of the GPU: {why}");
+                cold.report.push_str(&better);
+                Ok(cold)
+            }
+        }
+    }
+
+    /// What is not read into the GPU, as experts for the warm arena, is read with `pread`.
+    fn direct(gpu: &Arc<Gpu>, paths: &[PathBuf]) -> Result<Result<Self, Missing>, ColdError> {
+        let shards: Arc<[Shard]> =
+            open(paths).map_err(|(path, error)| ColdError::Shard { path, error })?.into();
+        let direct = match Direct::open(gpu, &shards) {
+            Ok(direct) => direct,
+            Err(missing) => return Ok(Err(missing)),
+        };
+        let report = format!("experts are read {}, and verified after a copy back", direct.report());
+        let direct = Some(Arc::new(direct));
+        Ok(Ok(Self { io: Some(Io::Direct), report, direct, ..Self::pread(shards, None) }))
+    }
+
+    fn open_staged(
+        asked: Option<Io>,
+        loader: &ExpertLoader,
+        rooms: u32,
+        slot_bytes: u64,
+    ) -> Result<Self, ColdError> {
+        let mut cold = Self::choose(asked, loader, u64::from(rooms).saturating_mul(slot_bytes))?;
         match cold.io {
             Some(Io::Uring) => {
                 let ahead =
@@ -141,7 +197,7 @@ impl Cold {
             Some(Io::Pread | Io::Mmap) => {
                 cold.report.push_str("; each into pinned memory, and copied to the GPU from there");
             }
-            None => {}
+            Some(Io::Direct) | None => {}
         }
         Ok(cold)
     }
@@ -157,6 +213,7 @@ impl Cold {
             Some(Io::Uring) => Self::uring(&shards, slots_bytes).map_err(|absent| absent.refuse(Io::Uring)),
             Some(Io::Pread) => Ok(Self::pread(shards, None)),
             Some(Io::Mmap) => Self::mmap(shards).map_err(|absent| absent.refuse(Io::Mmap)),
+            Some(Io::Direct) => Err(no_gpu()),
             None => Ok(match Self::uring(&shards, slots_bytes) {
                 Ok(cold) => cold,
                 Err(absent) => Self::pread(shards, Some(absent)),
@@ -177,7 +234,7 @@ impl Cold {
         let report = format!("experts are read with io_uring, past the cache, {registered}{files}");
         let blocks: Arc<dyn Blocks> = Arc::new(Buffered(Arc::clone(shards)));
         let fetch = Some(Fetch { blocks, shards: Arc::clone(shards) });
-        Ok(Self { fetch, ring: Some(ring), io: Some(Io::Uring), report })
+        Ok(Self { fetch, ring: Some(ring), direct: None, io: Some(Io::Uring), report })
     }
 
     #[cfg(not(target_os = "linux"))]
@@ -191,9 +248,10 @@ impl Cold {
         let direct = open_direct(&shards).map_err(|(path, error)| no_direct(&path, &error));
         let direct = direct.and_then(|files| readable(&shards, &files).map(|()| files));
         let (blocks, how): (Arc<dyn Blocks>, _) = match direct {
-            Ok(direct) => {
-                (Arc::new(Direct { shards: Arc::clone(&shards), direct }), "past the cache".to_owned())
-            }
+            Ok(direct) => (
+                Arc::new(blocks::Direct { shards: Arc::clone(&shards), direct }),
+                "past the cache".to_owned(),
+            ),
             Err(Absent { why, .. }) if better.as_ref().is_some_and(|better| better.why == why) => {
                 (Arc::new(Buffered::new(Arc::clone(&shards))), "through the cache".to_owned())
             }
@@ -221,6 +279,7 @@ impl Cold {
             fetch: Some(fetch),
             #[cfg(target_os = "linux")]
             ring: None,
+            direct: None,
             io: Some(io),
             report,
         }
@@ -239,6 +298,11 @@ impl Cold {
     /// What any thread reads experts with; `None` if they are not read from shards.
     pub fn fetch(&self) -> Option<Fetch> {
         self.fetch.clone()
+    }
+
+    /// What slots of a GPU are read with, where that goes past the host.
+    pub(crate) fn past_host(&self) -> Option<Arc<Direct>> {
+        self.direct.clone()
     }
 
     /// Starts the reader, if the way has one. `tell` is called on its threads, and says whether anybody heard.
@@ -277,12 +341,27 @@ impl Cold {
     }
 }
 
+/// Whether a GPU could have experts straight from such a file, or why not and what to do, for people.
+pub fn direct_report(gpu: &Arc<Gpu>, file: &Path) -> String {
+    match Direct::look(gpu, file) {
+        Ok(how) => how,
+        Err(Missing { why, remedy }) => {
+            format!("by way of the host, not straight into memory of the GPU: {why}; {remedy}")
+        }
+    }
+}
+
 /// Whether direct reads are not only opened but done: some file systems and devices refuse late, or want larger blocks.
 fn readable(shards: &Arc<[Shard]>, files: &[std::fs::File]) -> Result<(), Absent> {
     let (Some(shard), Some(file)) = (shards.first(), files.first()) else { return Ok(()) };
     let read = memmap2::MmapMut::map_anon(super::BLOCK)
         .and_then(|mut page| std::os::unix::fs::FileExt::read_at(file, &mut page, 0));
     read.map(drop).map_err(|error| no_direct(&shard.path, &error))
+}
+
+fn no_gpu() -> ColdError {
+    let why = "it reads into memory of a GPU, and here experts are read into the host's".into();
+    Absent { why, remedy: "give --device cuda, without ranks".into() }.refuse(Io::Direct)
 }
 
 fn no_direct(path: &Path, error: &io::Error) -> Absent {

@@ -83,6 +83,20 @@ impl Memory {
         }
         Ok(())
     }
+
+    /// Copies back what is at its beginning.
+    ///
+    /// # Errors
+    /// If the device is lost.
+    ///
+    /// # Panics
+    /// If there are not so many bytes.
+    pub(crate) fn read(&self, into: &mut [u8]) -> Result<(), CudaError> {
+        assert!(into.len() as u64 <= self.bytes, "what is copied back is there");
+        self.gpu.enter()?;
+        // SAFETY: the place is of this memory, as the assertion says.
+        unsafe { result::memcpy_dtoh_sync(into, self.at) }.map_err(refusal("cuMemcpyDtoH"))
+    }
 }
 
 impl Drop for Memory {

@@ -3,13 +3,18 @@
 //!
 //! What was copied is copied back and compared before anybody hears of it: an expert is verified wherever steps read it. A copy that
 //! differs is made once more; then the device is lost.
+//!
+//! Where files can be read straight into the device, an expert is copied back alone, and verified there. One that is wrong is read once
+//! more.
 
 use super::CudaError;
 use super::gpu::Gpu;
 use super::stream::Stream;
 use crate::arena::{Arena, ArenaError, SlotWriter};
-use lite_llm_core::ids::Slot;
+use crate::cold::Direct;
+use lite_llm_core::ids::{ExpertKey, Slot};
 use lite_llm_core::input::Fault;
+use lite_llm_model::checkpoint::native::ExpertBlob;
 use std::sync::Arc;
 
 /// Where an expert is read to, and where it is copied back to.
@@ -73,6 +78,41 @@ impl Uploads {
             return Ok(Err(fault));
         }
         ready.up(&room, slot).map(Ok)
+    }
+
+    /// Reads an expert straight into a slot of the device; what is there goes to `keep` first.
+    ///
+    /// # Errors
+    /// If the device is lost; within, if the expert cannot be read.
+    pub(crate) fn read(
+        &mut self,
+        slot: &SlotWriter,
+        keep: Option<SlotWriter>,
+        direct: &Direct,
+        (expert, blob): (ExpertKey, &ExpertBlob),
+    ) -> Result<Result<(), Fault>, CudaError> {
+        let ready = self.ready(slot.bytes())?;
+        if let Some(mut keep) = keep {
+            ready.down(slot, &mut keep)?;
+        }
+        let mut back = ready.room.write(BACK);
+        let mut again = true;
+        loop {
+            if let Err(fault) = direct.read(expert, blob, slot) {
+                // Of a device that is lost it is no fault of the file's.
+                ready.stream.wait()?;
+                return Ok(Err(fault));
+            }
+            let from = slot.address().expect("a slot of the device");
+            // SAFETY: both slots have so many bytes, the host's is pinned, and both are in these hands until it was waited for.
+            unsafe { ready.stream.down(from, back.start(), ready.slot_bytes) }?;
+            ready.stream.wait()?;
+            match direct.verify(expert, blob, &back) {
+                Ok(()) => return Ok(Ok(())),
+                Err(_) if std::mem::take(&mut again) => {}
+                Err(fault) => return Ok(Err(fault)),
+            }
+        }
     }
 
     /// Brings an expert from its warm slot into one of the device, or has it change places with what is there.

@@ -4,6 +4,7 @@ use super::compute::{Compute, Work};
 use super::loaders::{Job, Loaders};
 use super::stop;
 use crate::arena::{Arena, ArenaError};
+use crate::cold::Direct;
 use crate::cuda::Gpu;
 use crate::cuda::staging::pinned_bytes;
 use crate::memory;
@@ -30,12 +31,17 @@ struct Arenas {
 
 impl Arenas {
     /// Of a GPU, the hot one is the device's, and all that is not pinned is its budget.
-    fn of(carving: Carving, budget: u64, gpu: Option<&Arc<Gpu>>) -> Result<Self, ArenaError> {
+    fn of(
+        carving: Carving,
+        budget: u64,
+        gpu: Option<&Arc<Gpu>>,
+        direct: Option<&Direct>,
+    ) -> Result<Self, ArenaError> {
         let Carving { slots, warm_slots, slot_bytes, pages: _, page_bytes: _ } = carving;
         if let Some(gpu) = gpu {
             let warm_bytes = u64::from(warm_slots) * slot_bytes;
             gpu.set_limit(budget.saturating_sub(warm_bytes).saturating_sub(pinned_bytes(slot_bytes)));
-            let hot = Arena::on_device(gpu, slots, slot_bytes)?;
+            let hot = Arena::on_device(gpu, slots, slot_bytes, direct)?;
             return Ok(Self { hot, warm: Arena::pinned(gpu, warm_slots, slot_bytes, warm_bytes)? });
         }
         let hot = Arena::new(slots, slot_bytes, budget)?;
@@ -213,7 +219,7 @@ impl Device {
         while held() && began.elapsed() < FORGET_WAIT {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let arenas = Arenas::of(carving, budget, self.gpu.as_ref());
+        let arenas = Arenas::of(carving, budget, self.gpu.as_ref(), self.loaders.direct());
         match arenas.and_then(|arenas| self.loaders.carve(carving.slot_bytes).map(|()| arenas)) {
             Ok(arenas) => {
                 self.compute.send(Work::Carve { arena: Arc::clone(&arenas.hot), pages: carving.pages });

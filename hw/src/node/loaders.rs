@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::{ExpertKey, LoadId, Seq};
 use lite_llm_core::input::{Fault, Input};
+use lite_llm_model::checkpoint::native::ExpertBlob;
 use lite_llm_model::{CheckpointError, ExpertLoader, ModelError};
 
 use super::NodeError;
@@ -18,7 +19,7 @@ use super::error::panic_message;
 use super::reports::{Report, Reports};
 use crate::arena::{ArenaError, SlotWriter};
 use crate::blobs::Blobs;
-use crate::cold::{self, Cold, Fetch, Reader, Staging, Told};
+use crate::cold::{self, Cold, Direct, Fetch, Reader, Staging, Told};
 use crate::cuda::staging::Rooms;
 use crate::cuda::upload::Uploads;
 use crate::cuda::{CudaError, Gpu};
@@ -67,6 +68,8 @@ pub(crate) struct Loaders {
     reader: Option<Reader>,
     /// What the reader reads for a GPU passes through these.
     rooms: Option<Arc<Rooms>>,
+    /// What slots of a GPU are read with, where that goes past the host.
+    direct: Option<Arc<Direct>>,
     threads: Vec<JoinHandle<()>>,
     /// Nobody watches them any more once it is dropped.
     watched: Sender<()>,
@@ -83,21 +86,23 @@ impl Loaders {
     ) -> Result<Self, NodeError> {
         let (jobs, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
-        let fetch = cold.fetch();
+        let (fetch, direct) = (cold.fetch(), cold.past_host());
         let heard = reports.clone();
         let rooms = gpu.filter(|_| cold.has_reader()).map(Rooms::new);
         let staging = rooms.clone().map(|rooms| rooms as Arc<dyn Staging>);
         let reader = cold.reader_by(staging, move |told| heard.tell(report_of(told)))?;
         let (busy, (watched, closed)) = (Busy::of(count.max(1)), channel());
         let loader = Arc::new(loader);
-        let mut loaders = Self { jobs, epoch: 0, loader, reader, rooms, threads: Vec::new(), watched };
+        let threads = Vec::new();
+        let mut loaders = Self { jobs, epoch: 0, loader, reader, rooms, direct, threads, watched };
         let failed = |source| NodeError::System { what: "cannot start a loader thread", source };
         let (all, heard) = (Arc::clone(&busy), reports.clone());
         let watch = std::thread::Builder::new().name("loader-watch".into());
         loaders.threads.push(watch.spawn(move || all.watch(JOB_MAX, &closed, &heard)).map_err(failed)?);
         for index in 0..count.max(1) {
             let (receiver, reports, busy) = (Arc::clone(&receiver), reports.clone(), Arc::clone(&busy));
-            let sources = Sources { blobs: blobs.clone(), fetch: fetch.clone() };
+            let direct = loaders.direct.clone();
+            let sources = Sources { blobs: blobs.clone(), fetch: fetch.clone(), direct };
             let uploads = gpu.map(|gpu| Uploads::new(Arc::clone(gpu)));
             let thread = std::thread::Builder::new()
                 .name(format!("loader-{index}"))
@@ -125,6 +130,11 @@ impl Loaders {
         let Job::Load { load, expert, slot, keep, .. } = job else { unreachable!("it was looked at") };
         reader.read(cold::Load { epoch: self.epoch, load, expert, blob, slot, keep });
         None
+    }
+
+    /// What slots of a GPU are read with, where that goes past the host.
+    pub(crate) fn direct(&self) -> Option<&Direct> {
+        self.direct.as_deref()
     }
 
     /// Takes the memory that experts of such a size pass through on their way to a GPU.
@@ -185,9 +195,22 @@ fn report_of(told: Told) -> Report {
 struct Sources {
     blobs: Blobs,
     fetch: Option<Fetch>,
+    direct: Option<Arc<Direct>>,
 }
 
 impl Sources {
+    /// What is read straight into a slot of a GPU: whole blobs of shards.
+    fn direct(
+        &self,
+        loader: &ExpertLoader,
+        expert: ExpertKey,
+        slot: &SlotWriter,
+    ) -> Option<(&Direct, ExpertBlob)> {
+        let direct = self.direct.as_deref()?;
+        let blob = loader.blob(expert).filter(|blob| blob.bytes <= slot.bytes())?;
+        Some((direct, blob))
+    }
+
     fn read(
         &self,
         loader: &ExpertLoader,
@@ -242,8 +265,10 @@ fn work(
     let uploads = uploads.filter(|_| job.is_for_gpu());
     Ok(match (job, uploads) {
         (Job::Load { load, expert, blob, slot, keep }, Some(uploads)) => {
-            let read = |room: &mut SlotWriter| sources.read(loader, expert, blob, room);
-            let loaded = uploads.load(&slot, keep, read);
+            let loaded = match sources.direct(loader, expert, &slot).filter(|_| blob.is_none()) {
+                Some((direct, blob)) => uploads.read(&slot, keep, direct, (expert, &blob)),
+                None => uploads.load(&slot, keep, |room| sources.read(loader, expert, blob, room)),
+            };
             let result = loaded.inspect_err(|_| uploads.lose())?;
             (Input::Loaded { load, fault: result.err() }, Timing::Load(load.0))
         }

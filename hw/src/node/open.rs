@@ -84,7 +84,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     }
     let cold = match &gpu {
         None => Cold::open(io, &loader, config.memory_bytes)?,
-        Some(_) => Cold::open_staged(io, &loader, rooms(slot_bytes), slot_bytes)?,
+        Some(gpu) => Cold::open_for(gpu, io, &loader, rooms(slot_bytes), slot_bytes)?,
     };
     let reading = cold.report().into();
     let tokenizer_digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);

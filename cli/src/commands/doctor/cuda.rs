@@ -4,6 +4,7 @@
 use crate::exit::Exit;
 use crate::quantity::Size;
 use crate::terminal::stdout;
+use lite_llm_hw::cold::direct_report;
 use lite_llm_hw::cuda::cache::{Built, Cache, Origin};
 use lite_llm_hw::cuda::kernels::Target;
 use lite_llm_hw::cuda::nvrtc::Nvrtc;
@@ -15,11 +16,15 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// What is said last, so that nobody takes a GPU that was found for one that was tried.
 const UNTRIED: &str =
     "run --device cuda:N computes on one of them; nobody has tried that on a GPU yet, only on a stand-in";
+
+/// Bytes of a file that is read into a device.
+const FILE_BYTES: usize = 64 << 10;
 
 /// What was found.
 #[derive(Debug, Serialize)]
@@ -67,6 +72,8 @@ struct Given {
     device: u32,
     seconds: f64,
     kernels: Vec<Verdict>,
+    /// How experts would come to it.
+    experts: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -132,11 +139,28 @@ impl Findings {
         tried.push(try_exponential(&gpu, GOLDEN_EXP[usize::from(thorough)])?);
         let seconds = began.elapsed().as_secs_f64();
         let verdict = |tried: &Tried| Verdict { kernel: tried.kernel.clone(), golden: tried.is_right() };
-        self.golden.push(Given { device, seconds, kernels: tried.iter().map(verdict).collect() });
+        let (kernels, experts) = (tried.iter().map(verdict).collect(), experts(&gpu));
+        self.golden.push(Given { device, seconds, kernels, experts });
         match tried.into_iter().find(|tried| !tried.is_right()) {
             None => Ok(()),
             Some(wrong) => Err(gpu.wrong(wrong).into()),
         }
+    }
+}
+
+/// How experts would come to a device, tried with a file of the system's temporary directory.
+fn experts(gpu: &Arc<Gpu>) -> String {
+    let dir = std::env::temp_dir();
+    let written = tempfile::NamedTempFile::new().and_then(|mut file| {
+        let bytes: Vec<u8> = (0..FILE_BYTES).map(|at| (at % 251) as u8).collect();
+        file.write_all(&bytes)?;
+        // What is written is read past the cache.
+        file.as_file().sync_all()?;
+        Ok(file)
+    });
+    match written {
+        Ok(file) => format!("{}; tried in {}", direct_report(gpu, file.path()), dir.display()),
+        Err(error) => format!("cannot write a file to read in {}: {error}", dir.display()),
     }
 }
 
@@ -192,6 +216,7 @@ impl fmt::Display for Findings {
         }
         for given in &self.golden {
             writeln!(f, "golden {:<3} {given}", given.device)?;
+            writeln!(f, "experts {:<2} {}", given.device, given.experts)?;
         }
         if let Some(refusal) = &self.refusal {
             let what = if self.kernels.is_empty() { "kernels    not compiled" } else { "golden     refused" };
