@@ -41,7 +41,8 @@ fn a_full_disk_ends_a_life_and_costs_no_token() {
     std::fs::create_dir(place.path("state")).unwrap();
     let script = r#"
         mount -t tmpfs -o size=400k tmpfs state || exit 90
-        $PROGRAM $RUN --state state --request-id one > full.out; code=$?
+        # A group, and with it a block, for each token.
+        $PROGRAM $RUN --sync-every 0s --state state --request-id one > full.out; code=$?
         [ $code = 1 ] || exit 91
         mount -o remount,size=64m state || exit 92
         exec $PROGRAM $RUN --state state --request-id one
