@@ -4,10 +4,8 @@
 //! their means may be compared where separate runs may not. Not a bench of Criterion: it wants a share, not a time.
 
 use lite_llm_benches::{Resident, olmoe_of_integers, olmoe_shape};
-use lite_llm_hw::bandwidth::sum_of_streams;
+use lite_llm_hw::bandwidth::PlainReading;
 use lite_llm_model::kernels::Quantised;
-use memmap2::{Advice, MmapMut};
-use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 /// How long a turn takes, about, and how many there are of each kind.
@@ -41,10 +39,6 @@ impl Done {
 }
 
 fn main() {
-    let mut map = MmapMut::map_anon(READ_BYTES).expect("memory to read");
-    let _ = map.advise(Advice::HugePage);
-    map.fill(1);
-    let words: &[u64] = bytemuck::cast_slice(&map);
     println!("weights  threads  tokens/s  decode GB/s  plain reading GB/s  share");
     let shapes = [
         ("bf16", olmoe_shape()),
@@ -53,6 +47,7 @@ fn main() {
     ];
     for (name, dir) in shapes {
         for threads in [1, 2] {
+            let plain = PlainReading::new(threads, READ_BYTES).expect("memory to read");
             let mut model = Resident::load(&dir, threads);
             let prompt: Vec<u32> = (0..POSITIONS.start).map(|i| 3 + i * 97 % 50000).collect();
             let mut token = model.step(0, &prompt);
@@ -66,23 +61,19 @@ fn main() {
                     tokens += 1;
                     model.step_bytes(position)
                 });
-                reading[0].turn(|| read(words, threads, sum_of_streams::<1>));
-                reading[1].turn(|| read(words, threads, sum_of_streams::<4>));
+                reading[0].turn(|| read(&plain, PlainReading::pass::<1>));
+                reading[1].turn(|| read(&plain, PlainReading::pass::<4>));
             }
-            let plain = reading.map(Done::gigabytes_per_s).into_iter().fold(0.0, f64::max);
+            let roof = reading.map(Done::gigabytes_per_s).into_iter().fold(0.0, f64::max);
             let (speed, rate) = (f64::from(tokens) / decode.took.as_secs_f64(), decode.gigabytes_per_s());
-            let share = 100.0 * rate / plain;
-            println!("{name:<9}{threads:<9}{speed:<10.1}{rate:<13.1}{plain:<20.1}{share:.0} %");
+            let share = 100.0 * rate / roof;
+            println!("{name:<9}{threads:<9}{speed:<10.1}{rate:<13.1}{roof:<20.1}{share:.0} %");
         }
     }
 }
 
 /// Reads everything once; how much that was.
-fn read(words: &[u64], threads: usize, read: fn(&[u64]) -> [u64; 8]) -> u64 {
-    std::thread::scope(|scope| {
-        for part in words.chunks(words.len() / threads) {
-            scope.spawn(move || black_box(read(part)));
-        }
-    });
-    size_of_val(words) as u64
+fn read(plain: &PlainReading, pass: fn(&PlainReading) -> Duration) -> u64 {
+    pass(plain);
+    plain.bytes() as u64
 }

@@ -3,6 +3,7 @@
 use memmap2::{Advice, MmapMut};
 use std::hint::black_box;
 use std::io;
+use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 /// Words of the blocks that memory is read in, which several streams share out.
@@ -11,31 +12,69 @@ const BLOCK_WORDS: usize = 4 << 13;
 /// from it, and which way is faster is the machine's.
 const PASSES: usize = 16;
 
+/// Memory that is there to be read, by several threads at a time.
+#[derive(Debug)]
+pub struct PlainReading {
+    map: MmapMut,
+    threads: usize,
+}
+
+impl PlainReading {
+    /// About `bytes` of memory, which should be more than any cache has, for so many threads.
+    ///
+    /// # Errors
+    /// If so much memory cannot be had.
+    pub fn new(threads: usize, bytes: usize) -> io::Result<Self> {
+        let threads = threads.max(1);
+        let part = (bytes / threads / 8).next_multiple_of(BLOCK_WORDS);
+        let mut map = MmapMut::map_anon(part * threads * 8)?;
+        // As the arenas have it; without large pages the walks through page tables would be measured.
+        let _ = map.advise(Advice::HugePage);
+        map.fill(1);
+        Ok(Self { map, threads })
+    }
+
+    /// Bytes that a pass reads.
+    pub fn bytes(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Reads all of it once, in order, in so many streams a thread; how long it took from when all threads were there.
+    pub fn pass<const STREAMS: usize>(&self) -> Duration {
+        let words: &[u64] = bytemuck::cast_slice(&self.map);
+        let mut parts = words.chunks_exact(words.len() / self.threads);
+        let own = parts.next().expect("there is a thread");
+        let there = Barrier::new(self.threads);
+        let read = |part| {
+            there.wait();
+            let began = Instant::now();
+            black_box(sum_of_streams::<STREAMS>(part));
+            (began, Instant::now())
+        };
+        let (began, ended) = std::thread::scope(|scope| {
+            let others: Vec<_> = parts.map(|part| scope.spawn(move || read(part))).collect();
+            let others = others.into_iter().map(|thread| thread.join().expect("a sum does not panic"));
+            // The calling thread is one of them.
+            let own = [read(own)];
+            own.into_iter()
+                .chain(others)
+                .reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)))
+                .expect("there is a thread")
+        });
+        ended - began
+    }
+}
+
 /// Bytes that `threads` threads read from memory in a second: `bytes` of it, more than any cache has, in order, in one stream
 /// each or in four, whichever is faster.
 ///
 /// # Errors
 /// If so much memory cannot be had.
 pub fn memory_read(threads: usize, bytes: usize) -> io::Result<f64> {
-    let threads = threads.max(1);
-    let part = (bytes / threads / 8).next_multiple_of(BLOCK_WORDS);
-    let mut map = MmapMut::map_anon(part * threads * 8)?;
-    // As the arenas have it; without large pages the walks through page tables would be measured.
-    let _ = map.advise(Advice::HugePage);
-    map.fill(1);
-    let words: &[u64] = bytemuck::cast_slice(&map);
-    let mut best = Duration::MAX;
-    for pass in 0..PASSES {
-        let read = if pass.is_multiple_of(2) { sum_of_streams::<1> } else { sum_of_streams::<4> };
-        let began = Instant::now();
-        std::thread::scope(|scope| {
-            for part in words.chunks_exact(part) {
-                scope.spawn(move || black_box(read(part)));
-            }
-        });
-        best = best.min(began.elapsed());
-    }
-    Ok(map.len() as f64 / best.as_secs_f64())
+    let plain = PlainReading::new(threads, bytes)?;
+    let passes = (0..PASSES).map(|pass| if pass % 2 == 0 { plain.pass::<1>() } else { plain.pass::<4>() });
+    let best = passes.min().expect("there are passes");
+    Ok(plain.bytes() as f64 / best.as_secs_f64())
 }
 
 /// Reads all of it, in some streams at a time. The sums are there so that it is read.

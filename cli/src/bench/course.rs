@@ -1,5 +1,6 @@
 //! The course of a run, step by step: read back from its journal, its measured times and the routes that were seen.
 
+use crate::bench::roof::Roof;
 use crate::history::{History, Moment};
 use anyhow::Context;
 use lite_llm_core::event::{Event, Phase};
@@ -24,9 +25,9 @@ pub(crate) struct Step {
     pub(crate) decodes: bool,
     /// Positions before and within it, over all rows: what attention reads.
     pub(crate) seen: u64,
-    /// Nanoseconds from the end of the step before, or from its own beginning if there was none, to its end.
+    /// Nanoseconds from the end of the step before, or from its own beginning if there was none, to its end, without readings of the roof.
     pub(crate) wall_ns: u64,
-    /// Nanoseconds of the backend.
+    /// Nanoseconds of the backend, without those too.
     pub(crate) took_ns: u64,
     /// Of these, for want of experts.
     pub(crate) waited_ns: u64,
@@ -88,10 +89,10 @@ struct Begun {
 
 impl Course {
     /// Reads what a node left in its state directory. Prompts had `prompt` tokens each.
-    pub(crate) fn read(state: &Path, prompt: u32, routes: &Routes) -> anyhow::Result<Self> {
+    pub(crate) fn read(state: &Path, prompt: u32, watch: &Watch) -> anyhow::Result<Self> {
         let mut course = Self::default();
         let waits = course.read_timings(state)?;
-        let routes = routes.seen();
+        let routes = watch.seen();
         let mut history = History::open(state)?;
         let (mut begun, mut last_ns): (Option<Begun>, Option<u64>) = (None, None);
         history.walk(None, |moment| {
@@ -106,13 +107,14 @@ impl Course {
                 let ended = moment.record.time_ns;
                 let done = done(moment);
                 let rows = &begun.forward.rows;
+                let taken_ns = taken_ns(&begun.forward, &watch.roof);
                 course.steps.push(Step {
                     positions: rows.iter().map(|row| row.tokens.len() as u32).sum(),
                     rows: rows.len() as u32,
                     decodes: rows.iter().all(|row| row.start >= prompt),
                     seen: rows.iter().map(|row| u64::from(row.start) + row.tokens.len() as u64).sum(),
-                    wall_ns: ended - last_ns.unwrap_or(begun.at_ns),
-                    took_ns: *duration_ns,
+                    wall_ns: (ended - last_ns.unwrap_or(begun.at_ns)).saturating_sub(taken_ns),
+                    took_ns: duration_ns.saturating_sub(taken_ns),
                     waited_ns: waits.get(&step.0).copied().unwrap_or(0),
                     hits: done.hits,
                     misses: done.misses,
@@ -195,6 +197,11 @@ fn done(moment: &Moment<'_>) -> Done {
     done.unwrap_or_default()
 }
 
+/// Nanoseconds that readings took from a step.
+fn taken_ns(forward: &Forward, roof: &Roof) -> u64 {
+    forward.rows.iter().map(|row| roof.taken_ns(row.request, row.start)).sum()
+}
+
 /// Different experts that a step used.
 fn different(begun: &Begun, routes: &Seen) -> u64 {
     if !begun.needed.is_empty() {
@@ -212,17 +219,24 @@ fn different(begun: &Begun, routes: &Seen) -> u64 {
 /// Layer and expert, by request and position.
 type Seen = BTreeMap<(u64, u32), Vec<(u32, u32)>>;
 
-/// The routes of a run.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Routes(Arc<Mutex<Seen>>);
+/// Looks on while a run computes: the routes that it takes, and what memory delivers meanwhile.
+#[derive(Clone, Debug)]
+pub(crate) struct Watch {
+    routes: Arc<Mutex<Seen>>,
+    pub(crate) roof: Roof,
+}
 
-impl Routes {
+impl Watch {
+    pub(crate) fn new(roof: Roof) -> Self {
+        Self { routes: Arc::default(), roof }
+    }
+
     fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Capture for Routes {
+impl Capture for Watch {
     fn wants_logits(&self, _request: u64) -> bool {
         false
     }
@@ -230,8 +244,10 @@ impl Capture for Routes {
     fn logits(&mut self, _request: u64, _position: u32, _logits: &[f32]) {}
 
     fn routes(&mut self, request: u64, layer: u32, position: u32, experts: &[u32], _weights: &[f32]) {
-        let mut seen = self.seen();
-        let of_position = seen.entry((request, position)).or_default();
-        of_position.extend(experts.iter().map(|&expert| (layer, expert)));
+        self.seen()
+            .entry((request, position))
+            .or_default()
+            .extend(experts.iter().map(|&expert| (layer, expert)));
+        self.roof.routed(request, position);
     }
 }

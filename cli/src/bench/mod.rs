@@ -5,3 +5,4 @@ pub(crate) mod figures;
 pub(crate) mod hits;
 pub(crate) mod optimum;
 pub(crate) mod picture;
+pub(crate) mod roof;

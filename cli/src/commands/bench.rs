@@ -1,8 +1,9 @@
 //! `lite-llm bench`: how fast a model runs here, where the time goes, and what would have been possible.
 
-use crate::bench::course::{Course, Routes};
+use crate::bench::course::{Course, Watch};
 use crate::bench::figures::{Around, Figures};
 use crate::bench::picture;
+use crate::bench::roof::Roof;
 use crate::commands::run::identity;
 use crate::device::DeviceArgs;
 use crate::exit::{Exit, fault, usage};
@@ -80,6 +81,7 @@ impl BenchArgs {
         let settings = self.settle(&checkpoint)?;
         let vocab = checkpoint.arch().vocab as u32;
         let step_bytes = checkpoint.step_bytes()?;
+        let experts = experts(&checkpoint);
         drop(checkpoint);
 
         let read_bytes = (settings.config.memory_bytes / 4).clamp(READ_BYTES_MIN, READ_BYTES);
@@ -90,15 +92,18 @@ impl BenchArgs {
         let before = read()?;
         memory::forget_peak();
         let state = StateDir::choose(None)?;
-        let routes = Routes::default();
-        let ran = self.serve(&settings, &state, &routes, vocab).and_then(|ran| {
-            let course = Course::read(state.path(), self.prompt, &routes);
+        let watch = Watch::new(Roof::new(self.prompt));
+        let ran = self.serve(&settings, &state, &watch, (vocab, experts)).and_then(|ran| {
+            let course = Course::read(state.path(), self.prompt, &watch);
             Ok((ran, course.context("the journal of the run")?))
         });
         state.discard();
         let (ran, course) = ran?;
-        // Neighbours take from memory as they please: the better minute of the two is the roof.
-        let dram_bytes_per_s = before.max(read()?);
+        // Without turns the better minute of the two is the roof: neighbours only ever take from memory.
+        let dram_bytes_per_s = match watch.roof.bytes_per_s() {
+            Some(rate) => rate,
+            None => before.max(read()?),
+        };
         let carving = course.carving;
         let around = Around {
             dram_bytes_per_s,
@@ -151,11 +156,17 @@ impl BenchArgs {
         &self,
         settings: &Settings,
         state: &StateDir,
-        routes: &Routes,
-        vocab: u32,
+        watch: &Watch,
+        (vocab, experts): (u32, u64),
     ) -> anyhow::Result<Ran> {
-        let service = Service::start(&self.model, state, settings, Some(Box::new(routes.clone())))?;
+        let service = Service::start(&self.model, state, settings, Some(Box::new(watch.clone())))?;
         let load_s = service.load_time.as_secs_f64();
+        let peak = || memory::peak_bytes().context("cannot tell how much memory was used");
+        let mut peak_rss_bytes = peak()?;
+        if service.node().status().is_ok_and(|status| u64::from(status.carving.slots) >= experts) {
+            watch.roof.raise(settings.threads).context("cannot have memory to read")?;
+            memory::forget_peak();
+        }
         let identity = service.node().identity().clone();
         let streams: Vec<Receiver<StreamEvent>> = (0..self.batch)
             .map(|number| {
@@ -171,7 +182,8 @@ impl BenchArgs {
                 Err(error) => return Err(service.stop().err().unwrap_or(error)),
             }
         }
-        let peak_rss_bytes = memory::peak_bytes().context("cannot tell how much memory was used")?;
+        // What readings have is not the node's, and was there all the time.
+        peak_rss_bytes = peak_rss_bytes.max(peak()?.saturating_sub(watch.roof.bytes()));
         service.stop()?;
         Ok(Ran { tokens, identity, load_s, peak_rss_bytes })
     }
@@ -211,6 +223,12 @@ impl BenchArgs {
         all.extend(figures);
         Ok(object)
     }
+}
+
+/// Experts over all layers.
+fn experts(checkpoint: &Checkpoint) -> u64 {
+    let arch = checkpoint.arch();
+    arch.moe.as_ref().map_or(0, |moe| moe.experts as u64 * arch.moe_layers().len() as u64)
 }
 
 /// The tokens of a stream; nothing if it broke off.
