@@ -1,6 +1,7 @@
 //! `lite-llm doctor`: what this machine can do, measured in seconds, and what to expect of a model on it.
 
 mod cuda;
+mod step;
 
 use crate::device::DeviceName;
 use crate::exit::{Exit, usage};
@@ -17,7 +18,6 @@ use lite_llm_hw::bandwidth::memory_read;
 use lite_llm_hw::cold::{Cold, Io, trial};
 use lite_llm_hw::memory::{self, Memory};
 use lite_llm_model::kernels::{CONTRACT_VERSION, Isa, Pool};
-use lite_llm_model::speed::Speeds;
 use lite_llm_model::trace::Trace;
 use lite_llm_model::{Checkpoint, Model, ModelOptions};
 use rustix::process::{Resource, getrlimit};
@@ -92,6 +92,8 @@ struct Prospects {
     /// How fast products with one row go through weights.
     base_bytes_per_s: f64,
     expert_bytes_per_s: f64,
+    /// A token, once every expert that it needs is in memory.
+    step_ms: f64,
     budgets: Vec<Budget>,
 }
 
@@ -141,12 +143,12 @@ impl DoctorArgs {
                     kv_dtype: Some(settings.kv_dtype),
                     ..ModelOptions::default()
                 };
-                let model = Model::open(Arc::new(checkpoint), options)?;
+                let mut model = Model::open(Arc::new(checkpoint), options)?;
                 let loader = model.expert_loader();
                 let cold = Cold::open(settings.io, &loader, settings.config.memory_bytes)?;
                 let report = cold.report().to_owned();
                 let prospects =
-                    Prospects::of(path, &model, cold, &settings.config, &self.trace, (threads, room))?;
+                    Prospects::of(path, &mut model, cold, &settings.config, &self.trace, (threads, room))?;
                 (report, Some(prospects))
             }
         };
@@ -187,7 +189,7 @@ fn reading() -> anyhow::Result<String> {
 impl Prospects {
     fn of(
         path: &Path,
-        model: &Model,
+        model: &mut Model,
         cold: Cold,
         config: &Config,
         trace: &Option<PathBuf>,
@@ -208,6 +210,15 @@ impl Prospects {
         let disk = trial::delivered(cold, &model.expert_loader(), &mixed, plan.slot_bytes, DISK_TIME)
             .map_err(anyhow::Error::msg)?;
         let speeds = model.speeds(room)?;
+        let step = step::time(model, &keys, &tiers, room)?;
+        let layers = plan.moe_layers.len() as u32;
+        let pace = Pace {
+            step_s: step.as_secs_f64(),
+            layers,
+            together: plan.top_k,
+            expert_s: plan.slot_bytes as f64 / speeds.experts,
+            load_s: disk.map(|disk| plan.slot_bytes as f64 / disk),
+        };
         let mut budgets: Vec<Budget> = Vec::new();
         for share in SHARES {
             let Some((memory_bytes, expert_slots)) = budget_for(&plan, config, experts, share) else {
@@ -217,7 +228,7 @@ impl Prospects {
                 continue;
             }
             let hit_rate = share_of_most_used(&uses, expert_slots as usize);
-            let decode_tokens_per_s = tokens_per_s(base_bytes, expert_bytes, hit_rate, &speeds, disk);
+            let decode_tokens_per_s = pace.tokens_per_s(hit_rate);
             budgets.push(Budget { memory_bytes, expert_slots, hit_rate, decode_tokens_per_s });
         }
         Ok(Self {
@@ -229,6 +240,7 @@ impl Prospects {
             disk_bytes_per_s: disk,
             base_bytes_per_s: speeds.base,
             expert_bytes_per_s: speeds.experts,
+            step_ms: step.as_secs_f64() * 1e3,
             budgets,
         })
     }
@@ -282,24 +294,48 @@ fn budget_for(plan: &ModelPlan, config: &Config, experts: u64, share: f64) -> Op
     (experts == 0 || f64::from(slots) <= experts as f64 * share + 64.0).then_some((many, slots))
 }
 
-/// A token reads its base parameters and experts from memory, after those experts that are not there came from the disk.
-fn tokens_per_s(
-    base_bytes: u64,
-    expert_bytes: u64,
-    hit_rate: f64,
-    speeds: &Speeds,
-    disk: Option<f64>,
-) -> Option<f64> {
-    let (base, experts) = (base_bytes as f64, expert_bytes as f64);
-    let mut seconds = base / speeds.base;
-    if expert_bytes > 0 {
-        seconds += experts / speeds.experts;
-    }
-    if hit_rate < 1.0 {
+/// What a token's time is made of.
+#[derive(Debug)]
+struct Pace {
+    /// A step that waits for nothing.
+    step_s: f64,
+    /// Layers with experts, and how many of them a position selects in one.
+    layers: u32,
+    together: u32,
+    /// Of that step, the products of one expert.
+    expert_s: f64,
+    /// An expert's way from the disk, among others; nothing if it was not measured.
+    load_s: Option<f64>,
+}
+
+impl Pace {
+    /// Tokens a second, if each selected expert is there with this probability, whichever the others are.
+    fn tokens_per_s(&self, hit_rate: f64) -> Option<f64> {
+        if hit_rate >= 1.0 || self.layers == 0 {
+            return Some(1.0 / self.step_s);
+        }
         // Without a disk that was measured nothing can be said.
-        seconds += (1.0 - hit_rate) * experts / disk?;
+        let load_s = self.load_s?;
+        let miss = 1.0 - hit_rate;
+        // How many are missing is binomial.
+        let mut ways = 1.0;
+        let mut waits = 0.0;
+        for missing in 1..=self.together {
+            let (there, count) = (self.together - missing, f64::from(missing));
+            ways *= (f64::from(there) + 1.0) / count;
+            let chance = ways * miss.powi(missing as i32) * hit_rate.powi(there as i32);
+            waits += chance * self.wait_s(count, load_s);
+        }
+        Some(1.0 / (self.step_s + f64::from(self.layers) * waits))
     }
-    Some(1.0 / seconds)
+
+    /// How long a layer waits: those that are there are computed while the others come, and of these each when it has come.
+    fn wait_s(&self, missing: f64, load_s: f64) -> f64 {
+        let all = f64::from(self.together);
+        let first = load_s - (all - missing) * self.expert_s;
+        let last = missing * load_s - (all - 1.0) * self.expert_s;
+        first.max(last).max(0.0)
+    }
 }
 
 impl fmt::Display for Findings {
@@ -333,6 +369,7 @@ impl fmt::Display for Prospects {
             Size(self.expert_bytes_per_token),
             gb(self.expert_bytes_per_s)
         )?;
+        writeln!(f, "           takes {:.2} ms, once all that it needs is in memory", self.step_ms)?;
         writeln!(f, "experts    {} of {}", self.experts, Size(self.expert_bytes))?;
         match self.disk_bytes_per_s {
             Some(rate) => writeln!(f, "its disk   delivers experts at {}", gb(rate))?,
@@ -356,5 +393,31 @@ impl fmt::Display for Prospects {
             )?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn close(a: Option<f64>, b: f64) -> bool {
+        a.is_some_and(|a| (a / b - 1.0).abs() < 1e-9)
+    }
+
+    #[test]
+    fn a_token_waits_for_what_its_layers_lack() {
+        let pace = Pace { step_s: 0.01, layers: 2, together: 4, expert_s: 0.001, load_s: Some(0.005) };
+        assert!(close(pace.tokens_per_s(1.0), 100.0));
+        // All four come one after the other, and only the last one is computed after that.
+        assert!(close(pace.tokens_per_s(0.0), 1.0 / (0.01 + 2.0 * (0.020 - 0.003))));
+        // One alone comes while three are computed.
+        assert!((pace.wait_s(1.0, 0.005) - 0.002).abs() < 1e-12);
+        let fast = Pace { load_s: Some(0.0005), ..pace };
+        // What comes faster than it is computed is waited for once.
+        assert!(close(fast.tokens_per_s(0.0), 1.0 / (0.01 + 2.0 * 0.0005)));
+        let one = Pace { together: 1, layers: 1, ..fast };
+        assert!(close(one.tokens_per_s(0.5), 1.0 / (0.01 + 0.5 * 0.0005)));
+        let unknown = Pace { load_s: None, ..one };
+        assert!(unknown.tokens_per_s(0.5).is_none() && close(unknown.tokens_per_s(1.0), 100.0));
     }
 }
