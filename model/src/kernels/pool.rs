@@ -1,5 +1,7 @@
 //! A pool of threads for kernels: tasks of one call, no queue. Idle threads spin for a few microseconds, then park.
 
+mod crowd;
+
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::hint::{black_box, spin_loop};
@@ -10,6 +12,7 @@ use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard, PoisonError, TryLockEr
 use std::thread::{JoinHandle, yield_now};
 use std::time::{Duration, Instant};
 
+use self::crowd::{Crowd, Turns};
 use super::buffer::{Buffer, Parts};
 use super::{Isa, SelfTestError, self_test};
 
@@ -56,12 +59,24 @@ struct Shared {
     job: UnsafeCell<Option<Job>>,
     /// The next task of the job.
     next: AtomicUsize,
+    /// How many workers may help with the job; one too many does no harm.
+    helping: AtomicUsize,
+    /// A worker noticed that others want its core.
+    crowded: AtomicBool,
     /// Workers that sleep, or are about to.
     parked: AtomicUsize,
     /// The caller sleeps, or is about to.
     waits: AtomicBool,
-    /// Held by the caller whose job it is: the memory of its tasks.
-    calling: Mutex<Buffer>,
+    /// Held by the caller whose job it is.
+    calling: Mutex<Calling>,
+}
+
+/// What a caller has.
+struct Calling {
+    /// The memory of its tasks.
+    room: Buffer,
+    /// How many workers it has help.
+    crowd: Crowd,
 }
 
 // SAFETY: all but `job` may be shared as it is; what `gate` says of `job` keeps a write from every other access.
@@ -91,9 +106,14 @@ impl Pool {
             gate: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
             next: AtomicUsize::new(0),
+            helping: AtomicUsize::new(0),
+            crowded: AtomicBool::new(false),
             parked: AtomicUsize::new(0),
             waits: AtomicBool::new(false),
-            calling: Mutex::default(),
+            calling: Mutex::new(Calling {
+                room: Buffer::default(),
+                crowd: Crowd::new(threads.saturating_sub(1)),
+            }),
         });
         let mut pool = Self { shared, workers: Vec::new() };
         let (started, reports) = channel();
@@ -131,7 +151,7 @@ impl Pool {
             *found = (*found).and(result);
         };
         let calling = self.shared.calling.lock().unwrap_or_else(PoisonError::into_inner);
-        self.share(calling, self.threads(), &test);
+        self.share(calling, self.threads(), self.workers.len(), &test);
         found.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -158,16 +178,23 @@ impl Pool {
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         };
-        match calling {
-            Some(calling) if shared && tasks > 1 && !self.workers.is_empty() => {
-                self.share(calling, tasks, task);
-            }
-            Some(mut room) => (0..tasks).for_each(|index| task(index, &mut room)),
-            None => {
-                let mut room = Buffer::default();
-                (0..tasks).for_each(|index| task(index, &mut room));
-            }
+        let Some(mut calling) = calling else {
+            let mut room = Buffer::default();
+            return (0..tasks).for_each(|index| task(index, &mut room));
+        };
+        let helping = if shared && tasks > 1 { self.helping(&mut calling.crowd, tasks) } else { 0 };
+        if helping > 0 {
+            self.share(calling, tasks, helping, task);
+        } else {
+            (0..tasks).for_each(|index| task(index, &mut calling.room));
         }
+    }
+
+    /// How many workers are to help with so many tasks.
+    fn helping(&self, crowd: &mut Crowd, tasks: usize) -> usize {
+        let noticed = &self.shared.crowded;
+        let crowded = noticed.load(Ordering::Relaxed) && noticed.swap(false, Ordering::Relaxed);
+        crowd.helping(tasks, crowded, Instant::now)
     }
 
     /// Calls `row(0)` to `row(rows - 1)`, each once, in any order: on all threads where they touch enough values.
@@ -197,15 +224,16 @@ impl Pool {
         });
     }
 
-    /// Shares the tasks among all threads. The caller holds the lock, which says that no other job runs.
-    fn share(&self, mut calling: MutexGuard<'_, Buffer>, tasks: usize, task: &Task<'_>) {
+    /// Shares the tasks with so many workers. The caller holds the lock, which says that no other job runs.
+    fn share(&self, mut calling: MutexGuard<'_, Calling>, tasks: usize, helping: usize, task: &Task<'_>) {
         // SAFETY: only the lifetime changes. Workers reach the reference through `job` alone, past the gate, which counts them
         // while they use it; `finish` below shuts it and waits until none is left before this function returns; nothing between
         // here and there can unwind.
         let run = unsafe { std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task) };
         let job = Job { run, tasks };
+        self.shared.helping.store(helping, Ordering::Relaxed);
         self.shared.start(job);
-        let own = catch_unwind(AssertUnwindSafe(|| self.shared.take_tasks(job, &mut calling, || true)));
+        let own = catch_unwind(AssertUnwindSafe(|| self.shared.take_tasks(job, &mut calling.room, || true)));
         let theirs = self.shared.finish();
         drop(calling);
         if let Err(panic) = own {
@@ -275,9 +303,10 @@ impl Shared {
         state.panic.take()
     }
 
-    /// Lets a worker in to the job, unless it is over.
+    /// Lets a worker in to the job, unless it is over or as many are at it as may help.
     fn join(&self) -> Option<Job> {
-        let open = |gate| (gate & OPEN != 0).then_some(gate + 1);
+        let helping = self.helping.load(Ordering::Relaxed);
+        let open = |gate| (gate & OPEN != 0 && gate & !OPEN < helping).then_some(gate + 1);
         self.gate.fetch_update(Ordering::Acquire, Ordering::Relaxed, open).ok()?;
         // SAFETY: the gate counts this worker, so that nobody writes before it has left.
         unsafe { *self.job.get() }
@@ -308,6 +337,7 @@ impl Shared {
         }
         let (mut seen, mut room) = (0, Buffer::default());
         let mut turn_began = Instant::now();
+        let mut turns = Turns::new(turn_began);
         loop {
             for _ in 0..SPINS {
                 if self.generation.load(Ordering::Acquire) != seen {
@@ -338,8 +368,12 @@ impl Shared {
             }
             self.leave();
             if !goes_on() {
+                let gave = Instant::now();
                 yield_now();
                 turn_began = Instant::now();
+                if turns.crowded(gave, turn_began) {
+                    self.crowded.store(true, Ordering::Relaxed);
+                }
                 // There may be tasks left.
                 seen = seen.wrapping_sub(1);
             }
@@ -359,4 +393,26 @@ pub fn is_ieee() -> bool {
         && black_box(black_box(-1.0) - half_ulp) == -1.0
         && black_box(black_box(1.0 + f32::EPSILON) + half_ulp) == 1.0 + 2.0 * f32::EPSILON;
     result_kept && operand_kept && to_even
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_workers_join_than_may_help() {
+        let pool = Pool::new(4);
+        for helping in [1, 2, 3] {
+            let (at_it, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+            let task = |_, _: &mut Buffer| {
+                most.fetch_max(at_it.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                // Long enough for all to come.
+                std::thread::sleep(Duration::from_millis(5));
+                at_it.fetch_sub(1, Ordering::SeqCst);
+            };
+            let calling = pool.shared.calling.lock().unwrap_or_else(PoisonError::into_inner);
+            pool.share(calling, 24, helping, &task);
+            assert!(most.into_inner() <= helping + 1, "of whom {helping} may help");
+        }
+    }
 }
