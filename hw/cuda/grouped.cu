@@ -101,6 +101,11 @@ __device__ __forceinline__ void add_dots(int* dots, uint4 w, u32 x) {
     dots[3] = __dp4a(int(w.w), int(x), dots[3]);
 }
 
+// Dots begin with the bits of 1.5 * 2^23, whose last place is one: then they are the bits of that number and the dot, which is below
+// 2^20, and one subtraction makes a float of them, exactly. A conversion would take longer.
+constexpr int NO_DOT = 0x4b400000;
+__device__ __forceinline__ float dot_of(int dot) { return __uint_as_float(u32(dot)) - __uint_as_float(u32(NO_DOT)); }
+
 // Few rows: a block has a tile of outputs (x) and `ROWS` rows (y). Its threads take the dots of 64 groups, then one for each output
 // and row adds them up.
 template <class Q, u32 ROWS>
@@ -128,14 +133,14 @@ __device__ __forceinline__ void few_rows_of_groups(const Products& of, const u32
                 const u64 at = (u64(of.first()) + smaller(row + r, rows - 1)) * groups + group;
                 const uint4 a = load16(words + at * WORDS), b = load16(words + at * WORDS + 4);
                 const u32 x[WORDS] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-                int dots[4] = {};
+                int dots[4] = {NO_DOT, NO_DOT, NO_DOT, NO_DOT};
 #pragma unroll
                 for (u32 v = 0; v < WORDS; v++) add_dots(dots, w[v], x[v]);
                 const float s = of.x[at];
                 const u32 to = (threadIdx.x / 4 * ROWS + r) * TILE + quad * 4;
                 *reinterpret_cast<float4*>(factors + to) = make_float4(d.x * s, d.y * s, d.z * s, d.w * s);
                 *reinterpret_cast<float4*>(dots_of + to) =
-                    make_float4(float(dots[0]), float(dots[1]), float(dots[2]), float(dots[3]));
+                    make_float4(dot_of(dots[0]), dot_of(dots[1]), dot_of(dots[2]), dot_of(dots[3]));
             }
         }
         __syncthreads();
@@ -152,20 +157,21 @@ __device__ __forceinline__ void few_rows_of_groups(const Products& of, const u32
     if (threadIdx.x < ROWS * TILE && r < rows && output < of.outputs) of.put(r, output, acc);
 }
 
-// Many rows: a block has 64 outputs (x) and 64 rows (y), a thread four by four of them; four groups are in shared memory at once.
-template <class Q>
+// Many rows: a block has 64 outputs (x) and `HIGH` rows (y), a thread four by four of them; four groups are in shared memory at once.
+template <class Q, u32 HIGH>
 __device__ __forceinline__ void many_rows_of_groups(const Products& of, const u32* __restrict__ words) {
+    constexpr u32 THREADS = SPAN / 4 * (HIGH / 4), X_STRIDE = HIGH + 4;
     SHARED(u32, ws, DEPTH* WORDS* STRIDE);
-    SHARED(u32, xs, DEPTH* WORDS* STRIDE);
+    SHARED(u32, xs, DEPTH* WORDS* X_STRIDE);
     SHARED(float, ds, DEPTH* SPAN);
-    SHARED(float, ss, DEPTH* SPAN);
-    const u32 row = blockIdx.y * SPAN, rows = of.rows(), groups = pieces(of.inputs, GROUP), tiles = pieces(of.outputs, TILE);
+    SHARED(float, ss, DEPTH* HIGH);
+    const u32 row = blockIdx.y * HIGH, rows = of.rows(), groups = pieces(of.inputs, GROUP), tiles = pieces(of.outputs, TILE);
     const u32 left = threadIdx.x % 16 * 4, top = threadIdx.x / 16 * 4;
     if (row >= rows) return;
     float acc[4][4] = {};
     for (u32 first = 0; first < groups; first += DEPTH) {
         const u32 depth = smaller(DEPTH, groups - first);
-        for (u32 i = threadIdx.x; i < DEPTH * 4 * Q::VECTORS * 4; i += LINEAR_THREADS) {
+        for (u32 i = threadIdx.x; i < DEPTH * 4 * Q::VECTORS * 4; i += THREADS) {
             // Neighbours read what lies together: the quads of a vector, then the vectors of a tile.
             const u32 quad = i % 4, v = i / 4 % Q::VECTORS, t = i / (4 * Q::VECTORS) % 4, g = i / (16 * Q::VECTORS);
             const u32 tile = blockIdx.x * 4 + t;
@@ -179,18 +185,18 @@ __device__ __forceinline__ void many_rows_of_groups(const Products& of, const u3
             *reinterpret_cast<uint4*>(to) = low;
             if (Q::VECTORS < WORDS) *reinterpret_cast<uint4*>(to + Q::VECTORS * STRIDE) = high;
         }
-        for (u32 i = threadIdx.x; i < SPAN * DEPTH * 2; i += LINEAR_THREADS) {
+        for (u32 i = threadIdx.x; i < HIGH * DEPTH * 2; i += THREADS) {
             const u32 half = i % 2, g = i / 2 % DEPTH, r = i / (2 * DEPTH);
             if (g >= depth) continue;
             uint4 x = {0, 0, 0, 0};
             if (row + r < rows) x = load16(words + ((u64(of.first()) + row + r) * groups + first + g) * WORDS + half * 4);
-            u32* const to = xs + (g * WORDS + half * 4) * STRIDE + r;
-            to[0] = x.x, to[STRIDE] = x.y, to[2 * STRIDE] = x.z, to[3 * STRIDE] = x.w;
+            u32* const to = xs + (g * WORDS + half * 4) * X_STRIDE + r;
+            to[0] = x.x, to[X_STRIDE] = x.y, to[2 * X_STRIDE] = x.z, to[3 * X_STRIDE] = x.w;
         }
         {
             // A thread has a scale of each side: of a row, and where the first quarter is, of four outputs.
             const u32 g = threadIdx.x % DEPTH, r = threadIdx.x / DEPTH;
-            if (g < depth) ss[g * SPAN + r] = row + r < rows ? of.x[(u64(of.first()) + row + r) * groups + first + g] : 0.0f;
+            if (g < depth) ss[g * HIGH + r] = row + r < rows ? of.x[(u64(of.first()) + row + r) * groups + first + g] : 0.0f;
             const u32 quad = threadIdx.x / DEPTH % 4, t = threadIdx.x / (4 * DEPTH);
             if (threadIdx.x < SPAN && g < depth) {
                 float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -200,21 +206,23 @@ __device__ __forceinline__ void many_rows_of_groups(const Products& of, const u3
         }
         __syncthreads();
         for (u32 g = 0; g < depth; g++) {
-            int dots[4][4] = {};
+            int dots[4][4];
+#pragma unroll
+            for (u32 i = 0; i < 16; i++) dots[i / 4][i % 4] = NO_DOT;
 #pragma unroll
             for (u32 v = 0; v < WORDS; v++) {
-                const uint4 w = load16(ws + (g * WORDS + v) * STRIDE + left), x = load16(xs + (g * WORDS + v) * STRIDE + top);
+                const uint4 w = load16(ws + (g * WORDS + v) * STRIDE + left), x = load16(xs + (g * WORDS + v) * X_STRIDE + top);
                 add_dots(dots[0], w, x.x);
                 add_dots(dots[1], w, x.y);
                 add_dots(dots[2], w, x.z);
                 add_dots(dots[3], w, x.w);
             }
-            const float4 d4 = load_float4(ds + g * SPAN + left), s4 = load_float4(ss + g * SPAN + top);
+            const float4 d4 = load_float4(ds + g * SPAN + left), s4 = load_float4(ss + g * HIGH + top);
             const float d[4] = {d4.x, d4.y, d4.z, d4.w}, s[4] = {s4.x, s4.y, s4.z, s4.w};
 #pragma unroll
             for (u32 r = 0; r < 4; r++) {
 #pragma unroll
-                for (u32 o = 0; o < 4; o++) acc[r][o] = fused(d[o] * s[r], float(dots[r][o]), acc[r][o]);
+                for (u32 o = 0; o < 4; o++) acc[r][o] = fused(d[o] * s[r], dot_of(dots[r][o]), acc[r][o]);
             }
         }
         __syncthreads();
@@ -252,8 +260,11 @@ __device__ __forceinline__ void embed_groups(const byte* __restrict__ table, con
     KERNEL __launch_bounds__(LINEAR_THREADS) linear_few_rows_##name(PRODUCTS_ARGUMENTS, const u32* words) {               \
         few_rows_of_groups<Q, 4>(PRODUCTS, words);                                                                        \
     }                                                                                                                     \
-    KERNEL __launch_bounds__(LINEAR_THREADS) linear_many_rows_##name(PRODUCTS_ARGUMENTS, const u32* words) {              \
-        many_rows_of_groups<Q>(PRODUCTS, words);                                                                          \
+    KERNEL __launch_bounds__(128) linear_some_rows_##name(PRODUCTS_ARGUMENTS, const u32* words) {                         \
+        many_rows_of_groups<Q, SPAN / 2>(PRODUCTS, words);                                                                \
+    }                                                                                                                     \
+    KERNEL __launch_bounds__(256) linear_many_rows_##name(PRODUCTS_ARGUMENTS, const u32* words) {                         \
+        many_rows_of_groups<Q, SPAN>(PRODUCTS, words);                                                                    \
     }
 
 GROUPED(Q8, q8)

@@ -21,24 +21,39 @@ KERNEL __launch_bounds__(LINEAR_THREADS) repack(const float* __restrict__ x, con
 }
 
 // Storages: of an entry of a chunk, which of `steps` a lane, a half has eight outputs: four from `low` on and four from `high` on.
+// Where such a half has its codes, and the factors of its first four outputs and of the others, if a storage has any.
+struct Half {
+    const byte *codes, *lows, *highs;
+};
+
 template <class T>
 struct Plain {
     static constexpr u32 ENTRY = TILE * T::BYTES;
     static __device__ __forceinline__ u32 factor_bytes(u32) { return 0; }
     static __device__ __forceinline__ u32 low(u32 half) { return T::BYTES == 4 ? half * 8 : half * 4; }
     static __device__ __forceinline__ u32 high(u32 half) { return T::BYTES == 4 ? half * 8 + 4 : half * 4 + 8; }
-    static __device__ __forceinline__ void load(const byte* chunk, u32 steps, u32 lane, u32 step, u32 half, float* out) {
-        const byte* const entry = chunk + (lane * steps + step) * ENTRY + half * (ENTRY / 2);
+    static __device__ __forceinline__ Half half_of(const byte* chunk, u32 steps, u32 lane, u32 step, u32 half) {
+        return {chunk + (lane * steps + step) * ENTRY + half * (ENTRY / 2), nullptr, nullptr};
+    }
+    static __device__ __forceinline__ void widen(const Half& half, float* out) {
         if (T::BYTES == 4) {
-            T::eight(entry, out);
+            T::eight(half.codes, out);
         } else {
             // A word holds an output and the one eight further.
             float mixed[8];
-            T::eight(entry, mixed);
+            T::eight(half.codes, mixed);
 #pragma unroll
             for (u32 i = 0; i < 4; i++) out[i] = mixed[2 * i], out[4 + i] = mixed[2 * i + 1];
         }
     }
+
+    // What is kept of a half until it is widened.
+    static constexpr u32 KEPT = ENTRY / 2;
+    static __device__ __forceinline__ void keep(byte* to, const Half& half) {
+#pragma unroll
+        for (u32 at = 0; at < KEPT; at += 16) copy_async<16>(to + at, half.codes + at);
+    }
+    static __device__ __forceinline__ Half kept(const byte* at) { return {at, nullptr, nullptr}; }
 };
 
 // Four bits a weight, and for each 32 inputs and each output half of the power of two that they are multiplied with.
@@ -47,16 +62,18 @@ struct Mxfp4 {
     static __device__ __forceinline__ u32 factor_bytes(u32 entries) { return pieces(entries, BLOCK) * TILE * 2; }
     static __device__ __forceinline__ u32 low(u32 half) { return half * 4; }
     static __device__ __forceinline__ u32 high(u32 half) { return half * 4 + 8; }
+    static __device__ __forceinline__ Half half_of(const byte* chunk, u32 steps, u32 lane, u32 step, u32 half) {
+        const byte* const factors = chunk + (step * LANES + lane) / BLOCK * TILE * 2 + half * 8;
+        return {chunk + factor_bytes(steps * LANES) + (lane * steps + step) * ENTRY + half * 4, factors, factors + 16};
+    }
     // Twice the value of four bits, exactly: one of sign, two of exponent, one of fraction.
     static __device__ __forceinline__ float doubled(u32 code) {
         const float magnitude = __uint_as_float((code & 7u) << 22) * power_of_two(127);
         return __uint_as_float(__float_as_uint(magnitude) | (code & 8u) << 28);
     }
-    static __device__ __forceinline__ void load(const byte* chunk, u32 steps, u32 lane, u32 step, u32 half, float* out) {
-        const byte* const entry = chunk + factor_bytes(steps * LANES) + (lane * steps + step) * ENTRY + half * 4;
-        const u32 codes = *reinterpret_cast<const u32*>(entry);
-        const byte* const factors = chunk + (step * LANES + lane) / BLOCK * TILE * 2 + half * 8;
-        const uint2 lows = *reinterpret_cast<const uint2*>(factors), highs = *reinterpret_cast<const uint2*>(factors + 16);
+    static __device__ __forceinline__ void widen(const Half& half, float* out) {
+        const u32 codes = *reinterpret_cast<const u32*>(half.codes);
+        const uint2 lows = *reinterpret_cast<const uint2*>(half.lows), highs = *reinterpret_cast<const uint2*>(half.highs);
         float by[8];
         Bf16::pair(lows.x, by[0], by[1]);
         Bf16::pair(lows.y, by[2], by[3]);
@@ -68,6 +85,14 @@ struct Mxfp4 {
             out[4 + i] = doubled(codes >> (8 * i + 4)) * by[4 + i];
         }
     }
+
+    static constexpr u32 KEPT = 24;
+    static __device__ __forceinline__ void keep(byte* to, const Half& half) {
+        copy_async<4>(to, half.codes);
+        copy_async<8>(to + 8, half.lows);
+        copy_async<8>(to + 16, half.highs);
+    }
+    static __device__ __forceinline__ Half kept(const byte* at) { return {at, at + 8, at + 16}; }
 };
 
 // A byte a weight, and a factor for each 128 inputs: the published one times 256. A code that is no number has such a factor.
@@ -76,23 +101,40 @@ struct E4m3 {
     static __device__ __forceinline__ u32 factor_bytes(u32 entries) { return pieces(entries, BLOCK) * 4; }
     static __device__ __forceinline__ u32 low(u32 half) { return half * 8; }
     static __device__ __forceinline__ u32 high(u32 half) { return half * 8 + 4; }
+    static __device__ __forceinline__ Half half_of(const byte* chunk, u32 steps, u32 lane, u32 step, u32 half) {
+        const byte* const factor = chunk + (step * LANES + lane) / BLOCK * 4;
+        return {chunk + factor_bytes(steps * LANES) + (lane * steps + step) * ENTRY + half * 8, factor, factor};
+    }
     // The value of a byte by 256, exactly: one of sign, four of exponent, three of fraction.
     static __device__ __forceinline__ float by_256(u32 code) {
         const float magnitude = __uint_as_float((code & 0x7fu) << 20) * power_of_two(112);
         return __uint_as_float(__float_as_uint(magnitude) | (code & 0x80u) << 24);
     }
-    static __device__ __forceinline__ void load(const byte* chunk, u32 steps, u32 lane, u32 step, u32 half, float* out) {
-        const byte* const entry = chunk + factor_bytes(steps * LANES) + (lane * steps + step) * ENTRY + half * 8;
+    static __device__ __forceinline__ void widen(const Half& half, float* out) {
         // Factors are words, so that entries begin at multiples of four bytes only.
-        const u32 first = reinterpret_cast<const u32*>(entry)[0], second = reinterpret_cast<const u32*>(entry)[1];
-        const float factor = reinterpret_cast<const float*>(chunk)[(step * LANES + lane) / BLOCK];
+        const u32* const codes = reinterpret_cast<const u32*>(half.codes);
+        const float factor = *reinterpret_cast<const float*>(half.lows);
+        const u32 first = codes[0], second = codes[1];
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
             out[i] = by_256(first >> (8 * i)) * factor;
             out[4 + i] = by_256(second >> (8 * i)) * factor;
         }
     }
+
+    static constexpr u32 KEPT = 12;
+    static __device__ __forceinline__ void keep(byte* to, const Half& half) {
+        copy_async<4>(to, half.codes);
+        copy_async<4>(to + 4, half.codes + 4);
+        copy_async<4>(to + 8, half.lows);
+    }
+    static __device__ __forceinline__ Half kept(const byte* at) { return {at, at + 8, at + 8}; }
 };
+
+template <class S>
+__device__ __forceinline__ void load(const byte* chunk, u32 steps, u32 lane, u32 step, u32 half, float* out) {
+    S::widen(S::half_of(chunk, steps, lane, step, half), out);
+}
 
 __device__ __forceinline__ void add_step(float x, const float* w, float* acc) {
 #pragma unroll
@@ -122,7 +164,7 @@ __device__ __forceinline__ void few_rows(const Products& of) {
                 float w[4][8];
                 float4 x[ROWS];
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) S::load(weights, steps, lane, step + i, half, w[i]);
+                for (u32 i = 0; i < 4; i++) load<S>(weights, steps, lane, step + i, half, w[i]);
 #pragma unroll
                 for (u32 r = 0; r < ROWS; r++) x[r] = load_float4(of.lane(smaller(row + r, rows - 1), chunk, lane) + step);
 #pragma unroll
@@ -135,7 +177,7 @@ __device__ __forceinline__ void few_rows(const Products& of) {
             }
             for (; step < steps; step++) {
                 float w[8];
-                S::load(weights, steps, lane, step, half, w);
+                load<S>(weights, steps, lane, step, half, w);
 #pragma unroll
                 for (u32 r = 0; r < ROWS; r++) add_step(of.lane(smaller(row + r, rows - 1), chunk, lane)[step], w, acc[r]);
             }
@@ -171,103 +213,249 @@ __device__ __forceinline__ void few_rows(const Products& of) {
     if (threadIdx.x < ROWS * TILE && r < rows && output < of.outputs) of.put(r, output, total);
 }
 
-// Many rows: a block has 64 outputs (x) and 64 rows (y), a thread four by four of them. One lane after another is brought to
-// shared memory, widened, while the one before is added up.
-template <class S>
-struct Staged {
-    static constexpr u32 HALVES = SPAN * STEPS / 8 / LINEAR_THREADS;
-    static constexpr u32 FOURS = SPAN * STEPS / 4 / LINEAR_THREADS;
-    float w[HALVES][8];
-    float4 x[FOURS];
+// Many rows: a block has 128 outputs (x) and 8 * `ROWS` rows (y), a thread eight by `ROWS` of them. Pieces of a lane, of sixteen steps,
+// come to shared memory one after another: while one is added up, the next is widened, and the one after it is on its way.
+constexpr u32 MANY_THREADS = 128;
+constexpr u32 ACROSS = 128;
+constexpr u32 PIECE = 16;
+// Distances in shared memory between rows, and between tiles: multiples of four words, so that four are read at once, and such that
+// what a warp reads together is in different banks.
+constexpr u32 ROW_STRIDE = PIECE + 4;
+constexpr u32 TILE_STRIDE = PIECE * TILE + TILE;
+constexpr u32 OUTPUTS_PIECE = ACROSS / TILE * TILE_STRIDE;
+// Halves of entries of a piece, for each thread.
+constexpr u32 HALVES = 2 * ACROSS / TILE * PIECE / MANY_THREADS;
 
-    static __device__ __forceinline__ u32 step_of_half(u32 i) { return i / 2 % STEPS; }
-    static __device__ __forceinline__ u32 tile_of_half(u32 i) { return i / (2 * STEPS); }
-    // Eight rows of 64 bytes are read by a warp: whole sectors, and two banks apart when they are written.
-    static __device__ __forceinline__ u32 row_of_four(u32 i) { return i % 8 + i / 128 * 8; }
-    static __device__ __forceinline__ u32 step_of_four(u32 i) { return i / 8 % 16 * 4; }
+// A piece of a lane.
+struct Piece {
+    u32 chunk, lane, step, steps;
 
-    __device__ __forceinline__ void fetch(const Products& of, u32 row, u32 chunk, u32 lane) {
-        const u32 steps = of.steps(chunk), tiles = pieces(of.outputs, TILE);
-#pragma unroll
-        for (u32 n = 0; n < HALVES; n++) {
-            const u32 i = threadIdx.x + n * LINEAR_THREADS, tile = blockIdx.x * (SPAN / TILE) + tile_of_half(i);
-            for (u32 o = 0; o < 8; o++) w[n][o] = 0.0f;
-            if (step_of_half(i) >= steps || tile >= tiles) continue;
-            S::load(of.chunk_of<S>(tile, chunk), steps, lane, step_of_half(i), i % 2, w[n]);
-        }
+    __device__ __forceinline__ void next(const Products& of) {
+        step += PIECE;
+        if (step < steps) return;
+        step = 0;
+        if (++lane < LANES) return;
+        lane = 0;
+        if (++chunk < of.chunks()) steps = of.steps(chunk);
+    }
+};
+
+// Where a block has what in shared memory, and the part of a thread in bringing it there. Weights of 32 bits come where they are
+// used, others are kept by the thread that widens them.
+template <class S, u32 ROWS>
+struct Brought {
+    static constexpr bool WIDE = S::ENTRY == TILE * 4;
+    static constexpr u32 ROWS_PIECE = 8 * ROWS * ROW_STRIDE;
+    static constexpr u32 FOURS = (8 * ROWS * PIECE / 4 + MANY_THREADS - 1) / MANY_THREADS;
+    float *xs, *ws;
+    byte* kept;
+    const float* x_from[FOURS];
+    const byte* w_from[HALVES];
+
+    static __device__ __forceinline__ u32 four(u32 n) { return threadIdx.x + n * MANY_THREADS; }
+    static __device__ __forceinline__ u32 step_of(u32) { return threadIdx.x / 2 % PIECE; }
+    static __device__ __forceinline__ u32 tile_of(u32 n) { return (threadIdx.x + n * MANY_THREADS) / (2 * PIECE); }
+    static __device__ __forceinline__ byte* kept_at(byte* kept, u32 slot, u32 n) {
+        return kept + ((slot * HALVES + n) * MANY_THREADS + threadIdx.x) * S::KEPT;
+    }
+    __device__ __forceinline__ float* w_at(u32 slot, u32 n) const {
+        return ws + slot * OUTPUTS_PIECE + tile_of(n) * TILE_STRIDE + step_of(n) * TILE;
+    }
+
+    __device__ __forceinline__ Brought(const Products& of, u32 row, float* xs, float* ws, byte* kept) : xs(xs), ws(ws), kept(kept) {
+        // What is not there is what is there last: nobody uses what comes of it.
 #pragma unroll
         for (u32 n = 0; n < FOURS; n++) {
-            const u32 i = threadIdx.x + n * LINEAR_THREADS, r = row + row_of_four(i);
-            x[n] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (r < of.rows()) x[n] = load_float4(of.lane(r, chunk, lane) + step_of_four(i));
+            x_from[n] = of.lane(smaller(row + four(n) / (PIECE / 4), of.rows() - 1), 0, 0) + four(n) % (PIECE / 4) * 4;
+        }
+#pragma unroll
+        for (u32 n = 0; n < HALVES; n++) {
+            const u32 tile = blockIdx.x * (ACROSS / TILE) + tile_of(n);
+            w_from[n] = of.chunk_of<S>(smaller(tile, pieces(of.outputs, TILE) - 1), 0);
         }
     }
 
-    __device__ __forceinline__ void put(float* ws, float* xs) const {
-#pragma unroll
-        for (u32 n = 0; n < HALVES; n++) {
-            const u32 i = threadIdx.x + n * LINEAR_THREADS;
-            float* const to = ws + step_of_half(i) * STRIDE + tile_of_half(i) * TILE;
-            const u32 low = S::low(i % 2), high = S::high(i % 2);
-            *reinterpret_cast<float4*>(to + low) = make_float4(w[n][0], w[n][1], w[n][2], w[n][3]);
-            *reinterpret_cast<float4*>(to + high) = make_float4(w[n][4], w[n][5], w[n][6], w[n][7]);
-        }
+    // `third` and `second` say which of three and of two places.
+    __device__ __forceinline__ void fetch(const Piece& piece, u32 third, u32 second) {
 #pragma unroll
         for (u32 n = 0; n < FOURS; n++) {
-            const u32 i = threadIdx.x + n * LINEAR_THREADS;
-            float* const to = xs + step_of_four(i) * STRIDE + row_of_four(i);
-            to[0] = x[n].x, to[STRIDE] = x[n].y, to[2 * STRIDE] = x[n].z, to[3 * STRIDE] = x[n].w;
+            if (8 * ROWS * PIECE / 4 % MANY_THREADS != 0 && four(n) >= 8 * ROWS * PIECE / 4) continue;
+            float* const to = xs + third * ROWS_PIECE + four(n) / (PIECE / 4) * ROW_STRIDE + four(n) % (PIECE / 4) * 4;
+            copy_async<16>(to, x_from[n] + piece.chunk * CHUNK + piece.lane * STEPS + piece.step);
+        }
+#pragma unroll
+        for (u32 n = 0; n < HALVES; n++) {
+            const byte* const chunk = w_from[n] + u64(piece.chunk) * Products::whole<S>();
+            const u32 step = smaller(piece.step + step_of(n), piece.steps - 1), half = threadIdx.x % 2;
+            const Half from = S::half_of(chunk, piece.steps, piece.lane, step, half);
+            byte* const wide = reinterpret_cast<byte*>(w_at(third, n) + S::low(half));
+            S::keep(WIDE ? wide : kept_at(kept, second, n), from);
+        }
+    }
+
+    __device__ __forceinline__ void widen(u32 second) {
+#pragma unroll
+        for (u32 n = 0; !WIDE && n < HALVES; n++) {
+            float w[8];
+            S::widen(S::kept(kept_at(kept, second, n)), w);
+            float* const to = w_at(second, n);
+            *reinterpret_cast<float4*>(to + S::low(threadIdx.x % 2)) = make_float4(w[0], w[1], w[2], w[3]);
+            *reinterpret_cast<float4*>(to + S::high(threadIdx.x % 2)) = make_float4(w[4], w[5], w[6], w[7]);
         }
     }
 };
 
-template <class S>
-__device__ __forceinline__ void many_rows(const Products& of) {
-    SHARED(float, ws, STEPS* STRIDE);
-    SHARED(float, xs, STEPS* STRIDE);
-    const u32 row = blockIdx.y * SPAN, left = threadIdx.x % 16 * 4, top = threadIdx.x / 16 * 4;
-    if (row >= of.rows()) return;
-    float sum[4][4] = {}, total[4][4] = {};
-    Staged<S> staged;
-    if (of.chunks() > 0) staged.fetch(of, row, 0, 0);
-    for (u32 chunk = 0; chunk < of.chunks(); chunk++) {
-        const u32 steps = of.steps(chunk);
-        for (u32 lane = 0; lane < LANES; lane++) {
-            staged.put(ws, xs);
-            __syncthreads();
-            const u32 next = lane + 1 == LANES ? chunk + 1 : chunk;
-            if (next < of.chunks()) staged.fetch(of, row, next, (lane + 1) % LANES);
-            float acc[4][4] = {};
-#pragma unroll 4
-            for (u32 step = 0; step < steps; step++) {
-                const float4 x4 = load_float4(xs + step * STRIDE + top), w4 = load_float4(ws + step * STRIDE + left);
-                const float x[4] = {x4.x, x4.y, x4.z, x4.w}, w[4] = {w4.x, w4.y, w4.z, w4.w};
+template <u32 ROWS>
+__device__ __forceinline__ void add_row_step(const float* x, const float4& a, const float4& b, float (&acc)[ROWS][8]) {
+    const float w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-                for (u32 r = 0; r < 4; r++) {
+    for (u32 r = 0; r < ROWS; r++) add_step(x[r], w, acc[r]);
+}
+
+template <u32 ROWS>
+__device__ __forceinline__ void add_four_steps(const float* x, const float* w, float (&acc)[ROWS][8]) {
+    float fours[4][ROWS];
 #pragma unroll
-                    for (u32 o = 0; o < 4; o++) acc[r][o] = fused(x[r], w[o], acc[r][o]);
-                }
-            }
-            __syncthreads();
-#pragma unroll
-            for (u32 r = 0; r < 4; r++) {
-#pragma unroll
-                for (u32 o = 0; o < 4; o++) sum[r][o] = lane == 0 ? acc[r][o] : sum[r][o] + acc[r][o];
-            }
-        }
-#pragma unroll
-        for (u32 r = 0; r < 4; r++) {
-#pragma unroll
-            for (u32 o = 0; o < 4; o++) total[r][o] = chunk == 0 ? sum[r][o] : total[r][o] + sum[r][o];
-        }
+    for (u32 r = 0; r < ROWS; r++) {
+        const float4 four = load_float4(x + r * 8 * ROW_STRIDE);
+        fours[0][r] = four.x, fours[1][r] = four.y, fours[2][r] = four.z, fours[3][r] = four.w;
     }
 #pragma unroll
-    for (u32 r = 0; r < 4; r++) {
+    for (u32 i = 0; i < 4; i++) {
+        add_row_step<ROWS>(fours[i], load_float4(w + i * TILE), load_float4(w + i * TILE + 2 * TILE_STRIDE), acc);
+    }
+}
+
+// Adds so many steps of a piece up, of rows that are eight apart, and outputs of a tile and of the second after it.
+template <u32 ROWS>
+__device__ __forceinline__ void add_piece(const float* x, const float* w, u32 count, float (&acc)[ROWS][8]) {
+    if (count == PIECE) {
 #pragma unroll
-        for (u32 o = 0; o < 4; o++) {
-            const u32 output = blockIdx.x * SPAN + left + o;
-            if (row + top + r < of.rows() && output < of.outputs) of.put(row + top + r, output, total[r][o]);
+        for (u32 step = 0; step < PIECE; step += 4) add_four_steps<ROWS>(x + step, w + step * TILE, acc);
+        return;
+    }
+    u32 step = 0;
+#pragma unroll 1
+    for (; step + 4 <= count; step += 4) add_four_steps<ROWS>(x + step, w + step * TILE, acc);
+#pragma unroll 1
+    for (; step < count; step++) {
+        float one[ROWS];
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) one[r] = x[r * 8 * ROW_STRIDE + step];
+        const float* const at = w + step * TILE;
+        add_row_step<ROWS>(one, load_float4(at), load_float4(at + 2 * TILE_STRIDE), acc);
+    }
+}
+
+// Does something with each sum of a thread that has a place among the results.
+template <u32 ROWS, class Work>
+__device__ __forceinline__ void for_each_of(const Products& of, u32 row, u32 left, float (&sum)[ROWS][8], Work work) {
+    const u32 rows = of.rows();
+    float* const from = of.out + (u64(of.first()) + row) * of.outputs + left;
+#pragma unroll
+    for (u32 r = 0; r < ROWS; r++) {
+        float* const at = from + u64(8 * r) * of.outputs;
+#pragma unroll
+        for (u32 o = 0; o < 8; o++) {
+            const u32 right = o < 4 ? o : o - 4 + ACROSS / 4;
+            if (row + 8 * r < rows && left + right < of.outputs) work(sum[r][o], at[right], left + right);
         }
+    }
+}
+
+// Adds a chunk to those before it. Their running total stands where the result will: there are no registers for it, and it is needed
+// once in a chunk.
+template <u32 ROWS>
+__device__ __forceinline__ void put_chunk(const Products& of, u32 row, u32 left, u32 chunk, float (&sum)[ROWS][8]) {
+    if (chunk > 0) {
+        for_each_of<ROWS>(of, row, left, sum, [](float& value, const float& before, u32) { value = before + value; });
+    }
+    if (chunk + 1 == of.chunks() && of.biases != nullptr) {
+        for_each_of<ROWS>(of, row, left, sum, [&](float& value, const float&, u32 output) { value = of.biased(value, output); });
+    }
+    for_each_of<ROWS>(of, row, left, sum, [](const float& value, float& to, u32) { to = value; });
+}
+
+template <class S, u32 ROWS>
+__device__ __forceinline__ void rows_of_block(const Products& of, u32 row, float* xs, float* ws, byte* kept) {
+    // A warp has a fourth of a block: half of its outputs, and four of each eight rows.
+    const u32 warp = threadIdx.x / WARP, place = threadIdx.x % WARP;
+    const u32 left = warp % 2 * (ACROSS / 2) + place % 8 * 4, top = warp / 2 * 4 + place / 8;
+    using Parts = Brought<S, ROWS>;
+    Parts parts(of, row, xs, ws, kept);
+    Piece ahead = {0, 0, 0, of.steps(0)};
+    parts.fetch(ahead, 0, 0);
+    ahead.next(of);
+    wait_for_copies();
+    // What this thread has brought: it needs no barrier.
+    parts.widen(0);
+    bool follows = ahead.chunk < of.chunks();
+    if (follows) parts.fetch(ahead, 1, 1);
+    ahead.next(of);
+    u32 third = 0, second = 0;
+#pragma unroll 1
+    for (u32 chunk = 0; chunk < of.chunks(); chunk++) {
+        float sum[ROWS][8];
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+#pragma unroll
+            // Added to -0, the first lane stays what it is.
+            for (u32 o = 0; o < 8; o++) sum[r][o] = -0.0f;
+        }
+        const u32 steps = of.steps(chunk);
+#pragma unroll 1
+        for (u32 lane = 0; lane < LANES; lane++) {
+            float acc[ROWS][8] = {};
+#pragma unroll 1
+            for (u32 step = 0; step < steps; step += PIECE) {
+                wait_for_copies();
+                __syncthreads();
+                // The piece after the next goes where the one before was.
+                const bool is_next = follows;
+                follows = ahead.chunk < of.chunks();
+                if (follows) parts.fetch(ahead, third == 0 ? 2 : third - 1, second);
+                ahead.next(of);
+                if (is_next) parts.widen(second ^ 1);
+                const float* const x = xs + third * Parts::ROWS_PIECE + top * ROW_STRIDE;
+                const float* const w = ws + (Parts::WIDE ? third : second) * OUTPUTS_PIECE + left / TILE * TILE_STRIDE + left % TILE;
+                add_piece<ROWS>(x, w, smaller(PIECE, steps - step), acc);
+                third = third == 2 ? 0 : third + 1;
+                second ^= 1;
+            }
+#pragma unroll
+            for (u32 r = 0; r < ROWS; r++) {
+#pragma unroll
+                for (u32 o = 0; o < 8; o++) sum[r][o] += acc[r][o];
+            }
+        }
+        put_chunk<ROWS>(of, row + top, blockIdx.x * ACROSS + left, chunk, sum);
+    }
+}
+
+// Of no inputs.
+template <u32 ROWS>
+__device__ __forceinline__ void put_zeros(const Products& of, u32 row) {
+    for (u32 i = threadIdx.x; i < 8 * ROWS * ACROSS; i += MANY_THREADS) {
+        const u32 r = row + i / ACROSS, output = blockIdx.x * ACROSS + i % ACROSS;
+        if (r < of.rows() && output < of.outputs) of.put(r, output, 0.0f);
+    }
+}
+
+// Blocks of up to 8 * `ROWS` rows; where half of them or less are left, of as many.
+template <class S, u32 ROWS>
+__device__ __forceinline__ void many_rows(const Products& of) {
+    using Parts = Brought<S, ROWS>;
+    SHARED(float, xs, 3 * Parts::ROWS_PIECE);
+    SHARED(float, ws, (Parts::WIDE ? 3 : 2) * OUTPUTS_PIECE);
+    SHARED(byte, kept, Parts::WIDE ? 16 : 2 * HALVES * MANY_THREADS * S::KEPT);
+    const u32 row = blockIdx.y * 8 * ROWS;
+    if (row >= of.rows()) return;
+    if (of.chunks() == 0) {
+        put_zeros<ROWS>(of, row);
+    } else if (of.rows() - row <= 4 * ROWS) {
+        rows_of_block<S, ROWS / 2>(of, row, xs, ws, kept);
+    } else {
+        rows_of_block<S, ROWS>(of, row, xs, ws, kept);
     }
 }
 
@@ -278,7 +466,12 @@ __device__ __forceinline__ void many_rows(const Products& of) {
     KERNEL __launch_bounds__(LINEAR_THREADS) linear_few_rows_##name(PRODUCTS_ARGUMENTS) {                        \
         few_rows<S, 4>(PRODUCTS);                                                                                \
     }                                                                                                            \
-    KERNEL __launch_bounds__(LINEAR_THREADS) linear_many_rows_##name(PRODUCTS_ARGUMENTS) { many_rows<S>(PRODUCTS); }
+    KERNEL __launch_bounds__(MANY_THREADS, 3) linear_some_rows_##name(PRODUCTS_ARGUMENTS) {                      \
+        many_rows<S, 4>(PRODUCTS);                                                                               \
+    }                                                                                                            \
+    KERNEL __launch_bounds__(MANY_THREADS, 2) linear_many_rows_##name(PRODUCTS_ARGUMENTS) {                      \
+        many_rows<S, 8>(PRODUCTS);                                                                               \
+    }
 
 LINEAR(Plain<F32>, f32)
 LINEAR(Plain<Bf16>, bf16)

@@ -32,16 +32,23 @@ struct Products {
     __device__ __forceinline__ const float* lane(u32 row, u32 chunk, u32 lane) const {
         return x + ((u64(first()) + row) * chunks() + chunk) * CHUNK + lane * STEPS;
     }
-    // A chunk of a tile: factors if a storage has them, then the entries of lane after lane.
+    // A whole chunk of a tile: factors if a storage has them, then the entries of lane after lane.
+    template <class S>
+    static __device__ __forceinline__ u64 whole() {
+        return S::factor_bytes(CHUNK) + CHUNK * S::ENTRY;
+    }
     template <class S>
     __device__ __forceinline__ const byte* chunk_of(u32 tile, u32 chunk) const {
-        const u64 whole = S::factor_bytes(CHUNK) + CHUNK * S::ENTRY, rest = padded() % CHUNK;
-        const u64 tile_bytes = padded() / CHUNK * whole + S::factor_bytes(u32(rest)) + rest * S::ENTRY;
-        return weights + weights_at[blockIdx.z] + tile * tile_bytes + chunk * whole;
+        const u64 rest = padded() % CHUNK;
+        const u64 tile_bytes = padded() / CHUNK * whole<S>() + S::factor_bytes(u32(rest)) + rest * S::ENTRY;
+        return weights + weights_at[blockIdx.z] + tile * tile_bytes + chunk * whole<S>();
+    }
+    __device__ __forceinline__ float biased(float value, u32 output) const {
+        if (biases == nullptr) return value;
+        return value + reinterpret_cast<const float*>(biases + biases_at[blockIdx.z])[output];
     }
     __device__ __forceinline__ void put(u32 row, u32 output, float value) const {
-        if (biases != nullptr) value += reinterpret_cast<const float*>(biases + biases_at[blockIdx.z])[output];
-        out[(u64(first()) + row) * outputs + output] = value;
+        out[(u64(first()) + row) * outputs + output] = biased(value, output);
     }
 };
 

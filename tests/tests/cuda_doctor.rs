@@ -160,7 +160,7 @@ fn passes(kernels: &[(String, u64)]) -> Vec<(Vec<String>, Vec<String>)> {
             split("rope, rope of neighbours, convert, embed f32, embed q8, route, argmax, sample"),
         ),
     ];
-    let forms = ["one", "few", "many"];
+    let forms = ["one", "few", "some", "many"];
     for form in forms {
         let rows = if form == "one" { "row" } else { "rows" };
         let of_form = each(&format!("linear_{form}_{rows}_*"), storages);
@@ -211,13 +211,13 @@ fn every_kernel_gives_the_golden_bits_or_is_refused() {
         assert_eq!(look(&broken), expected, "{broken:?}");
     }
     // The last bit of an input may be lost where all is rounded.
-    for (input, products) in [("repack", 15), ("quantise", 6)] {
+    for (input, products) in [("repack", 20), ("quantise", 8)] {
         let found = look(&[input.to_owned()]);
         assert!(found.iter().all(|name| name.starts_with("linear")), "{input}: {found:?}");
         assert!(products / 2 < found.len() && found.len() <= products, "{input}: {found:?}");
     }
     let ran = run(&place, &ARGUMENTS, &folders, &[there, ("_FAULT", "clip:*:flip")]);
-    for part in ["54 of 55 give the golden bits", "not clip", "refused", "sm_90"] {
+    for part in ["61 of 62 give the golden bits", "not clip", "refused", "sm_90"] {
         assert!(ran.stdout.contains(part), "{part} in {}", ran.stdout);
     }
 }

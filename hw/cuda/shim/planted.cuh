@@ -49,6 +49,60 @@ KERNEL planted_unwritten(u32* values) {
     values[threadIdx.x] = room[63 - threadIdx.x];
 }
 
+// What was copied is read before it was waited for.
+KERNEL planted_early_read(u32* values) {
+    SHARED(u32, room, 64);
+    copy_async<4>(room + threadIdx.x, values + threadIdx.x);
+    const u32 early = room[threadIdx.x];
+    wait_for_copies();
+    values[threadIdx.x] = early;
+}
+
+// A thread waits for its own copies alone.
+KERNEL planted_copies_of_others(u32* values) {
+    SHARED(u32, room, 64);
+    copy_async<4>(room + threadIdx.x, values + threadIdx.x);
+    __syncthreads();
+    wait_for_copies();
+    const u32 other = room[63 - threadIdx.x];
+    __syncthreads();
+    values[threadIdx.x] = other;
+}
+
+// A copy begins while others may still read what was there, though it ends after a barrier.
+KERNEL planted_early_copy(u32* values) {
+    SHARED(u32, room, 64);
+    room[threadIdx.x] = values[threadIdx.x];
+    __syncthreads();
+    const u32 other = room[63 - threadIdx.x];
+    copy_async<4>(room + threadIdx.x, values + threadIdx.x);
+    __syncthreads();
+    wait_for_copies();
+    values[threadIdx.x] = other;
+}
+
+// Nobody waits for a copy.
+KERNEL planted_lost_copy(u32* values) {
+    SHARED(u32, room, 64);
+    copy_async<4>(room + threadIdx.x, values + threadIdx.x);
+}
+
+// A copy of more bytes than where it begins allows.
+KERNEL planted_misaligned_copy(u32* values) {
+    SHARED(u32, room, 64);
+    if (threadIdx.x == 0) copy_async<16>(room, values + 1);
+    wait_for_copies();
+}
+
+// Reverses a block through copies.
+KERNEL planted_no_bad_copy(u32* values) {
+    SHARED(u32, room, 64);
+    copy_async<4>(room + threadIdx.x, values + threadIdx.x);
+    wait_for_copies();
+    __syncthreads();
+    values[threadIdx.x] = room[63 - threadIdx.x];
+}
+
 // Reverses in each warp, then in the block, with the barriers that this takes.
 KERNEL planted_none(u32* values) {
     SHARED(u32, room, 64);

@@ -6,6 +6,9 @@
 // bytes, and when. Two accesses of which one is a write must have a barrier between them that both threads pass: one of the block,
 // or one of their warp. Shuffles order nothing, nor does a warp that happens to run in step. An access that no barrier orders, one
 // beside every buffer, a read of shared memory that nobody wrote, and threads that wait at different barriers end the launch.
+//
+// An asynchronous copy is done as late as it may be, when its thread waits for it. Before, its place has nobody's bytes, and whoever
+// touches them ends the launch; to the shadow memory it is a write when it begins and again when it ends.
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -37,7 +40,7 @@ struct Event {
     }
 };
 
-enum Content : std::uint8_t { NOBODYS, UNWRITTEN, WRITTEN };
+enum Content : std::uint8_t { NOBODYS, UNWRITTEN, WRITTEN, UNDER_WAY };
 // By how many it was read since the last barrier that all of them passed.
 enum Readers : std::uint8_t { NONE, ONE, OF_WARP, OF_BLOCK, OF_GRID };
 
@@ -50,6 +53,12 @@ struct Cell {
 
 enum State { READY, AT_BLOCK, AT_WARP, ENDED };
 
+struct Copy {
+    void* to;
+    const void* from;
+    std::size_t bytes;
+};
+
 struct Fiber {
     jmp_buf at;
     State state;
@@ -57,6 +66,7 @@ struct Fiber {
     std::size_t shared;
     Site site;
     std::uint64_t sent[2];
+    std::vector<Copy> copies;
 };
 
 struct Warp {
@@ -167,6 +177,7 @@ void look(const void* address, std::size_t bytes, bool is_write) {
         const auto subject = [&] { return who(block, current) + (is_write ? " writes " : " reads ") + place(i * GRANULE); };
         if (cell.content == NOBODYS) give_up(subject() + ", which is beside every buffer");
         if (cell.content == UNWRITTEN && !is_write) give_up(subject() + ", which nobody wrote");
+        if (cell.content == UNDER_WAY) give_up(subject() + ", to which a copy is under way");
         const bool after_write = !cell.has_write || cell.write.ordered(event);
         if (!after_write || (is_write && !reads_are_ordered(cell, event))) {
             const Event& other = after_write ? cell.read : cell.write;
@@ -230,6 +241,7 @@ void run_thread() {
     ended++;
     if (arrived > 0) give_up(who(block, current) + " ended while others wait at a barrier");
     if (warps[current / 32].arrived > 0) give_up(who(block, current) + " ended while its warp waits");
+    if (!fibers[current].copies.empty()) give_up(who(block, current) + " ended while its copies are under way");
     warps[current / 32].ended++;
     _longjmp(scheduler, 1);
 }
@@ -271,6 +283,7 @@ void run_block(std::uint64_t kind) {
     shared_used = 0;
     for (unsigned i = 0; i < threads; i++) {
         fibers[i].state = READY, fibers[i].started = false, fibers[i].shared = 0;
+        fibers[i].copies.clear();
         warps[i / 32] = {};
     }
     while (ended < threads) {
@@ -414,6 +427,30 @@ std::uint64_t exchange(unsigned mask, std::uint64_t bits, unsigned source, Site 
     fibers[current].sent[turn] = bits;
     wait_for_warp(mask, site, false);
     return fibers[first + source].sent[turn];
+}
+
+void copy_async(void* to, const void* from, std::size_t bytes) {
+    if (reinterpret_cast<std::uintptr_t>(to) % bytes != 0 || reinterpret_cast<std::uintptr_t>(from) % bytes != 0) {
+        give_up(who(block, current) + " copies " + std::to_string(bytes) + " bytes that do not begin at a multiple of as many");
+    }
+    const std::size_t at = static_cast<char*>(to) - arena;
+    if (at >= SHARED_MAX) give_up(who(block, current) + " copies to a place that is not in shared memory");
+    look(from, bytes, false);
+    look(to, bytes, true);
+    for (std::size_t i = at / GRANULE; i < (at + bytes) / GRANULE; i++) shadow[i].content = UNDER_WAY;
+    fibers[current].copies.push_back({to, from, bytes});
+}
+
+void wait_for_copies(Site site) {
+    if (is_left_out(site)) return;
+    for (const Copy& copy : fibers[current].copies) {
+        const std::size_t at = static_cast<char*>(copy.to) - arena;
+        for (std::size_t i = at / GRANULE; i < (at + copy.bytes) / GRANULE; i++) shadow[i].content = WRITTEN;
+        look(copy.from, copy.bytes, false);
+        look(copy.to, copy.bytes, true);
+        std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    fibers[current].copies.clear();
 }
 
 }  // namespace shim

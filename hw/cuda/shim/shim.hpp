@@ -67,6 +67,8 @@ void* shared_bytes(std::size_t bytes, const char* name);
 void sync_threads(Site site);
 void sync_warp(unsigned mask, Site site);
 std::uint64_t exchange(unsigned mask, std::uint64_t bits, unsigned source, Site site);
+void copy_async(void* to, const void* from, std::size_t bytes);
+void wait_for_copies(Site site);
 
 template <class T>
 T* shared(std::size_t count, const char* name) {

@@ -22,12 +22,29 @@ impl Default for Function {
     }
 }
 
-/// The forms of a matrix product: for one row, a few, many.
+/// A form of a matrix product: its kernel, and what a block of it has.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Form {
+    pub(crate) function: Function,
+    pub(crate) outputs: u32,
+    pub(crate) rows: u32,
+    pub(crate) threads: u32,
+}
+
+impl Form {
+    /// Blocks for one product.
+    pub(crate) const fn blocks(&self, outputs: u32, rows: u32) -> [u32; 2] {
+        [outputs.div_ceil(self.outputs), rows.div_ceil(self.rows)]
+    }
+}
+
+/// The forms of a matrix product: for one row, a few, some, many.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Linear {
-    pub(crate) one_row: Function,
-    pub(crate) few_rows: Function,
-    pub(crate) many_rows: Function,
+    pub(crate) one_row: Form,
+    pub(crate) few_rows: Form,
+    pub(crate) some_rows: Form,
+    pub(crate) many_rows: Form,
 }
 
 /// The kernels that know the type of the cache.
@@ -109,11 +126,16 @@ impl Functions {
         };
         let mut this = Self::default();
         for (at, (name, source)) in STORAGES.into_iter().enumerate() {
-            let form = |form: &str| find(source, &format!("linear_{form}_{name}"));
+            let form = |form: &str, [outputs, rows, threads]: [u32; 3]| {
+                let function = find(source, &format!("linear_{form}_{name}"))?;
+                Ok::<_, CudaError>(Form { function, outputs, rows, threads })
+            };
+            let grouped = source == "grouped.cu";
             this.linear[at] = Linear {
-                one_row: form("one_row")?,
-                few_rows: form("few_rows")?,
-                many_rows: form("many_rows")?,
+                one_row: form("one_row", [16, 1, 256])?,
+                few_rows: form("few_rows", [16, 4, 256])?,
+                some_rows: form("some_rows", if grouped { [64, 32, 128] } else { [128, 32, 128] })?,
+                many_rows: form("many_rows", if grouped { [64, 64, 256] } else { [128, 64, 128] })?,
             };
             if let Some(embed) = this.embed.get_mut(at) {
                 let source = if source == "linear.cu" { "embed.cu" } else { source };

@@ -5,7 +5,7 @@ mod users;
 
 use super::CudaError;
 use super::driver::refusal;
-use super::functions::{Function, Linear};
+use super::functions::{Form, Function, Linear};
 use super::gpu::Gpu;
 use super::memory::{ALIGN, Memory};
 use super::stream::Arg::{self, At, Long, Value, Word};
@@ -61,10 +61,10 @@ pub fn try_kernels(gpu: &Arc<Gpu>) -> Result<Vec<Tried>, CudaError> {
         let mut tried = Vec::new();
         for golden in golden() {
             let forms = if golden.is_product() { &FORMS[..] } else { &FORMS[..1] };
-            for form in forms {
+            for (name, form) in forms {
                 desk.form = *form;
                 let found = golden.found(desk)?;
-                let of_form = if golden.is_product() { form.name } else { "" };
+                let of_form = if golden.is_product() { name } else { "" };
                 let kernel = format!("{}{of_form}", golden.kernel);
                 tried.push(Tried { kernel, expected: golden.hash, found });
             }
@@ -91,19 +91,14 @@ pub fn try_exponential(gpu: &Arc<Gpu>, of: GoldenExp) -> Result<Tried, CudaError
     })
 }
 
-/// A form of the kernels of a product: outputs and rows of a block.
-#[derive(Clone, Copy, Debug)]
-struct Form {
-    name: &'static str,
-    of: fn(Linear) -> Function,
-    outputs: u32,
-    rows: u32,
-}
+/// A form of the kernels of a product, by name.
+type Named = (&'static str, fn(Linear) -> Form);
 
-const FORMS: [Form; 3] = [
-    Form { name: " of one row", of: |linear| linear.one_row, outputs: 16, rows: 1 },
-    Form { name: " of few rows", of: |linear| linear.few_rows, outputs: 16, rows: 4 },
-    Form { name: " of many rows", of: |linear| linear.many_rows, outputs: 64, rows: 64 },
+const FORMS: [Named; 4] = [
+    (" of one row", |linear| linear.one_row),
+    (" of few rows", |linear| linear.few_rows),
+    (" of some rows", |linear| linear.some_rows),
+    (" of many rows", |linear| linear.many_rows),
 ];
 
 /// The operators on a device.
@@ -113,7 +108,7 @@ struct Desk {
     memory: Memory,
     gpu: Arc<Gpu>,
     used: u64,
-    form: Form,
+    form: fn(Linear) -> Form,
 }
 
 type Values = Result<Vec<f32>, CudaError>;
@@ -125,7 +120,7 @@ impl Desk {
         let made = || {
             let stream = Stream::new(gpu)?;
             let memory = Memory::new(gpu, "the self-test", ROOM_BYTES)?;
-            Ok(Self { stream, memory, gpu: Arc::clone(gpu), used: 0, form: FORMS[0] })
+            Ok(Self { stream, memory, gpu: Arc::clone(gpu), used: 0, form: FORMS[0].1 })
         };
         let done = made().and_then(|mut desk| {
             let done = work(&mut desk);
@@ -248,8 +243,7 @@ impl Operators for Desk {
         let [matrices, weights_at] = [self.put(&matrices)?, self.put(&[0, second])?];
         let first_row = self.put(&[0, half, rows as u32])?;
         let out = self.room(4 * rows * outputs)?;
-        let Form { of, outputs: wide, rows: high, .. } = self.form;
-        let function = of(self.gpu.functions.linear(storage));
+        let form = (self.form)(self.gpu.functions.linear(storage));
         let mut arguments = vec![
             matrices,
             weights_at,
@@ -275,8 +269,8 @@ impl Operators for Desk {
             self.run(self.gpu.functions.repack, [chunks as u32, rows as u32, 1], 256, &of_rows)?;
             arguments.insert(0, packed);
         }
-        let blocks = [(outputs as u32).div_ceil(wide), half.div_ceil(high), 2];
-        self.run(function, blocks, 256, &arguments)?;
+        let [x, y] = form.blocks(outputs as u32, half);
+        self.run(form.function, [x, y, 2], form.threads, &arguments)?;
         self.take(out, rows * outputs)
     }
 

@@ -37,6 +37,11 @@ fn planted_faults_are_found() {
         ("planted_divergence", 1, 64, "ended"),
         ("planted_overrun", 1, 64, "beside every buffer"),
         ("planted_unwritten", 1, 64, "nobody wrote"),
+        ("planted_early_read", 1, 64, "a copy is under way"),
+        ("planted_copies_of_others", 1, 64, "a copy is under way"),
+        ("planted_early_copy", 1, 64, "shared memory at byte"),
+        ("planted_lost_copy", 1, 64, "ended while its copies"),
+        ("planted_misaligned_copy", 1, 64, "multiple of as many"),
     ];
     for (kernel, blocks, threads, word) in wrong {
         for order in [0, 1, 2, 3] {
@@ -48,6 +53,8 @@ fn planted_faults_are_found() {
         let buffers = found("planted_none", 1, 64, order).expect("nothing is wrong with it");
         let expected: Vec<u32> = (0..64).map(|i: u32| (63 - i) / 32 * 32 + 31 - (63 - i) % 32).collect();
         assert_eq!(buffers.words(0), expected);
+        let buffers = found("planted_no_bad_copy", 1, 64, order).expect("nothing is wrong with it");
+        assert_eq!(buffers.words(0), (0..64).rev().collect::<Vec<u32>>());
     }
 }
 

@@ -84,14 +84,7 @@ fn rows_of(kind: Quantised, outputs: usize, inputs: usize, operands: &mut Operan
 }
 
 /// Several products in one grid, as experts are: bytes of all matrices, where each has its weights and bias, which rows are whose.
-fn products(
-    shim: &mut Shim,
-    form: &str,
-    grid: [u32; 2],
-    matrices: &[&Matrix],
-    x: &[f32],
-    rows: &[usize],
-) -> Vec<f32> {
+fn products(shim: &mut Shim, form: &str, matrices: &[&Matrix], x: &[f32], rows: &[usize]) -> Vec<f32> {
     let (outputs, inputs) = (matrices[0].outputs, matrices[0].inputs);
     let (mut arena, mut weights_at, mut biases_at, mut first_row) = (vec![], vec![], vec![], vec![0]);
     for (matrix, rows) in matrices.iter().zip(rows) {
@@ -107,7 +100,19 @@ fn products(
     let picked: Vec<u32> = (0..all as u32).rev().collect();
     let (x, words) = repacked(shim, matrices[0].storage, x, &picked, inputs);
     let kernel = format!("linear_{form}_{}", name(matrices[0].storage));
-    let launch = Launch::new(&kernel, [grid[0], grid[1], matrices.len() as u32], 256).values(&x);
+    let grouped = !words.is_empty();
+    let (wide, high, threads) = match form {
+        "one_row" => (16, 1, 256),
+        "few_rows" => (16, 4, 256),
+        "some_rows" if grouped => (64, 32, 128),
+        "many_rows" if grouped => (64, 64, 256),
+        "some_rows" => (128, 32, 128),
+        _ => (128, 64, 128),
+    };
+    // A column of blocks more than the rows take.
+    let most = rows.iter().max().expect("there are products").div_ceil(high) + 1;
+    let grid = [outputs.div_ceil(wide) as u32, most as u32, matrices.len() as u32];
+    let launch = Launch::new(&kernel, grid, threads).values(&x);
     let launch = launch.bytes(&arena).longs(&weights_at);
     let has_bias = matrices[0].bias.is_some();
     let launch = if has_bias { launch.bytes(&arena).longs(&biases_at) } else { launch.null().null() };
@@ -161,8 +166,8 @@ fn expected_products(matrices: &[&Matrix], x: &[f32], rows: &[usize]) -> Vec<f32
 }
 
 /// Two matrices of a kind by one form of the kernels.
-fn check(shim: &mut Shim, matrices: [&Matrix; 2], form: &str, grid: [u32; 2], rows: [usize; 2], x: &[f32]) {
-    let found = products(shim, form, grid, &matrices, x, &rows);
+fn check(shim: &mut Shim, matrices: [&Matrix; 2], form: &str, rows: [usize; 2], x: &[f32]) {
+    let found = products(shim, form, &matrices, x, &rows);
     let what = format!("{form} {:?} {} x {}", matrices[0].storage, matrices[0].outputs, matrices[0].inputs);
     assert_bits(&what, &found, &expected_products(&matrices, x, &rows));
 }
@@ -177,9 +182,9 @@ fn products_of_few_rows_are_the_definition() {
         {
             let own = |operands: &mut Operands| Matrix::plain(dtype, outputs, inputs, bias, operands);
             let matrices = [&own(&mut operands), &own(&mut operands)];
-            for (form, high, rows) in [("one_row", 1, [1, 1]), ("few_rows", 2, [6, 3])] {
+            for (form, rows) in [("one_row", [1, 1]), ("few_rows", [6, 3])] {
                 let x = operands.values(rows.iter().sum::<usize>() * inputs);
-                check(&mut shim, matrices, form, [outputs.div_ceil(16) as u32, high], rows, &x);
+                check(&mut shim, matrices, form, rows, &x);
             }
         }
     }
@@ -191,11 +196,17 @@ fn products_of_many_rows_are_the_definition() {
     let Some(mut shim) = ready() else { return };
     let mut operands = Operands::new(5);
     for (dtype, _) in TYPES {
-        for (outputs, inputs, bias, rows) in [(70, 1061, true, [70, 5]), (3, 20, false, [1, 64])] {
+        // Pieces that are whole, end after a four of steps and amid one; blocks of all their rows, of half of them or less.
+        for (form, outputs, inputs, bias, rows) in [
+            ("some_rows", 134, 1355, true, [34, 5]),
+            ("many_rows", 134, 1061, false, [70, 34]),
+            ("many_rows", 3, 20, true, [1, 33]),
+            ("some_rows", 3, 2048, false, [17, 0]),
+        ] {
             let own = |operands: &mut Operands| Matrix::plain(dtype, outputs, inputs, bias, operands);
             let matrices = [&own(&mut operands), &own(&mut operands)];
             let x = operands.values(rows.iter().sum::<usize>() * inputs);
-            check(&mut shim, matrices, "many_rows", [outputs.div_ceil(64) as u32, 2], rows, &x);
+            check(&mut shim, matrices, form, rows, &x);
         }
     }
     shim.finish("linear.cu");
@@ -209,15 +220,14 @@ fn products_of_codes_are_the_definition() {
         for (outputs, inputs, bias) in [(1, 1, true), (33, 1061, true), (18, 2 * 1024 + 144, false)] {
             let own = |operands: &mut Operands| Matrix::coded(storage, outputs, inputs, bias, operands);
             let matrices = [&own(&mut operands), &own(&mut operands)];
-            for (form, high, rows) in
-                [("one_row", 1, [1, 1]), ("few_rows", 2, [6, 3]), ("many_rows", 1, [7, 5])]
-            {
+            let forms =
+                [("one_row", [1, 1]), ("few_rows", [6, 3]), ("some_rows", [7, 18]), ("many_rows", [33, 5])];
+            for (form, rows) in forms {
                 if form == "many_rows" && inputs > 2000 {
                     continue;
                 }
                 let x = operands.values(rows.iter().sum::<usize>() * inputs);
-                let wide = if form == "many_rows" { 64 } else { 16 };
-                check(&mut shim, matrices, form, [outputs.div_ceil(wide) as u32, high], rows, &x);
+                check(&mut shim, matrices, form, rows, &x);
             }
         }
     }
@@ -244,8 +254,9 @@ fn products_that_overflow_are_the_definition() {
     let mut x = huge(&mut operands, 4 * inputs);
     x[7] = f32::INFINITY;
     x[2 * inputs + 30] = f32::NAN;
-    check(&mut shim, [&matrix, &matrix], "few_rows", [2, 1], [3, 1], &x);
-    check(&mut shim, [&matrix, &matrix], "many_rows", [1, 1], [3, 1], &x);
+    for form in ["few_rows", "some_rows", "many_rows"] {
+        check(&mut shim, [&matrix, &matrix], form, [3, 1], &x);
+    }
 }
 
 /// Products so small that a sum is a zero: its sign tells whether inputs were padded.
@@ -259,8 +270,9 @@ fn products_that_underflow_are_the_definition() {
         let mut x = vec![-1e-30; 4 * inputs];
         x[3 * inputs..].fill(1e-30);
         assert_eq!(matrix.product(&x)[0].is_sign_negative(), inputs % 16 == 0);
-        check(&mut shim, [&matrix, &matrix], "few_rows", [1, 1], [3, 1], &x);
-        check(&mut shim, [&matrix, &matrix], "many_rows", [1, 1], [3, 1], &x);
+        for form in ["few_rows", "some_rows", "many_rows"] {
+            check(&mut shim, [&matrix, &matrix], form, [3, 1], &x);
+        }
     }
 }
 
@@ -280,7 +292,7 @@ fn integers_of_subnormals_are_clamped() {
     x[0] = f32::from_bits(190);
     x[inputs] = -f32::from_bits(189);
     assert!(matrix.product(&x)[0] > 0.0);
-    check(&mut shim, [&matrix, &matrix], "one_row", [1, 1], [1, 1], &x);
+    check(&mut shim, [&matrix, &matrix], "one_row", [1, 1], &x);
 }
 
 #[test]
@@ -291,10 +303,10 @@ fn products_of_integers_are_the_definition() {
         for (outputs, inputs, bias) in [(1, 1, false), (33, 96, true), (70, 2500, false)] {
             let own = |operands: &mut Operands| Matrix::grouped(kind, outputs, inputs, bias, operands);
             let matrices = [&own(&mut operands), &own(&mut operands)];
-            for (form, high, rows) in
-                [("one_row", 1, [1, 1]), ("few_rows", 2, [6, 3]), ("many_rows", 2, [70, 5])]
-            {
-                if form == "many_rows" && inputs > 2000 && kind == Quantised::Q4 {
+            let forms =
+                [("one_row", [1, 1]), ("few_rows", [6, 3]), ("some_rows", [34, 5]), ("many_rows", [70, 5])];
+            for (form, rows) in forms {
+                if matches!(form, "some_rows" | "many_rows") && inputs > 2000 && kind == Quantised::Q4 {
                     continue;
                 }
                 let mut x = operands.values(rows.iter().sum::<usize>() * inputs);
@@ -308,8 +320,7 @@ fn products_of_integers_are_the_definition() {
                     x[inputs + inputs / 2] = f32::NEG_INFINITY;
                     x[4 * inputs] = f32::NAN;
                 }
-                let wide = if form == "many_rows" { 64 } else { 16 };
-                check(&mut shim, matrices, form, [outputs.div_ceil(wide) as u32, high], rows, &x);
+                check(&mut shim, matrices, form, rows, &x);
             }
         }
     }

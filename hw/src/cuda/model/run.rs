@@ -1,7 +1,7 @@
 //! The launches of a step: each operator of the numeric contract as a kernel over the pieces of [`Room`].
 
 use super::super::CudaError;
-use super::super::functions::{Function, Functions};
+use super::super::functions::{Form, Function, Functions, Linear};
 use super::super::stream::{Arg, Stream};
 use super::Failed;
 use super::ranks::Among;
@@ -14,14 +14,12 @@ use lite_llm_model::Model;
 use lite_llm_model::arch::{Activation, Pairs};
 use lite_llm_model::kernels::Storage;
 
-/// Threads of a block of a matrix product.
-const LINEAR_THREADS: u32 = 256;
-/// Outputs of a tile, and of a block of many rows, with as many rows.
-const TILE: u32 = 16;
-const SPAN: u32 = 64;
-/// Rows of a block of few rows, and the most that go by few.
-const FEW: u32 = 4;
+/// The most rows of a product that go by few.
 const FEW_MAX: u32 = 16;
+/// A form of larger blocks has to have so many of them, or a smaller one, with more blocks, leaves less of a device idle: they have
+/// some hundred multiprocessors. Not measured.
+const SOME_BLOCKS_MIN: u32 = 80;
+const MANY_BLOCKS_MIN: u32 = 128;
 const CHUNK: u32 = 1024;
 /// Groups of integers that a block quantises.
 const GROUPS: u32 = 8;
@@ -206,12 +204,11 @@ impl Run<'_> {
         if outputs == 0 {
             return Ok(());
         }
-        let (function, x, y) = match several.rows_usual {
-            0 => return Ok(()),
-            1 => (forms.one_row, outputs.div_ceil(TILE), rows),
-            2..=FEW_MAX => (forms.few_rows, outputs.div_ceil(TILE), rows.div_ceil(FEW)),
-            _ => (forms.many_rows, outputs.div_ceil(SPAN), rows.div_ceil(SPAN)),
-        };
+        if several.rows_usual == 0 {
+            return Ok(());
+        }
+        let form = form_of(forms, several, outputs);
+        let [x, y] = form.blocks(outputs, rows);
         let grouped = matches!(matrix.storage, Storage::Grouped(_));
         let has_bias = matrix.bias != 0;
         let arguments = [
@@ -227,7 +224,7 @@ impl Run<'_> {
             At(packed.words),
         ];
         let arguments = if grouped { &arguments[..] } else { &arguments[..9] };
-        self.launch(function, [x, y, several.count], LINEAR_THREADS, arguments)
+        self.launch(form.function, [x, y, several.count], form.threads, arguments)
     }
 
     /// Columns of rows to other places: row i of `out` gets `n` values from column `to` on, of the row that `picked` says.
@@ -307,6 +304,22 @@ impl Run<'_> {
     /// Where a value of a piece is.
     pub(super) const fn value(piece: u64, index: usize) -> u64 {
         piece + 4 * index as u64
+    }
+}
+
+/// The form of products: of the largest blocks that their usual rows fill, if there are enough of these.
+fn form_of(forms: Linear, several: Several, outputs: u32) -> Form {
+    let rows = several.rows_usual;
+    let has = |form: Form, blocks_min: u32| {
+        let [x, y] = form.blocks(outputs, rows);
+        x.saturating_mul(y).saturating_mul(several.count) >= blocks_min
+    };
+    match rows {
+        0 | 1 => forms.one_row,
+        2..=FEW_MAX => forms.few_rows,
+        _ if rows > forms.some_rows.rows && has(forms.many_rows, MANY_BLOCKS_MIN) => forms.many_rows,
+        _ if has(forms.some_rows, SOME_BLOCKS_MIN) => forms.some_rows,
+        _ => forms.few_rows,
     }
 }
 
