@@ -284,12 +284,12 @@ KERNEL attention_sum(ROWS_ARGUMENTS, const float* __restrict__ maxima, const flo
                               u64 at, u32 heads, u32 dim) {                                                                  \
         write_cache<T>(values, positions, pages, cache, page_bytes, at, heads, dim);                                         \
     }                                                                                                                        \
-    KERNEL __launch_bounds__(SCORE_THREADS)                                                                                  \
+    KERNEL __launch_bounds__(SCORE_THREADS, 4)                                                                               \
         attention_scores_##name(ROWS_ARGUMENTS, const float* q, float* scores, float* maxima, u64 keys_at, u32 key_dim,      \
                                 float scale) {                                                                               \
         score<T>(THESE_ROWS, q, scores, maxima, keys_at, key_dim, scale);                                                    \
     }                                                                                                                        \
-    KERNEL __launch_bounds__(MIX_THREADS)                                                                                    \
+    KERNEL __launch_bounds__(MIX_THREADS, 2)                                                                                 \
         attention_mix_##name(ROWS_ARGUMENTS, const float* scores, const float* maxima, const float* sinks,                   \
                              float* numerators, float* denominators, u64 values_at, u32 stride, u32 value_dim) {             \
         mix<T>(THESE_ROWS, scores, maxima, sinks, numerators, denominators, values_at, stride, value_dim);                   \

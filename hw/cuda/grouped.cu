@@ -260,10 +260,10 @@ __device__ __forceinline__ void embed_groups(const byte* __restrict__ table, con
     KERNEL __launch_bounds__(LINEAR_THREADS) linear_few_rows_##name(PRODUCTS_ARGUMENTS, const u32* words) {               \
         few_rows_of_groups<Q, 4>(PRODUCTS, words);                                                                        \
     }                                                                                                                     \
-    KERNEL __launch_bounds__(128) linear_some_rows_##name(PRODUCTS_ARGUMENTS, const u32* words) {                         \
+    KERNEL __launch_bounds__(128, 5) linear_some_rows_##name(PRODUCTS_ARGUMENTS, const u32* words) {                         \
         many_rows_of_groups<Q, SPAN / 2>(PRODUCTS, words);                                                                \
     }                                                                                                                     \
-    KERNEL __launch_bounds__(256) linear_many_rows_##name(PRODUCTS_ARGUMENTS, const u32* words) {                         \
+    KERNEL __launch_bounds__(256, 3) linear_many_rows_##name(PRODUCTS_ARGUMENTS, const u32* words) {                         \
         many_rows_of_groups<Q, SPAN>(PRODUCTS, words);                                                                    \
     }
 

@@ -1,9 +1,11 @@
 // Compiles sources with NVRTC, which needs neither a GPU nor a toolkit:
 //   nvrtc <libnvrtc> <options, one an argument> -- <sources>
-// Whatever the compiler says of a source, a warning too, is a failure, and so is an instruction that the contract forbids. Options
-// hold for all sources. Ends with 3 where the library cannot be loaded.
+// Whatever the compiler says of a source, a warning too, is a failure, and so are an instruction that the contract forbids and a kernel
+// that keeps values in local memory, for which it has no registers. Options hold for all sources. Ends with 3 where the library cannot be loaded.
 #include <dlfcn.h>
+#include <elf.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -25,6 +27,41 @@ F* find(const char* name) {
         std::exit(3);
     }
     return found;
+}
+
+template <class T>
+T value_at(const std::string& bytes, std::size_t at) {
+    T value;
+    if (at > bytes.size() || sizeof(T) > bytes.size() - at) {
+        std::fprintf(stderr, "machine code that is no ELF file\n");
+        std::exit(3);
+    }
+    std::memcpy(&value, bytes.data() + at, sizeof(T));
+    return value;
+}
+
+// The most bytes of local memory that a kernel has: what it has no registers for. They stand in the section `.nv.info`, whose records
+// have a form, a number, a length and, of this one, a symbol and bytes.
+unsigned local_bytes(const std::string& code) {
+    const auto header = value_at<Elf64_Ehdr>(code, 0);
+    const auto section = [&](unsigned number) { return value_at<Elf64_Shdr>(code, header.e_shoff + number * sizeof(Elf64_Shdr)); };
+    constexpr unsigned FORM_WITH_LENGTH = 4, FRAME_SIZE = 0x11;
+    unsigned most = 0, found = 0;
+    for (unsigned number = 0; number < header.e_shnum; number++) {
+        const Elf64_Shdr of = section(number);
+        if (std::strcmp(code.c_str() + section(header.e_shstrndx).sh_offset + of.sh_name, ".nv.info") != 0) continue;
+        for (std::size_t at = of.sh_offset; at < of.sh_offset + of.sh_size;) {
+            const auto form = value_at<unsigned char>(code, at), what = value_at<unsigned char>(code, at + 1);
+            const auto length = form == FORM_WITH_LENGTH ? value_at<unsigned short>(code, at + 2) : 0;
+            if (form == FORM_WITH_LENGTH && what == FRAME_SIZE) {
+                most = std::max(most, value_at<unsigned>(code, at + 8));
+                found++;
+            }
+            at += 4 + length;
+        }
+    }
+    // Or the format is another one.
+    return found > 0 ? most : ~0u;
 }
 
 bool compile(const char* path, const std::vector<const char*>& options) {
@@ -56,6 +93,9 @@ bool compile(const char* path, const std::vector<const char*>& options) {
     for (const char* forbidden : {".approx", ".ftz", ".tf32", "mma.", "atom.", "fma.rz", "div.full"}) {
         if (ptx.find(forbidden) != std::string::npos) log += std::string("forbidden: ") + forbidden;
     }
+    std::string machine(failed ? 0 : code, '\0');
+    if (!machine.empty()) find<Text>("nvrtcGetCUBIN")(program, machine.data());
+    if (!machine.empty() && local_bytes(machine) > 0) log += "forbidden: " + std::to_string(local_bytes(machine)) + " bytes of local memory";
     find<Destroy>("nvrtcDestroyProgram")(&program);
     std::printf("%s: %s, %zu bytes\n%s%s", path, failed ? "failed" : "compiled", code, log.c_str(), log.empty() ? "" : "\n");
     return !failed && code > 0 && log.empty();

@@ -1,5 +1,6 @@
 //! Every kernel of CUDA compiles with NVRTC for the architectures that are named here, without a warning, by the options of the
-//! numeric contract and to nothing that it forbids. `hw/cuda/fetch-nvrtc` fetches the library; where it was not, this says so.
+//! numeric contract, to nothing that it forbids, and with registers for all its values. `hw/cuda/fetch-nvrtc` fetches the library;
+//! where it was not, this says so.
 
 use lite_llm_hw::cuda::kernels::OPTIONS;
 use lite_llm_tests::cuda::{compile_nvrtc, say_skipped, sources};
@@ -58,6 +59,22 @@ fn every_kernel_compiles_for_every_architecture() {
             });
         }
     });
+}
+
+#[test]
+fn local_memory_is_a_failure() {
+    let Some(nvrtc) = ready() else { return };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let file = dir.path().join("local.cu");
+    let source = "#include \"words.cuh\"\nKERNEL local(u32* out, u32 at) {\n    u32 room[64];\n    \
+                  for (u32 i = 0; i < 64; i++) room[i] = out[i];\n    out[0] = room[at % 64];\n}\n";
+    std::fs::write(&file, source).expect("the source is written");
+    for architecture in ARCHITECTURES {
+        let mut options = vec!["--gpu-architecture", architecture];
+        options.extend(OPTIONS);
+        let (good, said) = compile(&nvrtc, &options, std::slice::from_ref(&file));
+        assert!(!good && said.contains("forbidden: 256 bytes of local memory"), "{said}");
+    }
 }
 
 #[test]
