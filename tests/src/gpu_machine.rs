@@ -65,6 +65,39 @@ impl Machine {
         std::fs::remove_dir_all(self.gpus.place.path("gpu")).unwrap();
     }
 
+    /// The tokens of five requests that share steps, in one run on a device with so much memory: prompts of several lengths, and for
+    /// each a way of choosing so many tokens. Its state directory is the one that [`Self::replay`] recomputes.
+    #[track_caller]
+    pub fn batch(
+        &self,
+        model: &Path,
+        ways: [&str; 5],
+        chosen: u32,
+        [device, memory]: [&str; 2],
+    ) -> Vec<Value> {
+        let place = &self.gpus.place;
+        let mut lines = String::new();
+        for (number, (length, way)) in [3, 70, 1, 40, 5].into_iter().zip(ways).enumerate() {
+            let prompt: Vec<u64> = (0..length).map(|i| (i * 31 + number as u64) % 90 + 2).collect();
+            lines += &format!(
+                "{{\"id\": \"r{number}\", \"prompt_tokens\": {prompt:?}, \"max_tokens\": {chosen}, \"seed\": {number}, {way}}}\n"
+            );
+        }
+        std::fs::write(place.path("in"), lines).unwrap();
+        for kept in ["gpu", "out"] {
+            let path = place.path(kept);
+            std::fs::remove_dir_all(&path).or_else(|_| std::fs::remove_file(&path)).ok();
+        }
+        let arguments = ["run", model.to_str().unwrap(), "--batch", "in", "--out", "out", "--state", "gpu"];
+        let arguments = [&arguments[..], &["--device", device, "--memory", memory]].concat();
+        let ran = self.run(&arguments, &[("SEED", "3")]);
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let out = std::fs::read_to_string(place.path("out")).unwrap();
+        let mut lines: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        lines.sort_by_key(|line| line["id"].to_string());
+        lines.into_iter().map(|line| line["tokens"].clone()).collect()
+    }
+
     /// Recomputes what a device computed on the CPU.
     #[track_caller]
     pub fn replay(&self, model: &Path) {

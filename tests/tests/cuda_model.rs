@@ -78,7 +78,6 @@ fn every_storage_has_the_bits_of_the_cpu() {
 fn rows_of_many_requests_share_steps() {
     let Some(machine) = machine() else { return };
     let model = folder("fixtures/qwen3_moe");
-    let mut lines = String::new();
     // Tokens are chosen on the device, also where those before them count.
     let ways = [
         "\"temperature\": 0.0",
@@ -87,25 +86,8 @@ fn rows_of_many_requests_share_steps() {
         "\"temperature\": 0.9",
         "\"temperature\": 1.5, \"top_k\": 40, \"top_p\": 0.9, \"min_p\": 0.02",
     ];
-    for (number, (length, way)) in [3, 70, 1, 40, 5].into_iter().zip(ways).enumerate() {
-        let prompt: Vec<u64> = (0..length).map(|i| (i * 31 + number as u64) % 90 + 2).collect();
-        lines += &format!(
-            "{{\"id\": \"r{number}\", \"prompt_tokens\": {prompt:?}, \"max_tokens\": 9, \"seed\": {number}, {way}}}\n"
-        );
-    }
-    std::fs::write(machine.gpus.place.path("in"), lines).unwrap();
-    let batch = |device: &str, state: &str| {
-        let arguments = ["run", model.to_str().unwrap(), "--batch", "in", "--out", state, "--state"];
-        let of_state = format!("{state}-state");
-        let arguments = [&arguments[..], &[&of_state, "--device", device, "--memory", "300MiB"]].concat();
-        let ran = machine.run(&arguments, &[("SEED", "3")]);
-        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
-        let out = std::fs::read_to_string(machine.gpus.place.path(state)).unwrap();
-        let mut lines: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        lines.sort_by_key(|line| line["id"].to_string());
-        lines.into_iter().map(|line| line["tokens"].clone()).collect::<Vec<_>>()
-    };
-    assert_eq!(batch("cuda", "gpu"), batch("cpu", "cpu"));
+    let [cuda, cpu] = ["cuda", "cpu"].map(|device| machine.batch(&model, ways, 9, [device, "300MiB"]));
+    assert_eq!(cuda, cpu);
 }
 
 /// Where all experts are resident a step of decode is told its lists once, and is read from once, however many layers it has.

@@ -2,7 +2,6 @@
 //! there, digests are of logits as they were. Nothing here has met a GPU.
 
 use lite_llm_tests::gpu_machine::{Machine, folder};
-use serde_json::Value;
 
 fn machine() -> Option<Machine> {
     let mut machine = Machine::new(env!("CARGO_TARGET_TMPDIR"), "penalties on a stand-in for a GPU")?;
@@ -45,7 +44,6 @@ fn penalised_tokens_are_those_of_the_cpu_also_in_recorded_steps() {
 fn rows_have_penalties_of_their_own() {
     let Some(machine) = machine() else { return };
     let model = folder("fixtures/qwen3_moe");
-    let mut lines = String::new();
     let ways = [
         "\"temperature\": 0.0",
         "\"temperature\": 0.9, \"repetition_penalty\": 1.3",
@@ -53,28 +51,8 @@ fn rows_have_penalties_of_their_own() {
         "\"temperature\": 0.9",
         "\"temperature\": 1.5, \"top_k\": 40, \"min_p\": 0.02, \"repetition_penalty\": 2.5",
     ];
-    for (number, (length, way)) in [3, 70, 1, 40, 5].into_iter().zip(ways).enumerate() {
-        let prompt: Vec<u64> = (0..length).map(|i| (i * 31 + number as u64) % 90 + 2).collect();
-        lines += &format!(
-            "{{\"id\": \"r{number}\", \"prompt_tokens\": {prompt:?}, \"max_tokens\": 12, \"seed\": {number}, {way}}}\n"
-        );
-    }
-    std::fs::write(machine.gpus.place.path("in"), lines).unwrap();
     let least = (machine.least(&model, &["--cache-positions", "400"]) + (300 << 10)).to_string();
-    let batch = |device: &str, memory: &str| {
-        for folder in ["gpu", "out"] {
-            let path = machine.gpus.place.path(folder);
-            std::fs::remove_dir_all(&path).or_else(|_| std::fs::remove_file(&path)).ok();
-        }
-        let arguments = ["run", model.to_str().unwrap(), "--batch", "in", "--out", "out", "--state", "gpu"];
-        let arguments = [&arguments[..], &["--device", device, "--memory", memory]].concat();
-        let ran = machine.run(&arguments, &[("SEED", "3")]);
-        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
-        let out = std::fs::read_to_string(machine.gpus.place.path("out")).unwrap();
-        let mut lines: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        lines.sort_by_key(|line| line["id"].to_string());
-        lines.into_iter().map(|line| line["tokens"].clone()).collect::<Vec<_>>()
-    };
+    let batch = |device: &str, memory: &str| machine.batch(&model, ways, 12, [device, memory]);
     let expected = batch("cpu", "300MiB");
     for memory in ["300MiB", &least] {
         assert_eq!(batch("cuda", memory), expected, "{memory}");
