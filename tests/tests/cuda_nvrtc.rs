@@ -66,7 +66,7 @@ fn local_memory_is_a_failure() {
     let Some(nvrtc) = ready() else { return };
     let dir = tempfile::tempdir().expect("a temporary folder");
     let file = dir.path().join("local.cu");
-    let source = "#include \"words.cuh\"\nKERNEL local(u32* out, u32 at) {\n    u32 room[64];\n    \
+    let source = "#include \"words.cuh\"\nKERNEL local(u32* out, u32 at) {\n    u32 room[64];\n#pragma unroll 1\n    \
                   for (u32 i = 0; i < 64; i++) room[i] = out[i];\n    out[0] = room[at % 64];\n}\n";
     std::fs::write(&file, source).expect("the source is written");
     for architecture in ARCHITECTURES {
