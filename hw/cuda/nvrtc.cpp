@@ -1,7 +1,7 @@
 // Compiles sources with NVRTC, which needs neither a GPU nor a toolkit:
 //   nvrtc <libnvrtc> <options, one an argument> -- <sources>
-// Whatever the compiler says of a source, a warning too, is a failure, and so are an instruction that the contract forbids and a kernel
-// that keeps values in local memory, for which it has no registers. Options hold for all sources. Ends with 3 where the library cannot be loaded.
+// Whatever the compiler says of a source, a warning too, is a failure, and so are an instruction that the contract forbids and a
+// kernel that keeps values in local memory, for which it has no registers. Options hold for all sources. Ends with 3 where the library cannot be loaded.
 #include <dlfcn.h>
 #include <elf.h>
 
@@ -97,7 +97,8 @@ bool compile(const char* path, const std::vector<const char*>& options) {
     if (!machine.empty()) find<Text>("nvrtcGetCUBIN")(program, machine.data());
     // A function that is called, not put in its place, may save registers there.
     const unsigned saved = text.str().find("__noinline__") == std::string::npos ? 0 : 16;
-    if (!machine.empty() && local_bytes(machine) > saved) log += "forbidden: " + std::to_string(local_bytes(machine)) + " bytes of local memory";
+    const unsigned local = machine.empty() ? 0 : local_bytes(machine);
+    if (local > saved) log += "forbidden: " + std::to_string(local) + " bytes of local memory";
     find<Destroy>("nvrtcDestroyProgram")(&program);
     std::printf("%s: %s, %zu bytes\n%s%s", path, failed ? "failed" : "compiled", code, log.c_str(), log.empty() ? "" : "\n");
     return !failed && code > 0 && log.empty();
