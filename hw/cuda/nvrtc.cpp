@@ -1,7 +1,8 @@
 // Compiles sources with NVRTC, which needs neither a GPU nor a toolkit:
 //   nvrtc <libnvrtc> <options, one an argument> -- <sources>
 // Whatever the compiler says of a source, a warning too, is a failure, and so are an instruction that the contract forbids and a
-// kernel that keeps values in local memory, for which it has no registers. Options hold for all sources. Ends with 3 where the library cannot be loaded.
+// kernel that keeps values in local memory, for which it has no registers. Options hold for all sources.
+// Ends with 3 where the library cannot be loaded.
 #include <dlfcn.h>
 #include <elf.h>
 
