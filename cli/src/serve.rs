@@ -96,7 +96,7 @@ impl Service {
             if let Some(status) = &status {
                 progress.suspend(|| {
                     tell!("{}", memory_plan(status));
-                    for how in [node.reading(), node.launching()] {
+                    for how in [node.reading(), node.launching().into()] {
                         if !how.is_empty() {
                             tell!("{how}");
                         }

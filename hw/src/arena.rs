@@ -63,8 +63,8 @@ enum Place {
 /// The slots of an arena.
 #[derive(Debug)]
 pub struct Arena {
-    /// Where files are read straight into it. It goes before the memory does.
-    _known: Option<CuFileMemory>,
+    /// Where files are read straight into it: whether the library knows it, or why not. It goes before the memory does.
+    known: Option<Result<CuFileMemory, String>>,
     place: Place,
     slot_bytes: usize,
     users: Box<[AtomicU32]>,
@@ -113,7 +113,8 @@ impl Arena {
         let length = Self::length(slots, slot_bytes, u64::MAX)?;
         let memory = Memory::new(gpu, "slots of experts", length as u64)?;
         // SAFETY: all is of this memory, and the arena lets go of both in this order.
-        let known = direct.and_then(|direct| unsafe { direct.know(memory.at(), length) });
+        let know = |direct: &Direct| unsafe { direct.know(memory.at(), length) };
+        let known = direct.filter(|_| length > 0).map(know);
         Ok(Self::known(known, Place::Device(memory), slots, length))
     }
 
@@ -130,9 +131,14 @@ impl Arena {
         Self::known(None, place, slots, length)
     }
 
-    fn known(known: Option<CuFileMemory>, place: Place, slots: u32, length: usize) -> Arc<Self> {
+    fn known(
+        known: Option<Result<CuFileMemory, String>>,
+        place: Place,
+        slots: u32,
+        length: usize,
+    ) -> Arc<Self> {
         let users = (0..slots).map(|_| AtomicU32::new(0)).collect();
-        Arc::new(Self { _known: known, place, slot_bytes: length / (slots.max(1) as usize), users })
+        Arc::new(Self { known, place, slot_bytes: length / (slots.max(1) as usize), users })
     }
 
     /// Where the slots begin in the memory of a GPU, and bytes of each; none if they are the host's.
@@ -141,6 +147,11 @@ impl Arena {
             Place::Device(memory) => Some((memory.at(), self.slot_bytes as u64)),
             Place::Map(_) | Place::Pinned(_) => None,
         }
+    }
+
+    /// Whether the library that reads files straight into the slots knows them, or why not; none if nothing is read so.
+    pub(crate) fn registered(&self) -> Option<Result<(), &str>> {
+        self.known.as_ref().map(|known| known.as_ref().map(|_| ()).map_err(String::as_str))
     }
 
     /// Number of slots.

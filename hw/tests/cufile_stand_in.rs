@@ -8,7 +8,7 @@ use cudarc::cufile::sys::{
     self, CUfileDescr_t, CUfileDescr_t__bindgen_ty_1, CUfileFileHandleType, CUfileHandle_t,
 };
 use cudarc::driver::result;
-use lite_llm_tests::cuda::{compile_cufile, compile_driver, say_skipped};
+use lite_llm_tests::cuda::{compile_cufile, compile_driver, cufile_to_link, say_skipped};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -239,7 +239,7 @@ fn play(scenario: &str, fault: &str) -> Option<(bool, String)> {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "scenario", "--nocapture"]).env(SCENARIO, scenario);
     command.env("LITE_LLM_STAND_IN", "90").env("LITE_LLM_STAND_IN_CUFILE_FAULT", fault);
-    command.env("LD_LIBRARY_PATH", std::env::join_paths([driver, library]).unwrap());
+    command.env("LD_LIBRARY_PATH", std::env::join_paths([driver, cufile_to_link(&library)]).unwrap());
     let output = command.output().unwrap();
     Some((output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned()))
 }

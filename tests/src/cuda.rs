@@ -125,8 +125,9 @@ pub fn compile_driver(dir: &Path) -> Option<PathBuf> {
 // The name that is looked for first: before that of a driver that the machine may have. NVRTC looks for another one, and is content
 // without it.
 const DRIVER: &str = "libcuda.so";
-// The same of cuFile.
-const CUFILE: &str = "libcufile.so";
+// The same of cuFile, and the name that others look for.
+const CUFILE: &str = "libcufile.so.0";
+const CUFILE_TO_LINK: &str = "libcufile.so";
 
 /// The folder in which the stand-in of [`compile_driver`], in this folder, is NCCL too.
 ///
@@ -200,6 +201,22 @@ pub fn compile_cufile(dir: &Path) -> Option<PathBuf> {
         Some(dir)
     });
     built.clone()
+}
+
+/// The folder in which the library of [`compile_cufile`], in this folder, has the name by which programs are linked with it, and no other.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn cufile_to_link(cufile: &Path) -> PathBuf {
+    let dir = cufile.join("to-link");
+    std::fs::create_dir_all(&dir).expect("a folder for the library");
+    let (link, new) = (dir.join(CUFILE_TO_LINK), own(&dir, "new"));
+    // What is there may be of older sources.
+    std::fs::hard_link(cufile.join(CUFILE), &new).expect("another name for the library");
+    std::fs::rename(&new, &link).expect("the library takes its place");
+    // Of two names of one file this does nothing.
+    let _ = std::fs::remove_file(new);
+    dir
 }
 
 /// The command that compiles a source of the stand-in: the bits are those of the shim, and it is as fast as this machine can.

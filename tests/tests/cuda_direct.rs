@@ -2,7 +2,7 @@
 //! refuses every use that is wrong. Nothing here has met a GPU.
 
 use lite_llm_tests::command::Ran;
-use lite_llm_tests::cuda::{compile_cufile, counts, say_skipped};
+use lite_llm_tests::cuda::{compile_cufile, counts, cufile_to_link, say_skipped};
 use lite_llm_tests::gpu_machine::{Machine, folder};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -91,9 +91,20 @@ fn experts_come_straight_from_the_file_with_the_bits_of_the_cpu() {
         assert!(of_experts > 20, "experts come and go: {reads:?}");
         assert_eq!(reads["known"], reads["reads"], "slots are registered");
         assert_eq!(pages[1] - pages[0], of_experts, "no expert passes through the host: {pages:?}");
-        // What cannot be registered is read into all the same.
-        let (_, reads) = served.reads(&["--io", "direct"], &[("CUFILE", "memory")]);
-        assert_eq!(reads["known"], 0);
+        let registered = "verified after a copy back; all slots are registered with cuFile";
+        assert!(ran.stderr.contains(registered), "{}", ran.stderr);
+        // What cannot be registered is read into all the same, and it is said, with whatever code it is refused.
+        for (wish, known, words) in [
+            ("memory", 0, "cuFileBufRegister fails: CU_FILE_GPU_MEMORY_PINNING_FAILED (5036)"),
+            ("little", served.trials(), "CU_FILE_GPU_MEMORY_PINNING_FAILED (5036)"),
+            ("unknown", 0, "cuFileBufRegister fails: error 5999, with the CUDA driver's error 7"),
+        ] {
+            let (ran, reads) = served.reads(&["--io", "direct"], &[("CUFILE", wish)]);
+            assert_eq!(reads["known"], known, "{wish}: what is tried has room or has not");
+            for words in ["; slots are not registered", words, "raise max_device_pinned_mem_size_kb"] {
+                assert!(ran.stderr.contains(words), "{wish}: {}", ran.stderr);
+            }
+        }
         for seed in ["1", "2", "3"] {
             served.check(&["--io", "direct", "--foresight", "on"], &[("SEED", seed)]);
         }
@@ -152,6 +163,7 @@ fn where_it_cannot_be_had_another_way_is_used_and_it_is_said_why() {
     let Some(served) = Served::new("olmoe") else { return };
     for (wish, value, words) in [
         ("CUFILE", "fails", "CU_FILE_DRIVER_NOT_INITIALIZED (5001)"),
+        ("CUFILE", "unopened", "cuFileDriverOpen fails: error 5999"),
         ("CUFILE", "compat", "cuFileDriverOpen fails: CU_FILE_NVFS_DRIVER_ERROR (5010)"),
         ("CUFILE", "forced", "compat mode, which copies through the host: there is no nvidia-fs"),
         ("CUFILE", "allowed", "does not let its compat mode be switched off"),
@@ -182,9 +194,20 @@ fn without_the_library_it_is_said_and_refused() {
     if !ran.stderr.contains(NOT) {
         return say_skipped("cuFile that is missing: this machine has it");
     }
-    assert!(ran.stderr.contains("libcufile.so was not found"), "{}", ran.stderr);
-    let words = ["libcufile.so was not found", "install GPUDirect Storage", "--io"];
+    assert!(ran.stderr.contains("libcufile.so.0 was not found"), "{}", ran.stderr);
+    let words = ["libcufile.so.0 was not found", "install GPUDirect Storage", "--io"];
     served.run(&["--io", "direct"], &[]).refuses(1, &words);
+}
+
+#[test]
+fn the_library_is_found_by_the_name_for_programs_that_are_linked_with_it_too() {
+    let Some(mut served) = Served::with("olmoe", false) else { return };
+    let library = compile_cufile(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
+    served.machine.gpus.add_library(&cufile_to_link(&library));
+    let ran = served.run(&[], &[]);
+    assert_eq!(ran.json()["tokens"], served.expected);
+    let is_read = ran.stderr.contains("(GPUDirect Storage, nvidia-fs 2.17)");
+    assert!(is_read || ran.stderr.contains("O_DIRECT"), "{}", ran.stderr);
 }
 
 #[test]
@@ -207,12 +230,24 @@ fn a_device_that_is_lost_while_it_is_read_into_ends_the_node_and_the_stream_goes
 
 #[test]
 fn the_doctor_says_how_experts_would_come() {
-    for (has_library, words) in [
-        (true, "straight into memory of the GPU (GPUDirect Storage, nvidia-fs 2.17); tried in"),
-        (false, NOT),
+    let whole = "straight into memory of the GPU (GPUDirect Storage, nvidia-fs 2.17); slots are registered, whatever they \
+                 take of the GPU's memory; tried in";
+    for (has_library, wish, words) in [
+        (true, "", whole),
+        (
+            true,
+            "little",
+            "nvidia-fs 2.17); slots are registered up to 0 MiB of the GPU's 24576 (max_device_pinned_",
+        ),
+        (
+            true,
+            "unknown",
+            "; no memory of the GPU can be registered with cuFile: cuFileBufRegister fails: error 5999",
+        ),
+        (false, "", NOT),
     ] {
         let Some(served) = Served::with("olmoe", has_library) else { return };
-        let ran = served.machine.run(&["doctor", "--device", "cuda:0"], &[]);
+        let ran = served.machine.run(&["doctor", "--device", "cuda:0"], &[("CUFILE", wish)]);
         assert_eq!(ran.code, Some(0), "{}{}", ran.stdout, ran.stderr);
         let no_reads = ran.stdout.contains("O_DIRECT");
         assert!(no_reads || ran.stdout.contains(words), "{}", ran.stdout);

@@ -2,6 +2,7 @@
 //! process on the CPU, and the journals are recomputed there to equal digests. Nothing here has met a GPU.
 
 use lite_llm_tests::command::{Ran, failures, tokens};
+use lite_llm_tests::cuda::{compile_cufile, counts, say_skipped};
 use lite_llm_tests::gpu_ranks::{Layout, Machine, RUN, prompt};
 use lite_llm_tests::harness::folder;
 use std::io::{BufRead, BufReader};
@@ -53,6 +54,56 @@ fn experts_come_and_go_in_every_rank_with_the_same_bits() {
             machine.check(&layout, &run, &[("SEED", "1")], &expected);
         }
     }
+}
+
+#[test]
+fn experts_come_straight_from_the_file_into_every_rank() {
+    let Some(mut machine) = machine() else { return };
+    machine.gpus.add_library(&compile_cufile(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap());
+    let (model, tallies) = (machine.gpus.place.path("native"), machine.gpus.place.path("reads"));
+    let (native, files) = (model.to_str().unwrap(), tallies.join("%p"));
+    let files = files.to_str().unwrap();
+    let imported = machine.gpus.place.run(["import", folder("olmoe").to_str().unwrap(), native]);
+    assert_eq!(imported.code, Some(0), "{}", imported.stderr);
+    std::fs::create_dir(&tallies).unwrap();
+    let prompt = prompt(20);
+    let run = [&RUN[..], &["--prompt-tokens", &prompt]].concat();
+    let expected = machine.alone(&model, &run);
+    for (topology, io) in [("ep=2", &[][..]), ("ep=2", &["--io", "direct"]), ("pp=2", &["--io", "direct"])] {
+        let layout = Layout::new(&model, topology);
+        let memory = (machine.least(&layout, &run) + (30 << 10)).to_string();
+        let run = [&run[..], io, &["--memory", &memory]].concat();
+        let said = machine.check(&layout, &run, &[("SEED", "1"), ("CUFILE_TALLY", files)], &expected);
+        if said.contains("O_DIRECT") {
+            return say_skipped("experts straight into ranks: this file system has no reads past the cache");
+        }
+        for node in ["node 0", "node 1"] {
+            let words = "experts are read straight into memory of the GPU (GPUDirect Storage, nvidia-fs 2.17), and verified after a \
+                         copy back; all slots are registered with cuFile";
+            assert!(said.contains(&format!("{node} in incarnation 1: {words}")), "{topology} {node}: {said}");
+        }
+        // Each node reads a piece of each shard first, and of the head's nothing is counted where it did not ask.
+        let counts = std::fs::read_dir(&tallies).unwrap().map(|file| counts(&file.unwrap().path()));
+        let busy = counts.filter(|counts| counts["reads"] > 20).count();
+        assert_eq!(busy, 2, "{topology}: experts come and go in both");
+        std::fs::remove_dir_all(&tallies).unwrap();
+        std::fs::create_dir(&tallies).unwrap();
+    }
+    // Where it cannot be had that is refused, or another way is used and each node says why.
+    let layout = Layout::new(&model, "ep=2");
+    let without = |io: &[&str], layout: &Layout<'_>, wish: &str| -> Ran {
+        let run = [&run[..], io, &["--memory", "300MiB"]].concat();
+        machine.cluster(layout, &run, &[("CUFILE", wish)]).output().unwrap().into()
+    };
+    let refused = without(&["--io", "direct"], &layout, "files");
+    refused.refuses(1, &["cannot be read with direct", "cuFileHandleRegister fails", "(5008)"]);
+    let rows = Layout::new(&model, "tp=2");
+    let refused = without(&["--io", "direct"], &rows, "");
+    refused.refuses(1, &["cannot be read with direct", "each rank cuts its rows", "tp=1"]);
+    let ran = without(&[], &layout, "fails");
+    assert_eq!((ran.code, tokens(&ran)), (Some(0), expected), "{}", ran.stderr);
+    let words = "; not straight into memory of the GPU: cuFileDriverOpen fails";
+    assert_eq!(ran.stderr.matches(words).count(), 2, "{}", ran.stderr);
 }
 
 #[test]

@@ -24,8 +24,8 @@ use lite_llm_core::output::FinishReason;
 use lite_llm_core::topology::Topology;
 use lite_llm_hw::cluster::head::HeadHandle;
 use lite_llm_hw::cluster::{Head, HeadOptions, end_all, rank};
-use lite_llm_hw::cold::Cold;
-use lite_llm_hw::cuda;
+use lite_llm_hw::cold::{Cold, Io};
+use lite_llm_hw::cuda::{self, Gpu};
 use lite_llm_hw::net::Key;
 use lite_llm_hw::node::{Computer, StreamEvent};
 use lite_llm_model::kernels::Isa;
@@ -138,9 +138,20 @@ impl ClusterArgs {
         }
         config.check().map_err(usage)?;
         // Here it is refused in words; a node's process could only end. A node of another machine may read in another way.
-        let cold = Cold::open(*io, &model.expert_loader(), config.memory_bytes)?;
-        if !cold.report().is_empty() {
-            tell!("{}", cold.report());
+        let loader = model.expert_loader();
+        match *computer {
+            Computer::Cpu => {
+                let cold = Cold::open(*io, &loader, config.memory_bytes)?;
+                if !cold.report().is_empty() {
+                    tell!("{}", cold.report());
+                }
+            }
+            // Nodes with GPUs say each how they read. What only a GPU can tell is tried on the first one, which is let go of again.
+            Computer::Cuda { number, patience } => {
+                let is_tried = *io == Some(Io::Direct) && here > 0;
+                let gpu = is_tried.then(|| Gpu::open_untried(number.unwrap_or(0), patience)).transpose()?;
+                Cold::check_for_gpus(gpu.as_ref(), *io, &loader, model.slot_bytes() as u64)?;
+            }
         }
         let facts = rank::facts(&model, config, opened.tokenizer.as_ref())?;
         let defaults = Patience::default();

@@ -8,7 +8,7 @@ use super::ClusterError;
 use super::processes::introduce;
 use super::said::Said;
 use crate::blobs::Blobs;
-use crate::cold::{Cold, Io};
+use crate::cold::{Cold, Io, Reading};
 use crate::disk::FileDisk;
 use crate::net::{Key, Mesh};
 use crate::node::compute::Compute;
@@ -211,7 +211,13 @@ impl Node {
         let rank = 0;
         let model = shares.open(Share::new(config.topology, rank))?;
         let loader = model.expert_loader();
-        let cold = Cold::open(options.io, &loader, config.memory_bytes).map_err(NodeError::from)?;
+        let slot_bytes = model.slot_bytes() as u64;
+        let cold = match &gpu {
+            None => Cold::open(options.io, &loader, config.memory_bytes),
+            Some(gpu) => Cold::open_for(gpu, options.io, &loader, slot_bytes),
+        };
+        let cold = cold.map_err(NodeError::from)?;
+        let reading = Arc::new(Reading::new(cold.report()));
         let digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);
         let limits = &config.limits;
         let plan = model.plan(limits.step_positions_max, limits.rows_max, digest);
@@ -250,7 +256,7 @@ impl Node {
         Ok(Self {
             clock: Clock::start(log.engine.now()),
             peer: Peer::new(settings, log),
-            device: Device::new(compute, loaders, plan, tokenizer, gpu),
+            device: Device::new(compute, loaders, plan, tokenizer, gpu, reading),
             shares,
             topology: config.topology,
             rank,
@@ -340,7 +346,7 @@ impl Node {
 
     /// A thread of this node has done something.
     fn report(&mut self, report: Report) -> Result<(), ClusterError> {
-        if let Some(news) = self.device.news() {
+        for news in self.device.news() {
             (self.say)(&format!("{}: {news}", self.member));
         }
         match report {

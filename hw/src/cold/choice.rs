@@ -16,6 +16,7 @@ use super::shards::{Shard, open, open_direct};
 use super::staging::Staging;
 use crate::cuda::Gpu;
 use crate::cuda::cufile::Missing;
+use crate::cuda::staging::rooms;
 
 /// A way to read experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,7 +142,7 @@ impl Cold {
         })
     }
 
-    /// The same of experts for a GPU: they are read straight into it, or into so many rooms of the host, which are as large as slots.
+    /// The same of experts for a GPU: they are read straight into it, or into rooms of the host, which are as large as slots.
     ///
     /// # Errors
     /// As above.
@@ -149,9 +150,9 @@ impl Cold {
         gpu: &Arc<Gpu>,
         asked: Option<Io>,
         loader: &ExpertLoader,
-        rooms: u32,
         slot_bytes: u64,
     ) -> Result<Self, ColdError> {
+        let rooms = rooms(slot_bytes);
         let paths = loader.shards();
         if paths.is_empty() || loader.cuts() || asked.is_some_and(|io| io != Io::Direct) {
             return Self::open_staged(asked, loader, rooms, slot_bytes);
@@ -166,6 +167,27 @@ impl Cold {
                 Ok(cold)
             }
         }
+    }
+
+    /// Whether the nodes of a cluster that have GPUs could read so: as this GPU could, or, without one, as far as it can be told. Each
+    /// node chooses for itself.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn check_for_gpus(
+        gpu: Option<&Arc<Gpu>>,
+        asked: Option<Io>,
+        loader: &ExpertLoader,
+        slot_bytes: u64,
+    ) -> Result<(), ColdError> {
+        let checked = match gpu {
+            Some(gpu) => Self::open_for(gpu, asked, loader, slot_bytes),
+            None => {
+                let asked = asked.filter(|&io| io != Io::Direct);
+                Self::open_staged(asked, loader, rooms(slot_bytes), slot_bytes)
+            }
+        };
+        checked.map(drop)
     }
 
     /// What is not read into the GPU, as experts for the warm arena, is read with `pread`.
@@ -361,7 +383,7 @@ fn readable(shards: &Arc<[Shard]>, files: &[std::fs::File]) -> Result<(), Absent
 
 fn no_gpu() -> ColdError {
     let why = "it reads into memory of a GPU, and here experts are read into the host's".into();
-    Absent { why, remedy: "give --device cuda, without ranks".into() }.refuse(Io::Direct)
+    Absent { why, remedy: "give --device cuda".into() }.refuse(Io::Direct)
 }
 
 fn no_direct(path: &Path, error: &io::Error) -> Absent {

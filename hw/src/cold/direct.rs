@@ -52,6 +52,7 @@ impl Direct {
     fn try_all(&self, gpu: &Arc<Gpu>) -> Result<(), Missing> {
         let failed = |error: CudaError| Missing::new(format!("a trial of it fails: {error}"));
         let memory = Memory::new(gpu, "a trial of reads", TRIAL_BYTES).map_err(failed)?;
+        // Whether so much is known changes nothing; of slots it is said.
         // SAFETY: it is dropped before the memory.
         let _known = unsafe { self.library.memory(memory.at(), TRIAL_BYTES as usize) };
         for (number, shard) in self.shards.iter().enumerate() {
@@ -80,7 +81,30 @@ impl Direct {
     pub(super) fn look(gpu: &Arc<Gpu>, path: &Path) -> Result<String, Missing> {
         let opened = open(&[PathBuf::from(path)]);
         let failed = |(_, error): (PathBuf, io::Error)| Missing::new(format!("{}: {error}", path.display()));
-        Self::open(gpu, &opened.map_err(failed)?.into()).map(|this| this.report())
+        let this = Self::open(gpu, &opened.map_err(failed)?.into())?;
+        Ok(format!("{}; {}", this.report(), this.registered(gpu).unwrap_or_else(|why| why)))
+    }
+
+    /// How much of the memory of a device can be made known, for people; or why none can.
+    fn registered(&self, gpu: &Arc<Gpu>) -> Result<String, String> {
+        gpu.set_limit(TRIAL_BYTES);
+        let memory = Memory::new(gpu, "a trial of reads", TRIAL_BYTES);
+        gpu.set_limit(0);
+        let memory = memory.map_err(|error| error.to_string())?;
+        // SAFETY: what is known is forgotten before the memory goes.
+        let known = unsafe { self.library.memory(memory.at(), TRIAL_BYTES as usize) };
+        let refused = |why| format!("no memory of the GPU can be registered with cuFile: {why}");
+        drop(known.map_err(refused)?);
+        let (most, all) = (self.library.known_max(), gpu.memory().map_err(|error| error.to_string())?.1);
+        Ok(if most < all {
+            format!(
+                "slots are registered up to {} MiB of the GPU's {} (max_device_pinned_mem_size_kb in cufile.json)",
+                most >> 20,
+                all >> 20
+            )
+        } else {
+            "slots are registered, whatever they take of the GPU's memory".into()
+        })
     }
 
     /// For people.
@@ -88,11 +112,14 @@ impl Direct {
         format!("straight into memory of the GPU (GPUDirect Storage, {})", self.library.mover_name())
     }
 
-    /// Makes slots known to the library, if it has room for them.
+    /// Makes slots known to the library.
     ///
     /// # Safety
     /// All of it is of one allocation, which outlives what is returned.
-    pub(crate) unsafe fn know(&self, at: u64, bytes: usize) -> Option<CuFileMemory> {
+    ///
+    /// # Errors
+    /// Why it has no room for them. They are read into all the same.
+    pub(crate) unsafe fn know(&self, at: u64, bytes: usize) -> Result<CuFileMemory, String> {
         // SAFETY: the caller's.
         unsafe { self.library.memory(at, bytes) }
     }

@@ -22,6 +22,7 @@ mod fault;
 mod faulty;
 mod fetch;
 mod reader;
+mod reading;
 mod registered;
 #[cfg(target_os = "linux")]
 mod ring;
@@ -37,6 +38,7 @@ pub(crate) use direct::Direct;
 pub(crate) use fault::Named;
 pub use fetch::Fetch;
 pub use reader::{Answer, Load, Reader, Told};
+pub(crate) use reading::Reading;
 pub(crate) use staging::{Outlet, Staged, Staging};
 
 /// Whatever is read past the cache begins at a multiple of this, in file and memory.

@@ -4,7 +4,7 @@ use super::compute::{Compute, Work};
 use super::loaders::{Job, Loaders};
 use super::stop;
 use crate::arena::{Arena, ArenaError};
-use crate::cold::Direct;
+use crate::cold::{Direct, Reading};
 use crate::cuda::Gpu;
 use crate::cuda::staging::pinned_bytes;
 use crate::memory;
@@ -59,6 +59,8 @@ pub(crate) struct Device {
     tokenizer: Option<Tokenizer>,
     /// What computes, if it is not the CPU.
     gpu: Option<Arc<Gpu>>,
+    /// How experts are read, for people.
+    reading: Arc<Reading>,
     arenas: Option<Arenas>,
     /// Arenas of epochs that are over, until the last load lets go of them.
     former: Vec<Weak<Arena>>,
@@ -79,6 +81,7 @@ impl Device {
         plan: ModelPlan,
         tokenizer: Option<Tokenizer>,
         gpu: Option<Arc<Gpu>>,
+        reading: Arc<Reading>,
     ) -> Self {
         Self {
             compute,
@@ -86,6 +89,7 @@ impl Device {
             plan,
             tokenizer,
             gpu,
+            reading,
             arenas: None,
             former: Vec::new(),
             epoch: 0,
@@ -136,9 +140,9 @@ impl Device {
         }
     }
 
-    /// What people may want to know of how ranks exchange, if it is not what it was.
-    pub(crate) fn news(&self) -> Option<String> {
-        self.gpu.as_ref()?.news()
+    /// What people may want to know of how a rank on a GPU reads experts, and of how it exchanges with others: what is not as it was.
+    pub(crate) fn news(&self) -> impl Iterator<Item = String> {
+        self.gpu.iter().flat_map(|gpu| [self.reading.news(), gpu.news()]).flatten()
     }
 
     /// Hands the running step what another rank computed.
@@ -222,6 +226,9 @@ impl Device {
         let arenas = Arenas::of(carving, budget, self.gpu.as_ref(), self.loaders.direct());
         match arenas.and_then(|arenas| self.loaders.carve(carving.slot_bytes).map(|()| arenas)) {
             Ok(arenas) => {
+                if let Some(registered) = arenas.hot.registered() {
+                    self.reading.say_slots(registered);
+                }
                 self.compute.send(Work::Carve { arena: Arc::clone(&arenas.hot), pages: carving.pages });
                 self.arenas = Some(arenas);
                 None

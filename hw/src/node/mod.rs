@@ -39,7 +39,7 @@ use lite_llm_model::Capture;
 use lite_llm_model::kernels::{DType, Isa};
 use serde::{Deserialize, Serialize};
 
-use crate::cold::Io;
+use crate::cold::{Io, Reading};
 
 pub use error::NodeError;
 use event_loop::{Command, Message};
@@ -326,7 +326,7 @@ impl Node {
     }
 
     /// How experts are read, and why not in a better way, for people; empty if there are none.
-    pub fn reading(&self) -> &str {
+    pub fn reading(&self) -> String {
         self.handle.reading()
     }
 
@@ -371,7 +371,7 @@ impl Drop for Node {
 pub struct NodeHandle {
     messages: SyncSender<Message>,
     identity: Arc<Identity>,
-    reading: Arc<str>,
+    reading: Arc<Reading>,
     launching: Arc<str>,
 }
 
@@ -459,8 +459,8 @@ impl NodeHandle {
     }
 
     /// How experts are read, and why not in a better way, for people; empty if there are none.
-    pub fn reading(&self) -> &str {
-        &self.reading
+    pub fn reading(&self) -> String {
+        self.reading.whole()
     }
 
     fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T, NodeError> {

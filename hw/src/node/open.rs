@@ -35,11 +35,11 @@ use super::loaders::Loaders;
 use super::reports::Reports;
 use super::{Computer, Node, NodeError, NodeHandle, NodeOptions};
 use crate::blobs::Blobs;
-use crate::cold::Cold;
+use crate::cold::{Cold, Reading};
 use crate::cuda::Gpu;
 use crate::cuda::model::CudaModel;
 use crate::cuda::model::sizes::Sizes;
-use crate::cuda::staging::{pinned_bytes, rooms};
+use crate::cuda::staging::pinned_bytes;
 use crate::disk::FileDisk;
 use crate::memory;
 use crate::telemetry::Telemetry;
@@ -84,9 +84,9 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     }
     let cold = match &gpu {
         None => Cold::open(io, &loader, config.memory_bytes)?,
-        Some(gpu) => Cold::open_for(gpu, io, &loader, rooms(slot_bytes), slot_bytes)?,
+        Some(gpu) => Cold::open_for(gpu, io, &loader, slot_bytes)?,
     };
-    let reading = cold.report().into();
+    let reading = Arc::new(Reading::new(cold.report()));
     let tokenizer_digest = tokenizer.as_ref().map_or_else(Digest::default, Tokenizer::digest);
     let limits = &config.limits;
     let mut plan = model.plan(limits.step_positions_max, limits.rows_max, tokenizer_digest)?;
@@ -130,7 +130,7 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let loaders = Loaders::start(loaders, loader, cold, &blobs, gpu.as_ref(), &reports)?;
     let compute = Compute::start(backend, capture, reports.clone())?;
     let journal = Journal::start(store, bytes, reports)?;
-    let device = Device::new(compute, loaders, plan, tokenizer, gpu);
+    let device = Device::new(compute, loaders, plan, tokenizer, gpu, Arc::clone(&reading));
     let mut event_loop = EventLoop::new(engine, device, journal, telemetry, blobs, on_event, ready_sender);
     event_loop.bound_journal(journal_bytes);
     event_loop.sync_every(sync_every);

@@ -9,12 +9,14 @@
 // What it is asked for, by variables of the environment:
 //   LITE_LLM_STAND_IN_CUFILE        fails (it does not open), compat (no nvidia-fs, which is said when it is opened, or, where the mode
 //                                   may not be switched off, by its properties: forced), allowed (nvidia-fs, and the mode cannot be
-//                                   switched off), files (it takes no file), memory (it has no room for memory of devices)
+//                                   switched off), files (it takes no file), memory (it has no room for memory of devices), little
+//                                   (it has room for 64 KiB of it), unknown (a code that nobody knows, as a later library may have,
+//                                   when memory is made known), unopened (the same when it is opened)
 //   LITE_LLM_STAND_IN_CUFILE_FAULT  faults with commas between them, each `number:how` or, for each from that one on, `number+:how`,
 //                                   with reads of the process counted from 1. `how` is an error (of the system, or, from 5000 on,
 //                                   of the library), flip (a bit is another), short (the second half is missing)
 //   LITE_LLM_STAND_IN_CUFILE_TALLY  a file, to which a process that ends well writes how many reads there were, and how many of them
-//                                   went to memory that is known
+//                                   went to memory that is known; %p in its name is the number of the process
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <unistd.h>
@@ -43,6 +45,7 @@ enum Code : unsigned {
     INVALID_VALUE = 5022,
     ALREADY_OPEN = 5026,
     PINNING_FAILED = 5036,
+    UNKNOWN = 5999,
 };
 
 struct Error {
@@ -92,6 +95,9 @@ const char* variable(const char* name) {
 
 bool is_kind(const char* kind) { return std::strcmp(variable("LITE_LLM_STAND_IN_CUFILE"), kind) == 0; }
 
+// How much memory of devices it may know, in KiB.
+unsigned pinned_max() { return is_kind("little") ? 64 : 32u << 20; }
+
 // The stand-in for the driver: copies to a device at once, as what moves the bytes past the host does. Nothing else is known of a device.
 int put(std::uint64_t at, const void* from, std::size_t bytes) {
     using Call = int (*)(std::uint64_t, const void*, std::size_t);
@@ -119,8 +125,10 @@ std::string fault_of(unsigned long long number) {
 
 struct AtEnd {
     ~AtEnd() {
-        const char* const path = variable("LITE_LLM_STAND_IN_CUFILE_TALLY");
-        std::FILE* const file = *path ? std::fopen(path, "w") : nullptr;
+        std::string path = variable("LITE_LLM_STAND_IN_CUFILE_TALLY");
+        const std::size_t own = path.find("%p");
+        if (own != std::string::npos) path.replace(own, 2, std::to_string(getpid()));
+        std::FILE* const file = path.empty() ? nullptr : std::fopen(path.c_str(), "w");
         if (!file) return;
         std::fprintf(file, "reads %llu\nknown %llu\n", reads, direct_reads);
         std::fclose(file);
@@ -150,6 +158,7 @@ CALL Error cuFileDriverOpen() {
     const std::lock_guard<std::mutex> lock(door);
     if (is_open) return {ALREADY_OPEN, 0};
     if (is_kind("fails")) return {NOT_INITIALISED, 0};
+    if (is_kind("unopened")) return {UNKNOWN, 0};
     if (is_kind("compat") && !allows_compat) return {NVFS_ERROR, 0};
     return is_open = true, Error{SUCCESS, 0};
 }
@@ -170,6 +179,7 @@ CALL Error cuFileDriverGetProperties(Properties* properties) {
     *properties = {};
     if (!is_kind("compat") && !is_kind("forced")) properties->major = 2, properties->minor = 17, properties->status = 1 << 4;
     properties->control = allows_compat ? 1 << 1 : 0;
+    properties->pinned_max = pinned_max();
     return {SUCCESS, 0};
 }
 
@@ -197,11 +207,15 @@ CALL Error cuFileBufRegister(const void* at, std::size_t bytes, int) {
     const std::lock_guard<std::mutex> lock(door);
     need_open("cuFileBufRegister");
     if (is_kind("memory")) return {PINNING_FAILED, 0};
+    if (is_kind("unknown")) return {UNKNOWN, 7};
     const auto begin = reinterpret_cast<std::uintptr_t>(at);
     for (const auto& [other, other_bytes] : memory) {
         if (begin < other + other_bytes && other < begin + bytes) report("cuFileBufRegister of memory that is known already");
     }
     if (bytes == 0 || put(begin, nullptr, bytes)) report("cuFileBufRegister of what is no memory of a device");
+    std::size_t all = bytes;
+    for (const auto& other : memory) all += other.second;
+    if (all > std::size_t{pinned_max()} << 10) return {PINNING_FAILED, 0};
     memory[begin] = bytes;
     return {SUCCESS, 0};
 }
