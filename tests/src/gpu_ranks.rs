@@ -6,8 +6,10 @@
 )]
 
 use crate::command::{Ran, failures, tokens, try_signal};
+use crate::cuda::counts;
 use crate::gpu_place::GpuPlace;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Command;
@@ -90,6 +92,35 @@ impl Machine {
         self.replay(layout.model, 0);
         self.forget();
         ran.stderr
+    }
+
+    /// Runs a request on a cluster, and checks it as above: how often each rank was asked for what, after the self-test.
+    #[track_caller]
+    pub fn tallies(
+        &self,
+        layout: &Layout<'_>,
+        run: &[&str],
+        wishes: &[(&str, &str)],
+        expected: &[u64],
+    ) -> Vec<BTreeMap<String, u64>> {
+        let tally = self.gpus.place.path("tally-%p");
+        let wishes = [wishes, &[("TALLY", tally.to_str().unwrap())]].concat();
+        self.check(layout, run, &wishes, expected);
+        let files = std::fs::read_dir(self.gpus.place.path("")).unwrap().map(|entry| entry.unwrap().path());
+        let tallies = files.filter(|file| file.to_string_lossy().contains("tally-"));
+        let counted = tallies.map(|file| {
+            let counted = counts(&file);
+            std::fs::remove_file(file).unwrap();
+            counted
+        });
+        // The head computes nothing.
+        let of_ranks = counted.filter(|counted| counted["launch"] > 0).map(|mut counted| {
+            counted.iter_mut().for_each(|(what, count)| *count -= self.gpus.before()[what]);
+            counted
+        });
+        let of_ranks: Vec<_> = of_ranks.collect();
+        assert_eq!(of_ranks.len(), layout.nodes as usize, "{layout:?}");
+        of_ranks
     }
 
     /// Removes the state directory.

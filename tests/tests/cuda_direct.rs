@@ -1,4 +1,4 @@
-//! Experts from their files straight into memory of a GPU (`hw/src/cuda/cufile.rs`), over stand-ins for the driver and for cuFile, which
+//! Experts from their files straight into memory of a GPU (`hw/src/cuda/cufile`), over stand-ins for the driver and for cuFile, which
 //! refuses every use that is wrong. Nothing here has met a GPU.
 
 use lite_llm_tests::command::Ran;

@@ -57,6 +57,28 @@ fn every_layout_goes_from_device_to_device_with_the_stream_of_the_cpu() {
     }
 }
 
+/// Where all experts are there, a rank of a step of decode hears of the host at its beginning and at its end, whatever it exchanges.
+#[test]
+fn nothing_is_asked_of_the_host_between_exchanges() {
+    let Some(machine) = machine(4) else { return };
+    let model = folder("olmoe");
+    let layout = Layout::new(&model, "tp=2");
+    let tallies = |tokens: &str| {
+        let mut run = [&RUN[..], &["--prompt-tokens", "3,5,7,11,13,17,19", "--memory", "400MiB"]].concat();
+        run[1] = tokens;
+        machine.tallies(&layout, &run, &[("SEED", "6")], &machine.alone(&model, &run))
+    };
+    // Both ranks do the same.
+    for (few, many) in tallies("4").iter().zip(&tallies("12")) {
+        let more = |what: &str| many[what] - few[what];
+        assert_eq!((more("copy"), more("fetch"), more("graph")), (8, 8, 0), "{few:?} {many:?}");
+        assert_eq!(more("replay"), 8 * many["graph"], "{few:?} {many:?}");
+        // What comes after the last exchange is a graph too.
+        assert_eq!(more("exchange"), 8 * (many["graph"] - 1), "{few:?} {many:?}");
+        assert!(many["graph"] > 2, "{many:?}");
+    }
+}
+
 #[test]
 fn experts_come_and_go_in_every_rank_with_the_same_bits() {
     let Some(machine) = machine(4) else { return };

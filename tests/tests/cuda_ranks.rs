@@ -82,10 +82,17 @@ fn experts_come_straight_from_the_file_into_every_rank() {
                          copy back; all slots are registered with cuFile";
             assert!(said.contains(&format!("{node} in incarnation 1: {words}")), "{topology} {node}: {said}");
         }
-        // Each node reads a piece of each shard first, and of the head's nothing is counted where it did not ask.
+        // Whoever opens the library reads a piece of each shard first, also the head, where it was asked for.
+        let shards = std::fs::read_dir(&model).unwrap().map(|entry| entry.unwrap().file_name());
+        let trials = shards.filter(|name| name.to_str().unwrap().starts_with("experts-")).count() as u64;
         let counts = std::fs::read_dir(&tallies).unwrap().map(|file| counts(&file.unwrap().path()));
-        let busy = counts.filter(|counts| counts["reads"] > 20).count();
-        assert_eq!(busy, 2, "{topology}: experts come and go in both");
+        let counts: Vec<_> = counts.collect();
+        let ranks: Vec<_> = counts.iter().filter(|counts| counts["reads"] > trials).collect();
+        assert_eq!(ranks.len(), 2, "{topology}: {counts:?}");
+        assert!(
+            ranks.iter().all(|counts| counts["known"] == counts["reads"]),
+            "slots are registered: {counts:?}"
+        );
         std::fs::remove_dir_all(&tallies).unwrap();
         std::fs::create_dir(&tallies).unwrap();
     }
@@ -104,6 +111,40 @@ fn experts_come_straight_from_the_file_into_every_rank() {
     assert_eq!((ran.code, tokens(&ran)), (Some(0), expected), "{}", ran.stderr);
     let words = "; not straight into memory of the GPU: cuFileDriverOpen fails";
     assert_eq!(ran.stderr.matches(words).count(), 2, "{}", ran.stderr);
+}
+
+/// Steps of decode are recorded the second time their shape comes: what is between two exchanges is a graph.
+#[test]
+fn ranks_find_users_and_record_steps_where_all_experts_are_their_own() {
+    let Some(machine) = machine() else { return };
+    let mut run = [&RUN[..], &["--prompt-tokens", "3,5,7,11,13,17,19,23,29", "--memory", "400MiB"]].concat();
+    run[1] = "12";
+    for (name, topology, is_recorded) in [
+        ("olmoe", "tp=2", true),
+        ("olmoe", "pp=2", true),
+        ("deepseek_v2", "tp=2,pp=2", true),
+        ("llama", "tp=2", true),
+        // How many results they exchange the host has to know.
+        ("olmoe", "ep=2", false),
+    ] {
+        let model = folder(name);
+        let (layout, expected) = (Layout::new(&model, topology), machine.alone(&model, &run));
+        let tallies = machine.tallies(&layout, &run, &[("SEED", "4")], &expected);
+        for of_rank in &tallies {
+            // Eleven of decode: one by one, recorded, and known nine times.
+            assert_eq!(of_rank["replay"], 10 * of_rank["graph"], "{name} {topology}: {of_rank:?}");
+            assert_eq!(of_rank["graph"] > 0, is_recorded, "{name} {topology}: {of_rank:?}");
+        }
+        // A stage may have no experts.
+        let finds = tallies.iter().any(|of_rank| of_rank["find_users"] > 0);
+        assert_eq!(finds, is_recorded && name != "llama", "{name} {topology}: {tallies:?}");
+    }
+    // A driver that makes one graph, and no more after it.
+    let model = folder("olmoe");
+    let (layout, expected) = (Layout::new(&model, "tp=2"), machine.alone(&model, &run));
+    for of_rank in machine.tallies(&layout, &run, &[("FAULT", "graph:3:801")], &expected) {
+        assert_eq!(of_rank["replay"], 1, "{of_rank:?}");
+    }
 }
 
 #[test]

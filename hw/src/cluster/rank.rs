@@ -223,8 +223,10 @@ impl Node {
         let plan = model.plan(limits.step_positions_max, limits.rows_max, digest);
         let mut plan = plan.map_err(NodeError::from)?;
         let facts = facts_of(&plan.identity, config);
-        // How graphs of decode are made is nothing to ranks, which have none.
-        let (backend, _) = backend_of(gpu.as_ref(), model, limits, &mut plan)?;
+        let (backend, launching) = backend_of(gpu.as_ref(), model, limits, &mut plan)?;
+        if !launching.is_empty() {
+            (options.say)(&format!("{member}: {launching}"));
+        }
         let header = Header {
             logic_version: LOGIC_VERSION,
             node: member.node.0,

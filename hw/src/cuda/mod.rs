@@ -1,6 +1,6 @@
 //! The host side of the kernels for GPUs: which devices there are ([`driver`]), the kernels' sources and what is made of them
 //! ([`kernels`]), the compiler that makes it ([`nvrtc`]) and the cache that keeps it ([`cache`]); a device that is used ([`gpu`]), its
-//! memory, streams and functions; how experts come to it (`staging.rs`, `upload.rs`, `cufile.rs`), and a model's steps on it (`model`);
+//! memory, streams and functions; how experts come to it (`staging.rs`, `upload.rs`, `cufile`), and a model's steps on it (`model`);
 //! the library that moves values from device to device (`nccl`); and whether a cluster's nodes could have them ([`ready()`]).
 //!
 //! The libraries are opened while the program runs, never linked: it is the same program where there is no GPU. Whether a library

@@ -158,7 +158,8 @@ impl Calls {
         let library = NAMES.into_iter().find_map(|name| unsafe { Library::new(name) }.ok());
         let library =
             library.ok_or("libcufile.so.0 was not found where the system looks for libraries".to_owned())?;
-        // SAFETY: cuFile has these functions since its first version, and this one since it has parameters, with the types that cufile.h says.
+        // SAFETY: cuFile has these functions since its first version, and the first one since it has parameters, with the types that
+        // cufile.h says.
         unsafe {
             Ok(Self {
                 set_parameter: call(&library, "cuFileSetParameterBool").ok(),
@@ -188,7 +189,7 @@ impl Calls {
     /// What it answers, for people.
     pub(super) fn properties(&self) -> Result<Properties, String> {
         let mut found = Properties::UNSAID;
-        // SAFETY: it writes what it says, for which there is more room than any version is known to need, and which lives until it returns.
+        // SAFETY: it writes what it says, which lives until it returns; there is more room for it than any version is known to need.
         unsafe { (self.properties)(&raw mut found) }.result("cuFileDriverGetProperties")?;
         Ok(found)
     }

@@ -51,6 +51,11 @@ impl Ways {
         }
     }
 
+    /// Whether it goes past the host.
+    pub(super) const fn is_past_host(&self) -> bool {
+        self.direct.is_some()
+    }
+
     /// Agrees with the other ranks, if that has to be done.
     pub(super) fn agree(
         &mut self,

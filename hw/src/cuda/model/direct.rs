@@ -27,6 +27,7 @@ impl Direct {
 
     /// Moves parts.
     fn exchange(&self, run: &Run<'_>, sends: &[Part], receives: &[Part]) -> Result<(), CudaError> {
+        run.flush()?;
         // SAFETY: the parts are pieces of `Room`, each with a place of its own, which live until the stream was waited for: a step does not
         // end before.
         unsafe { self.ranks.exchange(run.stream, sends, receives) }
@@ -104,12 +105,11 @@ impl Transport for Direct {
         step: &mut Step<'_, '_>,
         results: &mut Results,
     ) -> Result<(), Failed> {
-        let (hidden, x) = (run.sizes.hidden, run.room.x);
-        let values = run.at.len() * hidden;
+        let values = run.at.len() * run.sizes.hidden;
         // The host digests what goes to the next stage, so that it has a copy.
-        results.ask(run.stream, x, values)?;
-        self.exchange(run, &[Part { rank: to, at: x, values }], &[])?;
-        let bytes = step.outcome.hand_on(bytemuck::cast_slice(results.look(run.stream)?), hidden);
+        run.ask_to_hand_on(results)?;
+        self.exchange(run, &[Part { rank: to, at: run.room.x, values }], &[])?;
+        let bytes = run.to_hand_on(step, results)?;
         Ok(source.hand_on(to, exchange, &bytes[4 * values..])?)
     }
 

@@ -59,9 +59,29 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Asks for what a stage digests before it hands on: the residual stream, and routes behind it, if they were kept.
+    pub(super) fn ask_to_hand_on(&self, results: &mut Results) -> Result<(), CudaError> {
+        let words = if self.finds_users { self.back.tokens } else { self.at.len() * self.sizes.hidden };
+        results.ask(self.stream, self.room.x, words)
+    }
+
+    /// Waits for it, digests it, and gives what is handed on: the residual stream, then what was digested.
+    pub(super) fn to_hand_on(
+        &self,
+        step: &mut Step<'_, '_>,
+        results: &mut Results,
+    ) -> Result<Vec<u8>, Failed> {
+        let words = results.look(self.stream)?;
+        let (x, rest) = words.split_at(self.at.len() * self.sizes.hidden);
+        if self.finds_users {
+            self.kept_routes(step, &rest[self.back.routes - x.len()..])?;
+        }
+        Ok(step.outcome.hand_on(bytemuck::cast_slice(x), self.sizes.hidden))
+    }
+
     /// Takes the routes of all layers, if they were kept until now: the first layer with a fault is heard of.
     fn kept_routes(&self, step: &mut Step<'_, '_>, words: &[u32]) -> Result<(), Failed> {
-        if self.standing.resident.is_none() {
+        if !self.finds_users {
             return Ok(());
         }
         let (rows, each) = (self.at.len(), self.route_words());

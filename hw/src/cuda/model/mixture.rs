@@ -1,6 +1,7 @@
-//! A mixture layer on the device. Where all experts are resident, the device finds out who uses which, and the host hears of the
-//! router's choice at the end of the step. Else the choice comes to the host first, which asks for experts that are not there and says
-//! who uses which. Results wait in a buffer and are combined in ascending order, so that the order of arrival changes no bit.
+//! A mixture layer on the device. Where all experts are resident and no ranks share them out, the device finds out who uses which, and
+//! the host hears of the router's choice at the end of the step. Else the choice comes to the host first, which asks for experts that are
+//! not there and says who uses which. Results wait in a buffer and are combined in ascending order, so that the order of arrival changes
+//! no bit.
 
 use super::super::CudaError;
 use super::super::stream::Arg::{At, Value, Word};
@@ -38,7 +39,7 @@ struct Experts {
 }
 
 impl Run<'_> {
-    /// A layer whose experts come and go, or of a rank: the host hears of the choice, and asks for what it needs.
+    /// A layer whose experts come and go, or are shared out among ranks: the host hears of the choice, and asks for what it needs.
     pub(super) fn mixture(
         &self,
         index: usize,
@@ -101,24 +102,24 @@ impl Run<'_> {
                     rows_max: users.most(&group),
                     rows_usual: users.most(&group),
                 };
-                let mut among = Among::Ranks { source, transport };
+                let mut among = Among { source, transport };
                 self.together(&experts, several, users.of(&group), of_experts(index, count), &mut among)?;
                 (first, count) = (group.end, count + 1);
             }
-            self.exchange_results(index, users, &mut Among::Ranks { source, transport })?;
-            self.shared(index, layer, &mut Among::Ranks { source, transport })?;
+            self.exchange_results(index, users, &mut Among { source, transport })?;
+            self.shared(index, layer, &mut Among { source, transport })?;
         } else {
             desk.lists.send(self.stream)?;
             source.need(number, &users.keys, &foreseen)?;
             // Tensor ranks exchange what it gives, in the order of the model on the CPU.
             if !self.is_tensor() {
-                self.shared(index, layer, &mut Among::Ranks { source, transport })?;
+                self.shared(index, layer, &mut Among { source, transport })?;
             }
             self.pack_users(&experts, users.of(&own), positions)?;
             self.as_they_come(index, &experts, (users, &own), first_row, (source, transport))?;
-            self.exchange_results(index, users, &mut Among::Ranks { source, transport })?;
+            self.exchange_results(index, users, &mut Among { source, transport })?;
             if self.is_tensor() {
-                self.shared(index, layer, &mut Among::Ranks { source, transport })?;
+                self.shared(index, layer, &mut Among { source, transport })?;
             }
         }
         self.combine(layer, results, self.place(false).routes)?;
@@ -143,12 +144,14 @@ impl Run<'_> {
     }
 
     /// A layer whose experts are all there: nothing is asked of the host. What it hears at the end may be that the step has no rows;
-    /// what is computed until then of values that are not finite is nobody's.
+    /// what is computed until then of values that are not finite is nobody's. Tensor ranks exchange a row for each user that there may be,
+    /// of which those without an expert are nobody's too.
     pub(super) fn with_resident(
         &self,
         index: usize,
         layer: &Layer,
         resident: Resident,
+        among: &mut Among<'_>,
     ) -> Result<(), Failed> {
         let (moe, rows) = (self.model.arch().moe.as_ref().expect("a mixture layer"), self.positions());
         let storage = self.routers.of_layer[index].as_ref().expect("routers are loaded").scores.storage;
@@ -166,7 +169,6 @@ impl Run<'_> {
             rows_max: rows,
             rows_usual: usual_rows(rows, users, resident.count),
         };
-        let among = &mut Among::Nobody;
         self.together(&experts, several, (0, users), of_experts(index, 0), among)?;
         self.shared(index, layer, among)?;
         Ok(self.combine(layer, found.results, place.routes)?)
@@ -203,7 +205,7 @@ impl Run<'_> {
                     rows_usual: users.most(&group),
                 };
                 let here = experts.at(self.begin(provided.slot));
-                let mut among = Among::Ranks { source, transport };
+                let mut among = Among { source, transport };
                 self.together(&here, several, users.of(&group), of_experts(index, count), &mut among)?;
                 (left, count) = (left - 1, count + 1);
             }

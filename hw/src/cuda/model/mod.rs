@@ -30,10 +30,11 @@ use super::stream::Stream;
 use crate::arena::Arena;
 use crate::node::backend::{Backend, Unfinished, fault_of};
 use agreement::Ways;
-use graphs::Graphs;
+use graphs::{Graphs, Launches};
 use lite_llm_core::input::{Fault, RowResult};
 use lite_llm_core::output::Forward;
 use lite_llm_model::forward::Outcome;
+use lite_llm_model::forward::exchange::ROWS_TOGETHER;
 use lite_llm_model::{Capture, ExpertSource, Model, StepError, Stopped};
 use mirror::{Mirror, Results};
 use mixture::Desk;
@@ -42,6 +43,7 @@ use routes::Users;
 use run::Run;
 use sizes::{Room, Sizes};
 use standing::Standing;
+use std::cell::RefCell;
 use std::sync::Arc;
 use tables::{At, Tables, positions};
 use weights::{Base, Routers};
@@ -182,7 +184,15 @@ impl CudaModel {
         let at = positions(step.forward);
         let tables = Tables::of(&self.model, &self.sizes, step.forward, &at, &wants, &mut carved.tables);
         carved.tables.send(&self.stream)?;
-        let kept = if standing.resident.is_some() { self.sizes.moe_layers } else { 0 };
+        // Tensor ranks exchange a row for each user that there may be. Of many the host counts those that there are.
+        let has_few = at.len() * self.sizes.places <= ROWS_TOGETHER;
+        let finds_users = standing.resident.is_some() && (has_few || !self.model.share().is_tensor());
+        let launches = if finds_users && tables.decode {
+            carved.graphs.begin(standing, &tables, carved.desk.ways.is_past_host())
+        } else {
+            Launches::AtOnce
+        };
+        let kept = if finds_users { self.sizes.moe_layers } else { 0 };
         let logits = tables.wanted.first().map_or(0, |wanted| wanted.positions.len());
         let back = self.sizes.back(at.len(), kept, logits);
         let run = Run {
@@ -200,18 +210,16 @@ impl CudaModel {
             standing,
             cache: (carved.cache.at(), carved.page_bytes),
             slots,
+            finds_users,
+            launches: RefCell::new(launches),
         };
-        match &standing.resident {
-            None => run.by_layers(step, source, &mut carved.desk)?,
-            Some(resident) if !tables.decode => run.launches(resident)?,
-            Some(resident) => {
-                let launches = || run.launches(resident);
-                carved.graphs.launch(&self.stream, (standing, &tables), launches)?;
-            }
-        }
+        let computed = run.layers(step, source, &mut carved.desk);
+        // From here on nothing is recorded.
+        carved.graphs.keep(run.launches.replace(Launches::AtOnce), computed.is_ok());
+        computed?;
         let share = self.model.share();
         let Desk { results, ways, .. } = &mut carved.desk;
-        let among = &mut Among::Ranks { source, transport: ways.transport() };
+        let among = &mut Among { source, transport: ways.transport() };
         if share.is_last_stage() { run.end(step, results, among) } else { run.hand_on(step, results, among) }
     }
 }

@@ -9,22 +9,15 @@ use lite_llm_model::forward::exchange;
 use lite_llm_model::{ExpertSource, Model};
 use std::ops::Range;
 
-/// The other ranks, and how they are reached.
-pub(super) enum Among<'a> {
-    /// There are none: of a whole model, whose launches may be recorded.
-    Nobody,
-    /// There may be some.
-    Ranks { source: &'a dyn ExpertSource, transport: &'a mut dyn Transport },
+/// The other ranks, if there are any, and how they are reached.
+pub(super) struct Among<'a> {
+    pub(super) source: &'a dyn ExpertSource,
+    pub(super) transport: &'a mut dyn Transport,
 }
 
 impl Among<'_> {
-    /// # Panics
-    /// If there is nobody.
     fn reach(&mut self) -> (&dyn ExpertSource, &mut dyn Transport) {
-        match self {
-            Self::Nobody => panic!("a whole model exchanges nothing"),
-            Self::Ranks { source, transport } => (*source, &mut **transport),
-        }
+        (self.source, &mut *self.transport)
     }
 }
 

@@ -4,6 +4,7 @@ use super::super::CudaError;
 use super::super::functions::{Form, Function, Functions, Linear};
 use super::super::stream::{Arg, Stream};
 use super::Failed;
+use super::graphs::Launches;
 use super::ranks::Among;
 use super::sizes::{Back, Packed, Room, Sizes};
 use super::standing::Lists;
@@ -13,6 +14,7 @@ use Arg::{At, Value, Word};
 use lite_llm_model::Model;
 use lite_llm_model::arch::{Activation, Pairs};
 use lite_llm_model::kernels::Storage;
+use std::cell::RefCell;
 
 /// The most rows of a product that go by few.
 const FEW_MAX: u32 = 16;
@@ -49,6 +51,10 @@ pub(super) struct Run<'a> {
     pub(super) cache: (u64, u64),
     /// Where the slots of experts begin, and bytes of each.
     pub(super) slots: (u64, u64),
+    /// Whether the device finds out who uses which expert, and the host hears of routes at the end.
+    pub(super) finds_users: bool,
+    /// How launches are given to the stream.
+    pub(super) launches: RefCell<Launches>,
 }
 
 /// Products of one shape, each with rows of its own.
@@ -67,7 +73,7 @@ pub(super) struct Several {
 }
 
 impl Run<'_> {
-    /// Every launch of a step.
+    /// Every launch of a step. Whatever is given to the stream beside them comes after [`flush`](Self::flush).
     pub(super) fn launch(
         &self,
         function: Function,
@@ -77,8 +83,14 @@ impl Run<'_> {
     ) -> Result<(), CudaError> {
         // SAFETY: the functions below give each kernel the arguments that its source names, in their order. Addresses are pieces
         // of `Room`, which has them for the largest step, weights, pages, slots and lists, all of which live until the stream
-        // was waited for: a step does not end before.
-        unsafe { self.stream.launch(function, blocks, threads, arguments) }
+        // was waited for: a step does not end before. They stay where they are until memory is carved or weights are loaded again, and
+        // then graphs are forgotten.
+        unsafe { self.launches.borrow_mut().launch(self.stream, function, (blocks, threads), arguments) }
+    }
+
+    /// Gives the stream what was launched and waits to be.
+    pub(super) fn flush(&self) -> Result<(), CudaError> {
+        self.launches.borrow_mut().flush(self.stream)
     }
 
     /// Positions of the step.

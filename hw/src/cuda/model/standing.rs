@@ -28,8 +28,7 @@ pub(super) struct Lists {
     pub(super) active: (u64, u32),
     /// The first child of each tier and group of a tiered router.
     pub(super) first_child: u64,
-    /// For each layer, if all its experts are resident, which they are; nothing if not all of the step are, and of a
-    /// rank.
+    /// For each layer, if all its experts are resident, which they are; nothing if not all of the step are, or if ranks share them out.
     pub(super) resident: Option<Vec<Resident>>,
 }
 
@@ -88,9 +87,9 @@ impl Writer<'_> {
             })
         });
         let eligible = eligible.collect();
-        // Ranks exchange in the middle of a step, and the host hears of each route.
-        let whole = model.share().topology().ranks() == 1;
-        let resident = step.resident.as_ref().filter(|_| whole).map(|resident| {
+        // How many results expert ranks exchange depends on the routes, of which the host has to hear.
+        let all_are_own = !model.share().is_expert();
+        let resident = step.resident.as_ref().filter(|_| all_are_own).map(|resident| {
             let of_layer = layers.map(|layer| self.resident(model, layer as u32, resident, slot_bytes));
             of_layer.collect()
         });

@@ -43,7 +43,7 @@ impl Gather<'_> {
     }
 }
 
-/// A way for values. Whatever it queues lives until the stream was waited for.
+/// A way for values. Whatever it queues lives until the stream was waited for. Before it queues what is no launch, it has the run flushed.
 pub(super) trait Transport: Debug {
     /// Brings parts together.
     fn gather(&mut self, run: &Run<'_>, source: &dyn ExpertSource, gather: &Gather<'_>)
@@ -128,6 +128,7 @@ impl Transport for Links {
         gather: &Gather<'_>,
     ) -> Result<(), Failed> {
         let (rows, all) = (gather.rows, gather.width());
+        run.flush()?;
         let own = self.fetch(run.stream, gather.from, rows * gather.own_columns().len())?;
         let parts = source.gather(gather.ranks, gather.exchange, own)?;
         self.send(run.stream, gather.to, 4 * rows * all, |whole| {
@@ -148,12 +149,10 @@ impl Transport for Links {
         source: &dyn ExpertSource,
         (to, exchange): (u32, u32),
         step: &mut Step<'_, '_>,
-        _: &mut Results,
+        results: &mut Results,
     ) -> Result<(), Failed> {
-        let hidden = run.sizes.hidden;
-        let x = self.fetch(run.stream, run.room.x, run.at.len() * hidden)?;
-        let bytes = step.outcome.hand_on(bytemuck::cast_slice(x), hidden);
-        Ok(source.hand_on(to, exchange, &bytes)?)
+        run.ask_to_hand_on(results)?;
+        Ok(source.hand_on(to, exchange, &run.to_hand_on(step, results)?)?)
     }
 
     fn take_over(
