@@ -237,6 +237,6 @@ mod tests {
         );
         assert_eq!(Status { code: 0, of_driver: 0 }.result("cuFileX"), Ok(()));
         assert_eq!(CODES[0].0, CUfileOpError::CU_FILE_DRIVER_NOT_INITIALIZED as c_int);
-        assert_eq!(CODES[15].0, CUfileOpError::CU_FILE_NOMEM_ERROR as c_int);
+        assert_eq!(CODES[14].0, CUfileOpError::CU_FILE_GPU_MEMORY_PINNING_FAILED as c_int);
     }
 }
