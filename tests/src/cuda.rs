@@ -208,15 +208,17 @@ pub fn compile_cufile(dir: &Path) -> Option<PathBuf> {
 /// # Panics
 /// If it cannot be made.
 pub fn cufile_to_link(cufile: &Path) -> PathBuf {
-    let dir = cufile.join("to-link");
-    std::fs::create_dir_all(&dir).expect("a folder for the library");
-    let (link, new) = (dir.join(CUFILE_TO_LINK), own(&dir, "new"));
-    // What is there may be of older sources.
-    std::fs::hard_link(cufile.join(CUFILE), &new).expect("another name for the library");
-    std::fs::rename(&new, &link).expect("the library takes its place");
-    // Of two names of one file this does nothing.
-    let _ = std::fs::remove_file(new);
-    dir
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let linked = FOLDER.get_or_init(|| {
+        let dir = cufile.join("to-link");
+        std::fs::create_dir_all(&dir).expect("a folder for the library");
+        // What is there may be of older sources.
+        let new = own(&dir, "new");
+        std::fs::copy(cufile.join(CUFILE), &new).expect("another copy of the library");
+        put(&new, &dir, CUFILE_TO_LINK);
+        dir
+    });
+    linked.clone()
 }
 
 /// The command that compiles a source of the stand-in: the bits are those of the shim, and it is as fast as this machine can.
