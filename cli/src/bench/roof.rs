@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Bytes of a turn of reading: a few milliseconds. What the last one left in caches, steps have long displaced.
-pub(crate) const TURN_BYTES: usize = 64 << 20;
+const TURN_BYTES: usize = 64 << 20;
 /// How long steps have their turn.
 const STEPS: Duration = Duration::from_millis(20);
 

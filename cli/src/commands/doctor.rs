@@ -92,8 +92,8 @@ struct Prospects {
     /// How fast products with one row go through weights.
     base_bytes_per_s: f64,
     expert_bytes_per_s: f64,
-    /// A token, once every expert that it needs is in memory.
-    step_ms: f64,
+    /// A token, once every expert that it needs is in memory; nothing if the base parameters have no room to try it.
+    step_ms: Option<f64>,
     budgets: Vec<Budget>,
 }
 
@@ -105,6 +105,23 @@ struct Budget {
     /// By the uses of the trace; without one, as if every expert were as likely as any other.
     hit_rate: f64,
     decode_tokens_per_s: Option<f64>,
+}
+
+/// What there is to try a model with.
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    threads: usize,
+    /// Bytes that speeds are measured with.
+    room: usize,
+    /// Bytes that could be used now.
+    available: u64,
+}
+
+impl Sizes {
+    /// Whether steps of a model can be computed that needs so many bytes, without its experts.
+    fn has_room_for(&self, needed: impl IntoIterator<Item = u64>) -> bool {
+        needed.into_iter().fold(self.room as u64, u64::saturating_add) <= self.available
+    }
 }
 
 impl DoctorArgs {
@@ -147,8 +164,8 @@ impl DoctorArgs {
                 let loader = model.expert_loader();
                 let cold = Cold::open(settings.io, &loader, settings.config.memory_bytes)?;
                 let report = cold.report().to_owned();
-                let prospects =
-                    Prospects::of(path, &mut model, cold, &settings.config, &self.trace, (threads, room))?;
+                let sizes = Sizes { threads, room, available };
+                let prospects = Prospects::of(path, &mut model, cold, &settings.config, &self.trace, sizes)?;
                 (report, Some(prospects))
             }
         };
@@ -193,8 +210,9 @@ impl Prospects {
         cold: Cold,
         config: &Config,
         trace: &Option<PathBuf>,
-        (threads, room): (usize, usize),
+        sizes: Sizes,
     ) -> anyhow::Result<Self> {
+        let Sizes { threads, room, .. } = sizes;
         let plan = model.shape(config.limits.step_positions_max, config.limits.rows_max)?;
         let tiers = plan.tier_set(&config.tier_set).map_err(anyhow::Error::msg)?;
         let keys: Vec<ExpertKey> = plan.experts(&tiers).collect();
@@ -210,11 +228,17 @@ impl Prospects {
         let disk = trial::delivered(cold, &model.expert_loader(), &mixed, plan.slot_bytes, DISK_TIME)
             .map_err(anyhow::Error::msg)?;
         let speeds = model.speeds(room)?;
-        let step = step::time(model, &keys, &tiers, room)?;
-        let layers = plan.moe_layers.len() as u32;
+        let needed = plan.base_shards.iter().copied().chain([plan.router_bytes, plan.overhead_bytes]);
+        let step = if sizes.has_room_for(needed) {
+            Some(step::time(model, &keys, &tiers, room)?.as_secs_f64())
+        } else {
+            None
+        };
+        // Products are most of a step.
+        let products = base_bytes as f64 / speeds.base + expert_bytes as f64 / speeds.experts;
         let pace = Pace {
-            step_s: step.as_secs_f64(),
-            layers,
+            step_s: step.unwrap_or(products),
+            layers: plan.moe_layers.len() as u32,
             together: plan.top_k,
             expert_s: plan.slot_bytes as f64 / speeds.experts,
             load_s: disk.map(|disk| plan.slot_bytes as f64 / disk),
@@ -240,7 +264,7 @@ impl Prospects {
             disk_bytes_per_s: disk,
             base_bytes_per_s: speeds.base,
             expert_bytes_per_s: speeds.experts,
-            step_ms: step.as_secs_f64() * 1e3,
+            step_ms: step.map(|step| step * 1e3),
             budgets,
         })
     }
@@ -369,7 +393,13 @@ impl fmt::Display for Prospects {
             Size(self.expert_bytes_per_token),
             gb(self.expert_bytes_per_s)
         )?;
-        writeln!(f, "           takes {:.2} ms, once all that it needs is in memory", self.step_ms)?;
+        match self.step_ms {
+            Some(ms) => writeln!(f, "           takes {ms:.2} ms, once all that it needs is in memory")?,
+            None => writeln!(
+                f,
+                "           is said by these alone: to try one, its base parameters need more memory than is available"
+            )?,
+        }
         writeln!(f, "experts    {} of {}", self.experts, Size(self.expert_bytes))?;
         match self.disk_bytes_per_s {
             Some(rate) => writeln!(f, "its disk   delivers experts at {}", gb(rate))?,
@@ -402,6 +432,14 @@ mod tests {
 
     fn close(a: Option<f64>, b: f64) -> bool {
         a.is_some_and(|a| (a / b - 1.0).abs() < 1e-9)
+    }
+
+    #[test]
+    fn a_model_is_only_tried_where_it_has_room() {
+        let sizes = Sizes { threads: 1, room: 10, available: 100 };
+        assert!(sizes.has_room_for([60, 30]));
+        assert!(!sizes.has_room_for([60, 31]));
+        assert!(!sizes.has_room_for([u64::MAX, u64::MAX]));
     }
 
     #[test]
