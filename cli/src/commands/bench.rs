@@ -5,7 +5,7 @@ use crate::bench::figures::{Around, Figures};
 use crate::bench::picture;
 use crate::bench::roof::Roof;
 use crate::commands::run::identity;
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, DeviceName};
 use crate::exit::{Exit, fault, usage};
 use crate::quantity::Size;
 use crate::serve::Service;
@@ -163,7 +163,9 @@ impl BenchArgs {
         let load_s = service.load_time.as_secs_f64();
         let peak = || memory::peak_bytes().context("cannot tell how much memory was used");
         let mut peak_rss_bytes = peak()?;
-        if service.node().status().is_ok_and(|status| u64::from(status.carving.slots) >= experts) {
+        // A GPU does not read this memory.
+        let on_cpu = self.device.device == DeviceName::Cpu;
+        if on_cpu && service.node().status().is_ok_and(|status| u64::from(status.carving.slots) >= experts) {
             watch.roof.raise(settings.threads).context("cannot have memory to read")?;
             memory::forget_peak();
         }
