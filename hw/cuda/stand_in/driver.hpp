@@ -19,8 +19,8 @@
 //   LITE_LLM_STAND_IN_FAULT   faults with commas between them, each `what:number:how`
 // The number-th `what` of the process, counted from 1 as the host asks for it, or each where the number is *: init, alloc (of a device),
 // pin, module, graph (one that is made), replay (its launch), launch (of a kernel; those of a graph count at each replay), copy (from
-// the host to a device), fetch (back), pages and pages_back (those of both that are whole pages of the host, as experts are), unique,
-// join and exchange (of NCCL), and the name of a kernel for its launches. `how` is
+// the host to a device), fetch (back), pages and pages_back (those of both that are whole pinned pages of the host, as experts are),
+// unique, join and exchange (of NCCL), and the name of a kernel for its launches. `how` is
 //   a code    the call fails with it. One after which a context is lost (214, 700, 719, 999 and others) comes when the operation
 //             runs, so that a later call has it first; and from then on nothing runs, and every call has it
 //   hang      the operation never ends, and nothing that waits for it begins

@@ -133,7 +133,8 @@ Fault count(What what) { return count_named(NAMES[what]); }
 
 Fault count_copy(bool to_host, Address host, std::size_t bytes) {
     const Fault of_copy = count(to_host ? FETCH : COPY);
-    if (host % 4096 || bytes % 4096 || bytes == 0) return of_copy;
+    // What is not pinned may begin at a page by chance, with other lengths of paths in the arguments alone.
+    if (host % 4096 || bytes % 4096 || bytes == 0 || !is_pinned(reinterpret_cast<const void*>(host))) return of_copy;
     const Fault of_pages = count(to_host ? PAGES_BACK : PAGES);
     return of_copy.how == Fault::NOTHING ? of_pages : of_copy;
 }

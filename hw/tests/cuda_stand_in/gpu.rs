@@ -202,6 +202,16 @@ pub(crate) fn pin(bytes: usize) -> Result<*mut c_void, DriverError> {
     unsafe { result::malloc_host(bytes, 0) }
 }
 
+/// A page of zeros that is pinned.
+pub(crate) fn pinned_page() -> &'static [f32] {
+    let at = pin(4096).unwrap().cast::<f32>();
+    // SAFETY: there is so much, from the beginning of a page, for as long as the process lives.
+    unsafe {
+        at.write_bytes(0, 1024);
+        std::slice::from_raw_parts(at, 1024)
+    }
+}
+
 /// Reads device memory as a program must not.
 pub(crate) fn touch(at: u64) -> u32 {
     // SAFETY: there is none: that is what the scenario is about, and the process ends here.

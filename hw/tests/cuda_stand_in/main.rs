@@ -107,6 +107,7 @@ const SCENARIOS: &[(&str, fn())] = &[
     ("a launch refused", || faults(2)),
     ("an allocation refused", allocation_refused),
     ("a flipped bit", flipped),
+    ("a page that is pinned", pinned_page),
     ("a flipped bit of a kernel", flipped_result),
     ("a hanging launch", hanging),
     ("a module refused", || {
@@ -386,6 +387,7 @@ fn faults_come_when_they_are_asked_for() {
     passes("a launch refused", &[("FAULT", "launch:2:2")]);
     passes("an allocation refused", &[("FAULT", "alloc:2:2")]);
     passes("a flipped bit", &[("FAULT", "copy:2:flip")]);
+    passes("a page that is pinned", &[("FAULT", "pages:1:2")]);
     for fault in ["launch:2:flip", "add:2:flip", "add:*:flip"] {
         passes("a flipped bit of a kernel", &[("FAULT", fault)]);
     }
@@ -426,6 +428,17 @@ fn flipped() {
         pairs.iter().zip(&values).map(|(a, b)| (a.to_bits() ^ b.to_bits()).count_ones()).sum()
     };
     assert_eq!([0; 3].map(|_| differing(put(&values))), [0, 1, 0]);
+}
+
+/// A fault of the first whole page is not that of a vector that begins at one by chance.
+fn pinned_page() {
+    gpu::open();
+    let (at, stream, values) = (room(4096).unwrap(), stream(), vec![0.0; 2048]);
+    let aligned = values.as_ptr().align_offset(4096);
+    assert_eq!(code(gpu::put_later(at, &values[aligned..aligned + 1024], stream)), 0);
+    assert_eq!(code(gpu::put_later(at, &gpu::pinned_page()[..512], stream)), 0);
+    assert_eq!(code(gpu::put_later(at, gpu::pinned_page(), stream)), 2);
+    wait(stream).unwrap();
 }
 
 fn hanging() {
