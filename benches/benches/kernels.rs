@@ -4,7 +4,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use lite_llm_hw::bandwidth::sum_of_streams;
 use lite_llm_model::kernels::{
     AttentionParams, DType, Isa, KvPage, KvShape, PAGE_POSITIONS, PackedView, PagedKv, Pool, Quantised,
-    Storage, attention, linear, math, packed_len, rms_norm,
+    Storage, attention, linear, math, packed_len, rms_norm, sample,
 };
 use std::hint::black_box;
 
@@ -172,5 +172,29 @@ fn rows(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(kernels, memory, gemv, gemm, attend, pool, rows);
+/// A token of a vocabulary, by draws that fall near the front and far behind.
+fn choice(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("choice");
+    let logits: Vec<f32> = values(4 * 50_304).chunks(4).map(|four| four.iter().sum::<f32>() * 2.0).collect();
+    group.throughput(Throughput::Elements(logits.len() as u64));
+    let any = sample::Params { temperature: 1.0, ..Default::default() };
+    for (name, params) in [
+        ("likeliest", sample::Params::default()),
+        ("any", any),
+        ("top_k 50", sample::Params { top_k: 50, ..any }),
+        ("top_p 0.9", sample::Params { top_p: 0.9, ..any }),
+        ("min_p 0.1", sample::Params { min_p: 0.1, ..any }),
+    ] {
+        let mut draw = 0u64;
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                draw = draw.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                sample::sample(Isa::detect(), black_box(&logits), &params, draw).expect("all are finite")
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(kernels, memory, gemv, gemm, attend, pool, rows, choice);
 criterion_main!(kernels);

@@ -10,6 +10,9 @@ use crate::weights::Base;
 use lite_llm_core::input::{RowResult, Sampling};
 use lite_llm_core::output::{Forward, Row, SampleSpec};
 
+/// What a choice costs for each logit, beside touching it.
+const CHOICE_COST: usize = 8;
+
 /// What the end of a step works in.
 #[derive(Debug, Default)]
 pub(super) struct Room {
@@ -70,8 +73,8 @@ impl Model {
             logits.iter_mut().for_each(|logit| *logit /= arch.multipliers.logits);
         });
 
-        tokens.clear();
-        tokens.resize(step.rows.len(), None);
+        let mut digests = batch.digests.iter_mut().enumerate();
+        let mut choices = Vec::with_capacity(wanted.len());
         for (&i, logits) in wanted.iter().zip(logits.chunks_exact_mut(arch.vocab)) {
             let at = batch.at[i];
             let row = &step.rows[at.row as usize];
@@ -82,15 +85,20 @@ impl Model {
             }
             let last = at.position as usize + 1 == row.start as usize + row.tokens.len();
             let Some(spec) = row.sample.as_ref().filter(|_| last) else { continue };
-            let digest = &mut batch.digests[at.row as usize];
+            let digest = digests.find(|(number, _)| *number == at.row as usize);
+            let (_, digest) = digest.expect("positions are in the order of their rows, and one is the last");
+            choices.push(Choice { at, row, spec, logits, digest, token: None });
+        }
+        self.pool.each_row(&mut choices, 1, CHOICE_COST * arch.vocab, &|_, choice| {
+            let [Choice { row, spec, logits, digest, token: chosen, .. }] = choice else { return };
             digest_values(digest, logits);
-            let layer = arch.layers.len() as u32;
-            let token = token(self.isa, row, spec, logits).ok_or(StepError::NonFinite {
-                row: at.row,
-                layer,
-                position: at.position,
-            })?;
-            tokens[at.row as usize] = Some(token);
+            *chosen = token(self.isa, row, spec, logits);
+        });
+        tokens.clear();
+        tokens.resize(step.rows.len(), None);
+        for Choice { at, token, .. } in choices {
+            let (layer, At { row, position, .. }) = (arch.layers.len() as u32, at);
+            tokens[row as usize] = Some(token.ok_or(StepError::NonFinite { row, layer, position })?);
         }
         for (at, x) in batch.at.iter().zip(batch.x.chunks_exact(arch.hidden)) {
             digest_values(&mut batch.digests[at.row as usize], x);
@@ -99,6 +107,16 @@ impl Model {
         let results = tokens.iter().zip(digests);
         Ok(results.map(|(&token, digest)| RowResult { token, stop: false, digest }).collect())
     }
+}
+
+/// A token that is to be chosen, by whichever thread.
+struct Choice<'a> {
+    at: At,
+    row: &'a Row,
+    spec: &'a SampleSpec,
+    logits: &'a mut [f32],
+    digest: &'a mut RowDigest,
+    token: Option<u32>,
 }
 
 /// Whether the logits after a position are computed: where one is sampled, and where somebody wants to see them.

@@ -275,6 +275,27 @@ proptest! {
             prop_assert_eq!(sample::sample(isa, &logits, &params, 0).unwrap(), argmax(&logits).unwrap());
         }
     }
+
+    /// Far more candidates than there are buckets, and differences that are large or nothing beside the temperature.
+    #[test]
+    fn a_sample_of_many_is_the_definition(
+        count in 1usize..6000,
+        seed in any::<u64>(),
+        (spread, offset) in (prop::sample::select(vec![0.0f32, 1e-30, 0.01, 1.0, 30.0, 1e36]), -3i8..3),
+        draw in prop::sample::select(vec![0u64, 1, u64::MAX, u64::MAX / 2, u64::MAX / 3]),
+        any_draw in any::<u64>(),
+        temperature in prop::sample::select(vec![f32::MIN_POSITIVE, 1e-3, 0.7, 1.0, 40.0, 1e30, f32::INFINITY]),
+        top_k in prop::sample::select(vec![0u32, 1, 50, 2999, u32::MAX]),
+        (top_p, min_p) in prop::sample::select(vec![(1.0f32, 0.0f32), (0.9, 0.0), (1.0, 0.02), (0.99, 0.2)]),
+    ) {
+        let logits: Vec<f32> =
+            operands(count, seed).into_iter().map(|value| value * spread + f32::from(offset)).collect();
+        prop_assume!(logits.iter().all(|logit| logit.is_finite()));
+        let params = sample::Params { temperature, top_k, top_p, min_p };
+        for (isa, draw) in isas().into_iter().flat_map(|isa| [(isa, draw), (isa, any_draw)]) {
+            prop_assert_eq!(sample::sample(isa, &logits, &params, draw), Ok(sampled(&logits, &params, draw)));
+        }
+    }
 }
 
 /// Rule 10 as the document says it, by a full stable sort and sums over the whole vocabulary.
