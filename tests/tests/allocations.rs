@@ -9,10 +9,12 @@ use std::alloc::System;
 #[global_allocator]
 static COUNTED: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-/// What core's selection of experts gives back: a few lists for each position and mixture layer.
-const LISTS_OF_A_ROUTE: usize = 4;
-/// The results of a step.
-const LISTS_OF_A_STEP: usize = 1;
+/// What core's selection of experts gives back: two lists for each position and mixture layer.
+const LISTS_OF_A_ROUTE: usize = 2;
+/// The choices of a step, and its results.
+const LISTS_OF_A_STEP: usize = 2;
+/// The candidates of a bucket.
+const LISTS_OF_A_SAMPLE: usize = 1;
 
 #[test]
 fn a_warm_decode_step_allocates_routes_and_results_alone() {
@@ -20,14 +22,16 @@ fn a_warm_decode_step_allocates_routes_and_results_alone() {
     let dir = tempfile::tempdir().unwrap();
     let spec = SynthSpec { layers: LAYERS, ..SynthSpec::of(SynthFamily::Olmoe) };
     synth(dir.path(), &spec).unwrap();
-    let allowed = LISTS_OF_A_STEP + LAYERS as usize * LISTS_OF_A_ROUTE;
-    for threads in [1, 2] {
+    for (threads, temperature) in [(1, 0.0), (2, 0.0), (1, 1.0), (2, 1.0)] {
+        let of_sample = if temperature > 0.0 { LISTS_OF_A_SAMPLE } else { 0 };
+        let allowed = LISTS_OF_A_STEP + of_sample + LAYERS as usize * LISTS_OF_A_ROUTE;
         let model = open(dir.path(), How { threads, ..PLAIN });
         let mut experts = Experts::load(&model);
         let mut cache = KvCache::new(&model, 1).unwrap();
         let mut workspace = Workspace::default();
         let resident = experts.resident();
         let mut step = first_step(&model, vec![5, 6, 7, 8], Some(resident));
+        step.rows[0].sample.as_mut().unwrap().sampling.temperature = temperature;
         model.forward(&step, &mut cache, &mut workspace, &mut experts, None).unwrap();
         let mut counts = Vec::new();
         for position in 4..12 {
@@ -39,6 +43,6 @@ fn a_warm_decode_step_allocates_routes_and_results_alone() {
         }
         // Threads of the pool have their first task at some time or other.
         let least = counts.iter().copied().min().unwrap();
-        assert!(least <= allowed, "{threads} threads: {counts:?} allocations, not {allowed}");
+        assert!(least <= allowed, "{threads} threads, {temperature}: {counts:?}, not {allowed}");
     }
 }
