@@ -321,25 +321,25 @@ KERNEL __launch_bounds__(WARP) route_sparsely(const float* __restrict__ logits, 
 constexpr u32 USERS_THREADS = 256;
 
 // Who uses which expert, between the router and the products. Of each choice (positions x k, `count` in all; those of a position with
-// a fault are none) `places` says, by the expert's number, where it stands among the experts of the layer, and `begins`, by that
-// place, where its weights begin. Experts that are used come one after another: of each of `room` of them `weights_at` is where its
+// a fault are none) `places` says, by the expert's number, where it stands among some experts of the layer, or NONE, and `begins`, by
+// that place, where its weights begin. Experts that are used come one after another: of each of `room` of them `weights_at` is where its
 // weights begin and `first_user` its first user, and behind the last one there is nobody. `users` has the position of each user,
-// those of an expert ascending, and 0 where there is none; `results` says which user each choice is, or NONE.
+// those of an expert ascending, and 0 where there is none; `results` says which user each choice is, counted from `base` on, and NONE if
+// it is none; those of other experts of the layer stay as they are.
 //
-// A block for each expert of the layer. Each goes through all choices by itself, so that nothing is counted by two.
+// A block for each of these experts. Each goes through all choices by itself, so that nothing is counted by two.
 KERNEL __launch_bounds__(USERS_THREADS) find_users(const u32* __restrict__ experts, const u32* __restrict__ faults,
                                                    const u32* __restrict__ places, const u64* __restrict__ begins,
                                                    u64* __restrict__ weights_at, u32* __restrict__ first_user,
-                                                   u32* __restrict__ users, u32* __restrict__ results, u32 count, u32 k, u32 room) {
+                                                   u32* __restrict__ users, u32* __restrict__ results, u32 count, u32 k, u32 room,
+                                                   u32 base) {
     SHARED(u32, used, EXPERTS_MAX / WARP);
     SHARED(u32, before_of, USERS_THREADS / WARP);
     SHARED(u32, all_of, USERS_THREADS / WARP);
     SHARED(u32, found, USERS_THREADS / WARP);
     const u32 own = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const auto place = [=](u32 at) {
-        if (at >= count || faults[at / k] != 0) return NONE;
-        return experts[at] == NONE ? NONE : places[experts[at]];
-    };
+    const auto is_none = [=](u32 at) { return at >= count || faults[at / k] != 0 || experts[at] == NONE; };
+    const auto place = [=](u32 at) { return is_none(at) ? NONE : places[experts[at]]; };
     // A bit for each expert that somebody uses, a word of them for each turn of a warp.
     for (u32 word = warp; word < pieces(gridDim.x, WARP); word += warps) {
         u32 bits = 0;
@@ -376,7 +376,7 @@ KERNEL __launch_bounds__(USERS_THREADS) find_users(const u32* __restrict__ exper
         }
         for (u32 at = all + threadIdx.x; at < count; at += blockDim.x) users[at] = 0;
         for (u32 at = threadIdx.x; at < count; at += blockDim.x) {
-            if (place(at) == NONE) results[at] = NONE;
+            if (is_none(at)) results[at] = NONE;
         }
     }
     const u32 bits = used[own / WARP], bit = 1u << own % WARP;
@@ -395,7 +395,7 @@ KERNEL __launch_bounds__(USERS_THREADS) find_users(const u32* __restrict__ exper
         u32 user = next + __popc(all_mine & ((1u << lane) - 1u));
         for (u32 i = 0; i < warps; i++) user += i < warp ? found[i] : 0, next += found[i];
         __syncthreads();
-        if (mine != 0) users[user] = at / k, results[at] = user;
+        if (mine != 0) users[user] = at / k, results[at] = base + user;
     }
 }
 

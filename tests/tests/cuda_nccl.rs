@@ -62,14 +62,15 @@ fn every_layout_goes_from_device_to_device_with_the_stream_of_the_cpu() {
 fn nothing_is_asked_of_the_host_between_exchanges() {
     let Some(machine) = machine(4) else { return };
     let model = folder("olmoe");
-    let layout = Layout::new(&model, "tp=2");
-    let tallies = |tokens: &str| {
+    let tallies = |topology: &str, tokens: &str| {
+        let layout = Layout::new(&model, topology);
         let mut run = [&RUN[..], &["--prompt-tokens", "3,5,7,11,13,17,19", "--memory", "400MiB"]].concat();
         run[1] = tokens;
         machine.tallies(&layout, &run, &[("SEED", "6")], &machine.alone(&model, &run))
     };
-    // Both ranks do the same.
-    for (few, many) in tallies("4").iter().zip(&tallies("12")) {
+    // All ranks do the same.
+    let pairs = ["tp=2", "ep=2"].map(|topology| [tallies(topology, "4"), tallies(topology, "12")]);
+    for (few, many) in pairs.iter().flat_map(|[few, many]| few.iter().zip(many)) {
         let more = |what: &str| many[what] - few[what];
         assert_eq!((more("copy"), more("fetch"), more("graph")), (8, 8, 0), "{few:?} {many:?}");
         assert_eq!(more("replay"), 8 * many["graph"], "{few:?} {many:?}");

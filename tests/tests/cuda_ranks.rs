@@ -16,7 +16,7 @@ fn machine() -> Option<Machine> {
 #[test]
 fn every_layout_has_the_stream_of_the_cpu() {
     let Some(machine) = machine() else { return };
-    let prompt = prompt(70);
+    let [prompt, long] = [70, 100].map(prompt);
     let run = [&RUN[..], &["--prompt-tokens", &prompt, "--memory", "400MiB"]].concat();
     // Norms over all heads, shared experts and dense blocks, latents, biases and sinks, heads of keys that ranks share.
     for (name, layouts) in [
@@ -32,6 +32,13 @@ fn every_layout_has_the_stream_of_the_cpu() {
             let layout = Layout::new(&model, topology);
             machine.check(&layout, &run, &[("SEED", &seed.to_string())], &expected);
         }
+    }
+    // A step of 100 positions that use 3 experts each: more results than ranks have places for.
+    let run_long = [&RUN[..RUN.len() - 1], &["100", "--prompt-tokens", &long, "--memory", "400MiB"]].concat();
+    let model = folder("deepseek_v2");
+    let expected = machine.alone(&model, &run_long);
+    for topology in ["ep=3", "tp=2,ep=2"] {
+        machine.check(&Layout::new(&model, topology), &run_long, &[("SEED", "6")], &expected);
     }
     // All nodes on one device, which is not the first.
     let model = folder("olmoe");
@@ -115,17 +122,19 @@ fn experts_come_straight_from_the_file_into_every_rank() {
 
 /// Steps of decode are recorded the second time their shape comes: what is between two exchanges is a graph.
 #[test]
-fn ranks_find_users_and_record_steps_where_all_experts_are_their_own() {
+fn ranks_find_users_and_record_steps_where_all_experts_are_resident() {
     let Some(machine) = machine() else { return };
     let mut run = [&RUN[..], &["--prompt-tokens", "3,5,7,11,13,17,19,23,29", "--memory", "400MiB"]].concat();
     run[1] = "12";
-    for (name, topology, is_recorded) in [
-        ("olmoe", "tp=2", true),
-        ("olmoe", "pp=2", true),
-        ("deepseek_v2", "tp=2,pp=2", true),
-        ("llama", "tp=2", true),
-        // How many results they exchange the host has to know.
-        ("olmoe", "ep=2", false),
+    for (name, topology) in [
+        ("olmoe", "tp=2"),
+        ("olmoe", "pp=2"),
+        ("olmoe", "ep=2"),
+        ("gpt_oss", "tp=2,ep=2"),
+        ("qwen2_moe", "ep=3"),
+        ("deepseek_v2", "ep=2,pp=2"),
+        ("deepseek_v2", "tp=2,pp=2"),
+        ("llama", "tp=2"),
     ] {
         let model = folder(name);
         let (layout, expected) = (Layout::new(&model, topology), machine.alone(&model, &run));
@@ -133,11 +142,11 @@ fn ranks_find_users_and_record_steps_where_all_experts_are_their_own() {
         for of_rank in &tallies {
             // Eleven of decode: one by one, recorded, and known nine times.
             assert_eq!(of_rank["replay"], 10 * of_rank["graph"], "{name} {topology}: {of_rank:?}");
-            assert_eq!(of_rank["graph"] > 0, is_recorded, "{name} {topology}: {of_rank:?}");
+            assert!(of_rank["graph"] > 0, "{name} {topology}: {of_rank:?}");
         }
         // A stage may have no experts.
         let finds = tallies.iter().any(|of_rank| of_rank["find_users"] > 0);
-        assert_eq!(finds, is_recorded && name != "llama", "{name} {topology}: {tallies:?}");
+        assert_eq!(finds, name != "llama", "{name} {topology}: {tallies:?}");
     }
     // A driver that makes one graph, and no more after it.
     let model = folder("olmoe");

@@ -380,25 +380,32 @@ fn gates_are_the_definition() {
     assert_bits("swiglu", &shim.launch(&launch, 0, "").unwrap().values(2), &expected);
 }
 
-/// Who uses which expert, as the host finds it: experts by their place, the users of each by their position.
+/// Who uses which expert, as the host finds it: experts by their place, the users of each by their position. Results are changed where they
+/// are of these experts, whose users are counted from `base` on, or of nobody.
 fn expected_users(
-    experts: &[u32],
-    faults: &[u32],
+    (experts, faults): (&[u32], &[u32]),
     places: &[u32],
-    k: usize,
-) -> (Vec<u32>, Vec<u32>, Vec<u32>, Vec<u32>) {
-    let chosen = experts.iter().enumerate().filter(|(at, expert)| faults[at / k] == 0 && **expert != NONE);
-    let mut all: Vec<(u32, usize)> = chosen.map(|(at, &expert)| (places[expert as usize], at)).collect();
+    (k, base): (usize, u32),
+    results: &mut [u32],
+) -> (Vec<u32>, Vec<u32>, Vec<u32>) {
+    let mut all: Vec<(u32, usize)> = vec![];
+    for (at, &expert) in experts.iter().enumerate() {
+        if faults[at / k] != 0 || expert == NONE {
+            results[at] = NONE;
+        } else if places[expert as usize] != NONE {
+            all.push((places[expert as usize], at));
+        }
+    }
     all.sort_unstable();
-    let (mut used, mut firsts, mut results) = (vec![], vec![], vec![NONE; experts.len()]);
-    for (user, &(place, at)) in all.iter().enumerate() {
+    let (mut used, mut firsts) = (vec![], vec![]);
+    for ((user, own), &(place, at)) in (0..).zip(base..).zip(&all) {
         if used.last() != Some(&place) {
             used.push(place);
-            firsts.push(user as u32);
+            firsts.push(user);
         }
-        results[at] = user as u32;
+        results[at] = own;
     }
-    (used, firsts, all.iter().map(|&(_, at)| (at / k) as u32).collect(), results)
+    (used, firsts, all.iter().map(|&(_, at)| (at / k) as u32).collect())
 }
 
 #[test]
@@ -417,9 +424,6 @@ fn users_of_experts_are_found() {
         // A permutation: experts stand elsewhere than their numbers say, and those that are not eligible nowhere.
         let mut order: Vec<u32> = (0..width as u32).collect();
         order.sort_by_cached_key(|_| operands.word());
-        let mut places = vec![NONE; width];
-        order[..eligible].iter().zip(0..).for_each(|(&expert, place)| places[expert as usize] = place);
-        let begins: Vec<u64> = (0..eligible).map(|_| u64::from(operands.word()) << 20).collect();
         let mut experts = vec![];
         for row in 0..positions {
             // Some have fewer, and one nobody.
@@ -437,21 +441,36 @@ fn users_of_experts_are_found() {
             faults[5] = 1;
             experts[5 * k..6 * k].fill(0xdead_beef);
         }
-        let (count, room) = (positions * k, eligible.min(positions * k));
-        let launch = Launch::new("find_users", [eligible as u32, 1, 1], threads).words(&experts);
-        let launch = launch.words(&faults).words(&places).longs(&begins);
-        let launch = launch.room(2 * room).room(room + 1).room(count).room(count);
-        let found = shim.check(&launch.word(count).word(k).word(room));
-        let (used, mut firsts, mut users, results) = expected_users(&experts, &faults, &places, k);
-        let mut at: Vec<u64> = used.iter().map(|&place| begins[place as usize]).collect();
-        at.resize(room, 0);
-        firsts.resize(room + 1, users.len() as u32);
-        users.resize(count, 0);
-        let what = format!("{positions} positions, {k} of {eligible} of {width}");
-        assert_eq!(found.longs(4), at, "{what}");
-        assert_eq!(found.words(5), firsts, "{what}");
-        assert_eq!(found.words(6), users, "{what}");
-        assert_eq!(found.words(7), results, "{what}");
+        // One rank has all experts, or two share them out: what all find comes together.
+        let count = positions * k;
+        for first in [eligible, eligible / 3] {
+            let shares = [0..first, first..eligible];
+            let (mut before, mut results) = (vec![0xa5a5_a5a5; count], vec![0xa5a5_a5a5; count]);
+            for (share, base) in
+                shares.into_iter().zip([0, count as u32]).filter(|(share, _)| !share.is_empty())
+            {
+                let (own, room) = (share.len(), share.len().min(count));
+                let mut places = vec![NONE; width];
+                order[share].iter().zip(0..).for_each(|(&expert, place)| places[expert as usize] = place);
+                let begins: Vec<u64> = (0..own).map(|_| u64::from(operands.word()) << 20).collect();
+                let launch = Launch::new("find_users", [own as u32, 1, 1], threads).words(&experts);
+                let launch = launch.words(&faults).words(&places).longs(&begins);
+                let launch = launch.room(2 * room).room(room + 1).room(count).words(&before);
+                let found = shim.check(&launch.word(count).word(k).word(room).word(base as usize));
+                let (used, mut firsts, mut users) =
+                    expected_users((&experts, &faults), &places, (k, base), &mut results);
+                let mut at: Vec<u64> = used.iter().map(|&place| begins[place as usize]).collect();
+                at.resize(room, 0);
+                firsts.resize(room + 1, users.len() as u32);
+                users.resize(count, 0);
+                let what = format!("{positions} positions, {k} of {own} of {eligible} of {width}");
+                assert_eq!(found.longs(4), at, "{what}");
+                assert_eq!(found.words(5), firsts, "{what}");
+                assert_eq!(found.words(6), users, "{what}");
+                assert_eq!(found.words(7), results, "{what}");
+                before.copy_from_slice(&results);
+            }
+        }
     }
     shim.finish("moe.cu");
 }

@@ -30,7 +30,7 @@ impl Run<'_> {
             }
             match &self.standing.resident {
                 Some(resident) if self.finds_users => {
-                    self.with_resident(index, layer, resident[index], among)?;
+                    self.with_resident(index, layer, &resident[index], among)?;
                 }
                 _ => self.mixture(index, layer, step, source, desk)?,
             }

@@ -1,6 +1,6 @@
-//! A mixture layer on the device. Where all experts are resident and no ranks share them out, the device finds out who uses which, and
-//! the host hears of the router's choice at the end of the step. Else the choice comes to the host first, which asks for experts that are
-//! not there and says who uses which. Results wait in a buffer and are combined in ascending order, so that the order of arrival changes
+//! A mixture layer on the device. Where all experts are resident, the device finds out who uses which, and the host hears of the
+//! router's choice at the end of the step. Else the choice comes to the host first, which asks for experts that are not there and says who
+//! uses which. Results wait in a buffer and are combined in ascending order, so that the order of arrival changes
 //! no bit.
 
 use super::super::CudaError;
@@ -39,7 +39,7 @@ struct Experts {
 }
 
 impl Run<'_> {
-    /// A layer whose experts come and go, or are shared out among ranks: the host hears of the choice, and asks for what it needs.
+    /// A layer whose experts come and go, or have many users among ranks: the host hears of the choice, and asks for what it needs.
     pub(super) fn mixture(
         &self,
         index: usize,
@@ -74,12 +74,12 @@ impl Run<'_> {
             foreseen(self.model, next as u32, moe.experts, &after)
         });
         let experts = self.experts();
+        // Those that this rank computes are neighbours, as an expert rank's always are.
+        let own = users.own(self.model);
         desk.lists.clear();
         let positions = desk.lists.words(&users.positions);
         let results = desk.lists.words(&users.results);
         let first_row = desk.lists.words(&users.firsts);
-        // Those that this rank computes are neighbours, as an expert rank's always are.
-        let own = users.own(self.model);
         let transport = desk.ways.transport();
         if let Some(resident) = &step.forward.resident {
             let slots = users.keys[own.clone()].iter().map(|key| {
@@ -103,7 +103,13 @@ impl Run<'_> {
                     rows_usual: users.most(&group),
                 };
                 let mut among = Among { source, transport };
-                self.together(&experts, several, users.of(&group), of_experts(index, count), &mut among)?;
+                self.together(
+                    &experts,
+                    several,
+                    (users.of(&group), 0),
+                    of_experts(index, count),
+                    &mut among,
+                )?;
                 (first, count) = (group.end, count + 1);
             }
             self.exchange_results(index, users, &mut Among { source, transport })?;
@@ -144,13 +150,13 @@ impl Run<'_> {
     }
 
     /// A layer whose experts are all there: nothing is asked of the host. What it hears at the end may be that the step has no rows;
-    /// what is computed until then of values that are not finite is nobody's. Tensor ranks exchange a row for each user that there may be,
-    /// of which those without an expert are nobody's too.
+    /// what is computed until then of values that are not finite is nobody's. Ranks exchange a row for each user that there may be,
+    /// of which those without an expert are nobody's too; each expert rank has results in a place of its own.
     pub(super) fn with_resident(
         &self,
         index: usize,
         layer: &Layer,
-        resident: Resident,
+        resident: &[Resident],
         among: &mut Among<'_>,
     ) -> Result<(), Failed> {
         let (moe, rows) = (self.model.arch().moe.as_ref().expect("a mixture layer"), self.positions());
@@ -160,16 +166,21 @@ impl Run<'_> {
         self.route(index, moe, place)?;
         let found = self.find_users(resident, place.routes)?;
         let (experts, users) = (self.experts(), rows * self.sizes.places as u32);
-        self.pack_users(&experts, (0, users), found.positions)?;
+        let all: u32 = resident.iter().map(|of_rank| of_rank.count).sum();
         let several = Several {
             count: found.experts,
             weights_at: found.weights_at,
             biases_at: found.weights_at,
             first_row: found.first_user,
             rows_max: rows,
-            rows_usual: usual_rows(rows, users, resident.count),
+            rows_usual: usual_rows(rows, users, all),
         };
-        self.together(&experts, several, (0, users), of_experts(index, 0), among)?;
+        if several.count > 0 {
+            self.pack_users(&experts, (0, users), found.positions)?;
+            let behind = self.model.share().seat().expert * users;
+            self.together(&experts, several, ((0, users), behind), of_experts(index, 0), among)?;
+        }
+        self.exchange_places(index, among)?;
         self.shared(index, layer, among)?;
         Ok(self.combine(layer, found.results, place.routes)?)
     }
@@ -206,7 +217,7 @@ impl Run<'_> {
                 };
                 let here = experts.at(self.begin(provided.slot));
                 let mut among = Among { source, transport };
-                self.together(&here, several, users.of(&group), of_experts(index, count), &mut among)?;
+                self.together(&here, several, (users.of(&group), 0), of_experts(index, count), &mut among)?;
                 (left, count) = (left - 1, count + 1);
             }
             if whole {
@@ -255,13 +266,13 @@ impl Run<'_> {
         self.pack(self.room.normed, picked, end - first, gate.inputs, &storages, to)
     }
 
-    /// Computes some experts, whose users are packed: those of a range, at their places among all results. Their inner values are an
-    /// exchange of that number, if there are others to exchange with.
+    /// Computes some experts, whose users are packed: those of a range. Their results stand as many rows farther behind as is said. Their
+    /// inner values are an exchange of that number, if there are others to exchange with.
     fn together(
         &self,
         experts: &Experts,
         several: Several,
-        (first, end): (u32, u32),
+        ((first, end), behind): ((u32, u32), u32),
         exchange: u32,
         among: &mut Among<'_>,
     ) -> Result<(), Failed> {
@@ -280,9 +291,10 @@ impl Run<'_> {
         let to = room.packed_inside.at_row(first, down.inputs);
         self.pack(inside, 0, count, down.inputs, &[down.storage], to)?;
         // A rank's rows of results stand closer together: they are put beside those that are there.
-        let own = if self.is_tensor() { room.own } else { room.results };
+        let results = Self::value(room.results, (behind * self.hidden()) as usize);
+        let own = if self.is_tensor() { room.own } else { results };
         self.products(room.packed_inside, down, several, own)?;
-        let results = Self::value(room.results, (first * self.hidden()) as usize);
+        let results = Self::value(results, (first * self.hidden()) as usize);
         let own = Self::value(own, (first * down.outputs) as usize);
         self.gather_rows((own, results), count, self.hidden(), exchange + 1, among)
     }

@@ -184,9 +184,11 @@ impl CudaModel {
         let at = positions(step.forward);
         let tables = Tables::of(&self.model, &self.sizes, step.forward, &at, &wants, &mut carved.tables);
         carved.tables.send(&self.stream)?;
-        // Tensor ranks exchange a row for each user that there may be. Of many the host counts those that there are.
+        // Ranks exchange a row for each user that there may be. Of many the host counts those that there are.
         let has_few = at.len() * self.sizes.places <= ROWS_TOGETHER;
-        let finds_users = standing.resident.is_some() && (has_few || !self.model.share().is_tensor());
+        let share = self.model.share();
+        let finds_users =
+            standing.resident.is_some() && (has_few || !(share.is_tensor() || share.is_expert()));
         let launches = if finds_users && tables.decode {
             carved.graphs.begin(standing, &tables, carved.desk.ways.is_past_host())
         } else {
@@ -217,7 +219,6 @@ impl CudaModel {
         // From here on nothing is recorded.
         carved.graphs.keep(run.launches.replace(Launches::AtOnce), computed.is_ok());
         computed?;
-        let share = self.model.share();
         let Desk { results, ways, .. } = &mut carved.desk;
         let among = &mut Among { source, transport: ways.transport() };
         if share.is_last_stage() { run.end(step, results, among) } else { run.hand_on(step, results, among) }

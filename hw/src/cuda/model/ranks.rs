@@ -86,18 +86,32 @@ impl Run<'_> {
         users: &Users,
         among: &mut Among<'_>,
     ) -> Result<(), Failed> {
+        // In the order of ranks they are all results, in the order of experts.
+        let rows = |seat| users.of(&users.held(self.model, seat));
+        self.exchange_rows(layer, &|seat| rows(seat).0 as usize..rows(seat).1 as usize, among)
+    }
+
+    /// The same where each expert rank has places for all results that there may be.
+    pub(super) fn exchange_places(&self, layer: usize, among: &mut Among<'_>) -> Result<(), Failed> {
+        let places = self.at.len() * self.sizes.places;
+        self.exchange_rows(layer, &|seat| seat as usize * places..(seat as usize + 1) * places, among)
+    }
+
+    /// Exchanges rows of results, by the rank that has them.
+    fn exchange_rows(
+        &self,
+        layer: usize,
+        rows: &dyn Fn(u32) -> Range<usize>,
+        among: &mut Among<'_>,
+    ) -> Result<(), Failed> {
         let share = self.model.share();
         if !share.is_expert() {
             return Ok(());
         }
         let (source, transport) = among.reach();
-        // In the order of ranks they are all results, in the order of experts: one row of values.
-        let values = |of: Range<usize>| {
-            let (first, end) = users.of(&of);
-            first as usize * self.sizes.hidden..end as usize * self.sizes.hidden
-        };
-        let columns: Vec<_> =
-            (0..share.topology().expert).map(|seat| values(users.held(self.model, seat))).collect();
+        // One row of values.
+        let values = |rows: Range<usize>| rows.start * self.sizes.hidden..rows.end * self.sizes.hidden;
+        let columns: Vec<_> = (0..share.topology().expert).map(|seat| values(rows(seat))).collect();
         let (own, to) = (share.seat().expert as usize, self.room.results);
         let (ranks, from) = (&share.expert_ranks(), Self::value(to, columns[own].start));
         let exchange = exchange::of_results(layer);

@@ -134,37 +134,36 @@ impl Run<'_> {
         self.launch(self.functions.route, blocks, 32, &arguments)
     }
 
-    /// Finds who uses which of the experts of a layer, all of which are resident.
-    pub(super) fn find_users(&self, resident: Resident, routes: u64) -> Result<Found, CudaError> {
+    /// Finds who uses which of the experts of a layer, all of which are resident: those of each expert rank. Users of each are counted
+    /// from where its results begin.
+    pub(super) fn find_users(&self, resident: &[Resident], routes: u64) -> Result<Found, CudaError> {
         let (rows, places) = (self.at.len(), self.sizes.places);
-        let count = rows * places;
-        let experts = (resident.count).min(count as u32);
+        let (count, own) = (rows * places, self.model.share().seat().expert as usize);
+        let used = |resident: &Resident| resident.count.min(count as u32);
+        let most = resident.iter().map(used).max().unwrap_or(0) as usize;
         let weights_at = self.lists;
-        let first_user = Self::value(weights_at, (2 * experts as usize).next_multiple_of(LIST));
-        let positions = Self::value(first_user, (experts as usize + 1).next_multiple_of(LIST));
+        let first_user = Self::value(weights_at, (2 * most).next_multiple_of(LIST));
+        let positions = Self::value(first_user, (most + 1).next_multiple_of(LIST));
         let results = Self::value(positions, count.next_multiple_of(LIST));
-        let arguments = [
-            At(routes),
-            At(Self::value(routes, 2 * count)),
-            At(resident.places),
-            At(resident.begins),
-            At(weights_at),
-            At(first_user),
-            At(positions),
-            At(results),
-            Word(count as u32),
-            Word(places as u32),
-            Word(experts),
-        ];
-        self.launch(self.functions.find_users, [resident.count, 1, 1], 256, &arguments)?;
-        Ok(Found { experts, weights_at, first_user, positions, results })
+        // This rank's last: of the others only the results stay.
+        let seats = (0..resident.len()).filter(|&seat| seat != own).chain([own]);
+        for (seat, of_seat) in
+            seats.map(|seat| (seat, resident[seat])).filter(|(_, of_seat)| of_seat.count > 0)
+        {
+            let lists = [of_seat.places, of_seat.begins, weights_at, first_user, positions, results].map(At);
+            let sizes = [count as u32, places as u32, used(&of_seat), (seat * count) as u32].map(Word);
+            let choices = [At(routes), At(Self::value(routes, 2 * count))];
+            let arguments = [&choices[..], &lists, &sizes].concat();
+            self.launch(self.functions.find_users, [of_seat.count, 1, 1], 256, &arguments)?;
+        }
+        Ok(Found { experts: used(&resident[own]), weights_at, first_user, positions, results })
     }
 }
 
 /// Who uses which expert, as the device found it: addresses of lists.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found {
-    /// Experts that have a place in the lists, at most as many as are used.
+    /// This rank's experts that have a place in the lists, at most as many as are used; if there are none, there are no lists of them.
     pub(super) experts: u32,
     /// Where the weights of each begin, counted from the first slot.
     pub(super) weights_at: u64,
@@ -172,7 +171,7 @@ pub(super) struct Found {
     pub(super) first_user: u64,
     /// The position of each user.
     pub(super) positions: u64,
-    /// For each position, place by place: which user it is, or [`NONE`].
+    /// For each position, place by place: which of all ranks' users it is, or [`NONE`].
     pub(super) results: u64,
 }
 

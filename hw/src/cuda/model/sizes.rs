@@ -38,12 +38,16 @@ pub(crate) struct Sizes {
     pub(super) places: usize,
     /// Experts of all positions.
     pub(super) users: usize,
+    /// Their results: those that expert ranks have places for, if these are more.
+    pub(super) results: usize,
     pub(super) hidden: usize,
     pub(super) vocab: usize,
     /// Tokens that a sequence can have, each once, and as many more as lists of them are rounded up by.
     pub(super) seen: usize,
     pub(super) heads: usize,
     pub(super) experts: usize,
+    /// Ranks that share them out.
+    pub(super) seats: usize,
     pub(super) moe_layers: usize,
     pub(super) router_rows: usize,
     /// Pages of the longest sequence.
@@ -133,6 +137,8 @@ impl Sizes {
         } else {
             0
         };
+        let (seats, few) = (topology.expert as usize, users.min(ROWS_TOGETHER));
+        let results = if model.share().is_expert() { users.max(seats * few) } else { users };
         let deepest = (0..topology.tensor).map(|rank| model.share().rows_of(rank, hidden).len()).max();
         let own = if model.share().is_tensor() { users * deepest.unwrap_or(0) } else { 0 };
         // Experts that are computed together have few rows, or are one, which every position may use.
@@ -144,7 +150,7 @@ impl Sizes {
         let exchanged = whole
             .max(inside)
             .max(positions * hidden.max(attention.mixed_dim()))
-            .max(users * hidden)
+            .max(results * hidden)
             .max(rows * arch.vocab);
         Ok(Self {
             whole,
@@ -155,6 +161,8 @@ impl Sizes {
             rows,
             places,
             users,
+            results,
+            seats,
             hidden,
             vocab: arch.vocab,
             seen: places_of_tokens(arch.vocab.min(arch.context as usize)),
@@ -176,7 +184,7 @@ impl Sizes {
 
     /// Values that stand in the memory of a device during a step, piece by piece, in the order of [`Room::of`].
     fn pieces(&self) -> [usize; PIECES] {
-        let Self { positions, users, hidden, .. } = *self;
+        let Self { positions, results, hidden, .. } = *self;
         let [q, k, v, mixed] = self.wide.map(|values| values * positions);
         let [first, queries, cached, of_latents, by_head] = self.latent.map(|values| values * positions);
         [
@@ -202,7 +210,7 @@ impl Sizes {
             self.gates,
             self.gates,
             self.gates,
-            users * hidden,
+            results * hidden,
             positions * hidden,
             positions,
             2 * positions * self.router_rows,
@@ -235,7 +243,8 @@ impl Sizes {
     /// Words of the lists that stay from step to step: which expert is eligible, where each stands and begins.
     pub(super) const fn standing_words(&self) -> usize {
         // Each list begins at a multiple of sixteen bytes.
-        self.moe_layers * (4 * self.experts + 12) + 2 * self.router_rows + 64
+        let places = self.seats * (self.experts + 8);
+        self.moe_layers * (3 * self.experts + places + 4) + 2 * self.router_rows + 64
     }
 
     /// Words of the tables of a step.

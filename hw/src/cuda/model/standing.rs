@@ -28,11 +28,11 @@ pub(super) struct Lists {
     pub(super) active: (u64, u32),
     /// The first child of each tier and group of a tiered router.
     pub(super) first_child: u64,
-    /// For each layer, if all its experts are resident, which they are; nothing if not all of the step are, or if ranks share them out.
-    pub(super) resident: Option<Vec<Resident>>,
+    /// For each layer, if all of this rank's experts are resident, which ones each expert rank has; nothing if not all of the step are.
+    pub(super) resident: Option<Vec<Vec<Resident>>>,
 }
 
-/// The experts of a layer that may be chosen, all of them resident: none of a dense one.
+/// The experts of a layer that may be chosen and that an expert rank has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Resident {
     /// How many.
@@ -87,10 +87,17 @@ impl Writer<'_> {
             })
         });
         let eligible = eligible.collect();
-        // How many results expert ranks exchange depends on the routes, of which the host has to hear.
-        let all_are_own = !model.share().is_expert();
-        let resident = step.resident.as_ref().filter(|_| all_are_own).map(|resident| {
-            let of_layer = layers.map(|layer| self.resident(model, layer as u32, resident, slot_bytes));
+        let here = model.share().layers(model.arch());
+        let resident = step.resident.as_ref().map(|resident| {
+            let begin = |key| {
+                let at = resident.binary_search_by_key(&key, |&(key, _)| key);
+                u64::from(resident[at.expect("every expert of the tiers is resident")].1.0) * slot_bytes
+            };
+            let of_layer = layers.map(|layer| {
+                let has_experts = here.contains(&layer) && model.arch().layers[layer].dense.is_none();
+                let seats = 0..if has_experts { model.share().topology().expert } else { 0 };
+                seats.map(|seat| self.resident(model, (layer as u32, seat), &step.tiers, &begin)).collect()
+            });
             of_layer.collect()
         });
         Lists {
@@ -102,28 +109,27 @@ impl Writer<'_> {
         }
     }
 
+    /// Which experts of a layer an expert rank has. Where those of another rank begin is its own business.
     fn resident(
         &mut self,
         model: &Model,
-        layer: u32,
-        resident: &[(ExpertKey, Slot)],
-        slot_bytes: u64,
+        (layer, seat): (u32, u32),
+        tiers: &[u32],
+        begin: &dyn Fn(ExpertKey) -> u64,
     ) -> Resident {
-        let first = resident.partition_point(|(key, _)| key.layer < layer);
-        let end = resident.partition_point(|(key, _)| key.layer <= layer);
-        let own = &resident[first..end];
-        if own.is_empty() {
+        let eligible = (0..).zip(model.checkpoint().eligible(layer, tiers)).filter(|(_, eligible)| *eligible);
+        let keys = eligible.map(|(expert, _)| (model.checkpoint().key(layer, expert), expert));
+        let mut held: Vec<(ExpertKey, u32)> =
+            keys.filter(|(key, _)| model.holder(*key) == Some(seat)).collect();
+        if held.is_empty() {
             return Resident::default();
         }
-        assert!(own.is_sorted_by_key(|(key, _)| *key), "resident experts come in the order of their keys");
+        held.sort_unstable();
         let mut places = vec![NONE; model.arch().moe.as_ref().map_or(0, |moe| moe.experts)];
-        for (place, (key, _)) in (0..).zip(own) {
-            let expert = model.checkpoint().ordinal(*key).expect("an expert of the checkpoint");
-            places[expert as usize] = place;
-        }
-        let begins: Vec<u64> = own.iter().map(|(_, slot)| u64::from(slot.0) * slot_bytes).collect();
-        let count = own.len() as u32;
-        Resident { count, places: self.0.words(&places), begins: self.0.longs(&begins) }
+        (0..).zip(&held).for_each(|(place, (_, expert))| places[*expert as usize] = place);
+        let is_own = seat == model.share().seat().expert;
+        let begins: Vec<u64> = held.iter().map(|(key, _)| if is_own { begin(*key) } else { 0 }).collect();
+        Resident { count: held.len() as u32, places: self.0.words(&places), begins: self.0.longs(&begins) }
     }
 }
 

@@ -12,6 +12,8 @@ const PLACES: usize = 3;
 const POSITIONS: usize = 40;
 /// The position whose values are not finite: it uses nobody.
 const FAULTY: usize = 17;
+/// From which on users are counted.
+const BASE: u32 = 1000;
 
 pub(super) fn try_users(desk: &mut Desk) -> Result<Tried, CudaError> {
     let count = POSITIONS * PLACES;
@@ -37,7 +39,7 @@ pub(super) fn try_users(desk: &mut Desk) -> Result<Tried, CudaError> {
     let users = first_user + 4 * (room + 1) as u64;
     let results = users + 4 * count as u64;
     let lists = [weights_at, first_user, users, results].map(At);
-    let sizes = [count as u32, PLACES as u32, room as u32].map(Word);
+    let sizes = [count as u32, PLACES as u32, room as u32, BASE].map(Word);
     let arguments: Vec<Arg> = [&[experts, faulty, stand, begin][..], &lists, &sizes].concat();
     desk.run(desk.gpu.functions.find_users, [EXPERTS, 1, 1], 256, &arguments)?;
     let found: Vec<u32> = desk.take(out, 2 * room + room + 1 + 2 * count)?;
@@ -55,7 +57,7 @@ pub(super) fn try_users(desk: &mut Desk) -> Result<Tried, CudaError> {
     let mut of_users: Vec<u32> = order.iter().map(|at| (at / PLACES) as u32).collect();
     of_users.resize(count, 0);
     let mut of_choices = vec![NOBODY; count];
-    (0u32..).zip(&order).for_each(|(user, &at)| of_choices[at] = user);
+    (0u32..).zip(&order).for_each(|(user, &at)| of_choices[at] = BASE + user);
     let expected = [bytemuck::cast_slice(&begins_of), &firsts, &of_users, &of_choices].concat();
 
     let hash = |words: &[u32]| {
