@@ -9,7 +9,9 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use lite_llm_core::disk::{Disk, DiskError, DiskErrorKind, DiskOp};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
+
+use crate::files;
 
 /// The file that is locked; it is never listed.
 pub(crate) const LOCK_NAME: &str = "lock";
@@ -22,6 +24,14 @@ pub enum OpenError {
     /// Another process has it open.
     #[error("the directory {} is in use by another process; stop that one or use another directory", .0.display())]
     InUse(PathBuf),
+    /// The file in it that is locked cannot be had.
+    #[error("cannot lock the directory {}: its file {LOCK_NAME}: {source}", path.display())]
+    Lock {
+        /// The directory.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
     /// The file system refused.
     #[error("cannot open the directory {}: {source}", path.display())]
     Io {
@@ -62,7 +72,7 @@ impl FileDisk {
             .truncate(false)
             .mode(0o600)
             .open(path.join(LOCK_NAME))
-            .map_err(io)?;
+            .map_err(|source| OpenError::Lock { path: path.to_path_buf(), source })?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(OpenError::InUse(path.to_path_buf())),
@@ -76,7 +86,9 @@ impl FileDisk {
     /// Opens a directory to look at; it may be in use by another process at the same time.
     pub fn open_read_only(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         let path = path.as_ref().to_path_buf();
-        match File::open(&path) {
+        // What is no directory is not opened: a pipe may never answer.
+        let flags = OFlags::DIRECTORY.bits().cast_signed();
+        match OpenOptions::new().read(true).custom_flags(flags).open(&path) {
             Ok(directory) => Ok(Self { path, directory, lock: None, open: BTreeMap::new() }),
             Err(source) => Err(OpenError::Io { path, source }),
         }
@@ -154,8 +166,8 @@ impl Disk for FileDisk {
 
     fn read_at(&mut self, name: &str, offset: u64, into: &mut [u8]) -> Result<usize, DiskError> {
         let path = self.file_path(DiskOp::Read, name)?;
-        let read = || -> io::Result<usize> {
-            let file = File::open(path)?;
+        let mut read = || -> io::Result<usize> {
+            let file = files::open(&path)?;
             let mut at = 0;
             while at < into.len() {
                 match file.read_at(&mut into[at..], offset + at as u64) {
@@ -172,7 +184,7 @@ impl Disk for FileDisk {
 
     fn len(&mut self, name: &str) -> Result<u64, DiskError> {
         let path = self.file_path(DiskOp::Len, name)?;
-        Ok(path.metadata().map_err(|e| error(DiskOp::Len, name, &e))?.len())
+        Ok(files::regular(&path).map_err(|e| error(DiskOp::Len, name, &e))?.len())
     }
 
     fn rename(&mut self, from: &str, to: &str) -> Result<(), DiskError> {
@@ -199,7 +211,9 @@ impl Disk for FileDisk {
             let mut names = Vec::new();
             for entry in std::fs::read_dir(&self.path)? {
                 let entry = entry?;
-                if let (true, Ok(name)) = (entry.file_type()?.is_file(), entry.file_name().into_string())
+                // A link is listed wherever it leads, and whatever else has a file's name: a journal that is moved away
+                // and linked to, or cannot be had now, is not an empty one.
+                if let (false, Ok(name)) = (entry.file_type()?.is_dir(), entry.file_name().into_string())
                     && name != LOCK_NAME
                 {
                     names.push(name);

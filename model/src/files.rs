@@ -1,18 +1,25 @@
-//! Files of a checkpoint. What is no regular file is refused before it is opened: a pipe may never answer, and a device
-//! has no size that could justify what is read of it.
+//! Files of a checkpoint or a state directory. What is no regular file is refused before it is opened: a pipe may never
+//! answer, and a device has no size that could justify what is read of it.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{Error, ErrorKind, Read, Result};
 use std::path::Path;
 
 /// The most that is read of a file of text: configuration, tokenizer, template, index, manifest.
 const TEXT_BYTES_MAX: u64 = 1 << 30;
 
-/// Opens a regular file for reading.
-pub(crate) fn open(path: &Path) -> Result<File> {
-    if !std::fs::metadata(path)?.is_file() {
+/// What the system says of a regular file.
+pub(crate) fn regular(path: &Path) -> Result<Metadata> {
+    let metadata = std::fs::metadata(path)?;
+    if !metadata.is_file() {
         return Err(Error::new(ErrorKind::InvalidInput, "it is no regular file"));
     }
+    Ok(metadata)
+}
+
+/// Opens a regular file for reading.
+pub(crate) fn open(path: &Path) -> Result<File> {
+    regular(path)?;
     File::open(path)
 }
 

@@ -129,10 +129,47 @@ fn read_only_refuses_to_write() {
 #[test]
 fn what_is_no_directory_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("file");
-    std::fs::write(&path, b"not a directory").unwrap();
-    let error = FileDisk::open(&path).unwrap_err();
-    assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+    let (file, pipe) = (dir.path().join("file"), dir.path().join("pipe"));
+    std::fs::write(&file, b"not a directory").unwrap();
+    make_pipe(&pipe);
+    for path in [file, pipe] {
+        for error in [FileDisk::open(&path).unwrap_err(), FileDisk::open_read_only(&path).unwrap_err()] {
+            assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+        }
+    }
+    std::fs::create_dir(dir.path().join(LOCK_NAME)).unwrap();
+    let error = FileDisk::open(dir.path()).unwrap_err();
+    assert!(error.to_string().contains("its file lock"), "{error}");
+}
+
+#[test]
+fn a_journal_that_was_moved_and_linked_to_is_not_an_empty_one() {
+    let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let open = |n| Store::open(FileDisk::open(dir.path()).unwrap(), &header(n));
+    let (mut store, _) = open(1).unwrap();
+    store.push(1, 10, [1; 32], vec![1; 300]).unwrap();
+    store.flush().unwrap();
+    let name = store.disk().list().unwrap().remove(0);
+    drop(store);
+    let (link, moved) = (dir.path().join(&name), elsewhere.path().join(&name));
+    std::fs::copy(&link, &moved).unwrap();
+    std::fs::remove_file(&link).unwrap();
+    // Where the link leads nowhere, and where a pipe is in its place.
+    for absent in [elsewhere.path().join("not mounted"), elsewhere.path().join("pipe")] {
+        if absent.ends_with("pipe") {
+            make_pipe(&absent);
+        }
+        std::os::unix::fs::symlink(&absent, &link).unwrap();
+        let error = open(2).unwrap_err();
+        assert!(matches!(&error, JournalError::Disk(error) if error.name == name), "{error}");
+        std::fs::remove_file(&link).unwrap();
+    }
+    std::os::unix::fs::symlink(&moved, &link).unwrap();
+    assert_eq!(open(2).unwrap().1.records.len(), 1);
+}
+
+fn make_pipe(path: &Path) {
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
 }
 
 #[test]
