@@ -8,7 +8,7 @@ use lite_llm_core::digest::Digest;
 use lite_llm_core::input::Body;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, ErrorKind, Seek, SeekFrom, Write};
 use std::path::Path;
 
@@ -69,10 +69,13 @@ impl Results {
 
     /// Prints the results that were kept of these requests; their lines are what is to be kept from here on.
     fn print_again(&mut self, path: &Path, bodies: &BTreeMap<&str, Digest>) -> anyhow::Result<String> {
-        let file = match File::open(path) {
+        let cannot = || format!("cannot read the results {}", path.display());
+        match path.metadata() {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(String::new()),
-            file => file.with_context(|| format!("cannot read the results {}", path.display()))?,
-        };
+            // A pipe may never answer.
+            there => anyhow::ensure!(there.with_context(cannot)?.is_file(), "{}: it is no file", cannot()),
+        }
+        let file = File::open(path).with_context(cannot)?;
         let mut kept = String::new();
         for mut line in Lines::read(path, &file)?.lines {
             let id = line["result"]["id"].as_str().unwrap_or_default();
@@ -146,6 +149,11 @@ fn open(path: &Path) -> anyhow::Result<(File, Vec<Value>)> {
     let mut options = OpenOptions::new();
     let mut file =
         options.read(true).write(true).create(true).truncate(false).open(path).with_context(cannot)?;
+    // Whoever else writes there would lose the line that it is writing.
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => anyhow::bail!("{}: another process is writing them", cannot()),
+        locked => locked.with_context(cannot)?,
+    }
     let Lines { lines, whole, open_end } = Lines::read(path, &file)?;
     file.set_len(whole).with_context(cannot)?;
     file.seek(SeekFrom::End(0)).with_context(cannot)?;
@@ -174,15 +182,28 @@ impl Lines {
             let read = read.with_context(|| format!("cannot read the results {}", path.display()))?;
             let ended = bytes.last() == Some(&b'\n');
             match serde_json::from_slice::<Value>(&bytes) {
-                Ok(line) if line["id"].is_string() || line["result"]["id"].is_string() => {
-                    all.lines.push(line);
-                }
+                Ok(line) if is_result(&line) => all.lines.push(line),
                 // The end, or what was torn.
-                _ if !ended => return Ok(all),
+                Err(_) if !ended && is_torn(&bytes) => return Ok(all),
                 _ => anyhow::bail!("{} has lines that are no results: name another file", path.display()),
             }
             all.whole += read as u64;
             all.open_end = !ended;
         }
     }
+}
+
+/// Whether a line is a result, or one that is kept.
+fn is_result(line: &Value) -> bool {
+    let result = if line["result"].is_object() { &line["result"] } else { line };
+    result["id"].is_string() && (result["finish_reason"].is_string() || result["error"].is_string())
+}
+
+/// Whether bytes are the beginning of a line that is written here, or nothing, with zeros where a crash left some: what
+/// else is there is somebody's, and stays.
+fn is_torn(bytes: &[u8]) -> bool {
+    let text = bytes.iter().rposition(|&byte| byte != 0).map_or(&[][..], |last| &bytes[..=last]);
+    let begins = |start: &&[u8]| text.starts_with(start) || start.starts_with(text);
+    [&br#"{"id":"#[..], br#"{"body":"#].iter().any(begins)
+        && (text.len() < bytes.len() || serde_json::from_slice::<Value>(text).is_err_and(|e| e.is_eof()))
 }

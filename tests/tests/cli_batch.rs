@@ -217,3 +217,27 @@ fn each_line_is_checked_before_a_model_is_loaded() {
     std::fs::write(place.path("out.jsonl"), "{}\n").unwrap();
     place.run(with(&["--out", "out.jsonl", "--state", "s"])).refuses(1, &["no results: name another file"]);
 }
+
+#[test]
+fn what_is_no_torn_result_is_never_cut_off() {
+    let place = place();
+    write_batch(&place, 1, 2);
+    let run = with(&["--out", "out.jsonl", "--state", "s"]);
+    // The last is a request, the very file that was given as the batch.
+    for text in ["a text of somebody", "{\"other\":1}", "{\"other\":", "{\"id\":\"r0\",\"prompt\":\"x\"}"] {
+        std::fs::write(place.path("out.jsonl"), text).unwrap();
+        for args in [&run[..], &run[..7]] {
+            place.run(args).refuses(1, &["out.jsonl", "no results: name another file"]);
+            assert_eq!(std::fs::read_to_string(place.path("out.jsonl")).unwrap(), text);
+        }
+    }
+    let all = plain(&place);
+    for torn in ["", "{\"i", "{\"id\":\"r0\",\"tok", "{\"id\":\"r0\",\"tok\0\0\0"] {
+        std::fs::write(place.path("out.jsonl"), torn).unwrap();
+        assert_eq!(place.run(&run).code, Some(0), "{torn:?}");
+        assert_eq!(results(&std::fs::read_to_string(place.path("out.jsonl")).unwrap()), all);
+    }
+    let held = std::fs::File::open(place.path("out.jsonl")).unwrap();
+    held.lock().unwrap();
+    place.run(&run).refuses(1, &["out.jsonl", "another process is writing"]);
+}
