@@ -178,6 +178,26 @@ fn output_that_cannot_be_written_loses_nothing() {
 }
 
 #[test]
+fn a_pipe_where_a_directory_or_a_file_is_asked_for_is_refused() {
+    let place = place();
+    let make = |path: &str| {
+        let made = std::process::Command::new("mkfifo").arg(place.path(path)).status().unwrap();
+        assert!(made.success());
+    };
+    make("pipe");
+    place.run(["inspect", "pipe"]).refuses(1, &["pipe", "and no file"]);
+    place.run(["replay", "pipe"]).refuses(1, &["pipe", "cannot open the directory"]);
+    place.run(["debug", "pipe", "--print"]).refuses(1, &["pipe", "cannot open the directory"]);
+    std::fs::create_dir(place.path("state")).unwrap();
+    std::fs::write(place.path("state/lock"), "").unwrap();
+    std::fs::write(place.path("in.jsonl"), "{\"prompt_tokens\": [5], \"max_tokens\": 1}\n").unwrap();
+    make("state/results.jsonl");
+    place
+        .run(["run", "model", "--batch", "in.jsonl", "--state", "state"])
+        .refuses(1, &["results.jsonl", "it is no file"]);
+}
+
+#[test]
 fn an_interrupted_text_leaves_nothing() {
     let place = place();
     let tokens = vec!["5"; 20_000].join(",");

@@ -5,7 +5,7 @@ use crate::exit::{Exit, corrupt};
 use crate::history::{History, describe};
 use crate::quantity::Size;
 use crate::terminal;
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::Args;
 use lite_llm_core::digest::Digest;
 use lite_llm_core::engine::Engine;
@@ -46,6 +46,8 @@ impl InspectArgs {
                 state(path, self.records)?
             }
         } else {
+            // A pipe may never answer.
+            ensure!(found.is_file(), "{} is no checkpoint or state directory, and no file", path.display());
             file(path, found.len())?
         };
         let mut out = terminal::stdout();

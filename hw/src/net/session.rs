@@ -70,6 +70,10 @@ impl Key {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(io(error)),
         }
+        // A pipe may never answer.
+        if !path.metadata().map_err(io)?.is_file() {
+            return Err(KeyError::Form(path.to_path_buf()));
+        }
         let file = std::fs::File::open(path).map_err(io)?;
         if file.metadata().map_err(io)?.permissions().mode() & 0o077 != 0 {
             return Err(KeyError::Open(path.to_path_buf()));
@@ -324,5 +328,9 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         std::fs::write(&path, "short").unwrap();
         assert!(matches!(Key::of_file(&path), Err(KeyError::Form(_))));
+        std::fs::remove_file(&path).unwrap();
+        let made = std::process::Command::new("mkfifo").arg("-m600").arg(&path).status().unwrap();
+        assert!(made.success());
+        assert!(matches!(Key::of_file(&path), Err(KeyError::Form(_))), "nobody writes into a pipe");
     }
 }
