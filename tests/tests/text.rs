@@ -174,6 +174,20 @@ fn a_tokenizer_of_another_model_is_refused() {
 }
 
 #[test]
+fn a_tokenizer_that_draws_its_tokens_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = std::fs::read(oracle_dir("gpt2").join("tokenizer.json")).unwrap();
+    let mut tokenizer: Value = serde_json::from_slice(&read).unwrap();
+    for (dropout, part) in [(json!(null), None), (json!(0.0), None), (json!(0.5), Some("model.dropout"))] {
+        tokenizer["model"]["dropout"] = dropout;
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        let error = Tokenizer::open(dir.path()).err().map(|error| error.to_string());
+        assert_eq!(error.is_some(), part.is_some(), "{error:?}");
+        assert!(error.unwrap_or_default().contains(part.unwrap_or_default()));
+    }
+}
+
+#[test]
 fn stops_are_those_of_the_generation_configuration() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["config.json", "model.safetensors"] {

@@ -19,6 +19,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use thiserror::Error;
+use tokenizers::models::ModelWrapper;
 use tokenizers::{AddedToken, Decoder};
 
 /// The special tokens that have names in `tokenizer_config.json`.
@@ -88,6 +89,12 @@ impl Tokenizer {
         let file =
             |error: tokenizers::Error| TokenizerError::File { path: path.clone(), what: error.to_string() };
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(file)?;
+        if draws(inner.get_model()) {
+            let what = "model.dropout draws the tokens of a text by chance, and a text has the same ones each time; set it \
+                        to null"
+                .into();
+            return Err(TokenizerError::File { path, what });
+        }
         // How the last training cut and filled its batches is no part of a text.
         inner.with_truncation(None).map_err(file)?;
         inner.with_padding(None);
@@ -206,6 +213,15 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, TokenizerError> {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(TokenizerError::File { path: path.into(), what: error.to_string() }),
+    }
+}
+
+/// Whether one text may have other tokens each time.
+fn draws(model: &ModelWrapper) -> bool {
+    match model {
+        ModelWrapper::BPE(model) => model.dropout.is_some_and(|part| part > 0.0),
+        ModelWrapper::Unigram(model) => model.alpha.is_some_and(|alpha| alpha > 0.0),
+        ModelWrapper::WordPiece(_) | ModelWrapper::WordLevel(_) => false,
     }
 }
 
