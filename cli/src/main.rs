@@ -28,12 +28,11 @@ mod tensors;
 mod terminal;
 mod whole_file;
 
-use clap::Parser;
 use exit::Exit;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let cli = match commands::Cli::try_parse() {
+    let cli = match commands::Cli::of(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) => {
             // A closed pipe is the only way this fails; then nobody reads the message.

@@ -11,7 +11,7 @@ use std::time::Duration;
 #[command(next_help_heading = "Request")]
 pub(crate) struct RequestArgs {
     /// The most tokens to generate
-    #[arg(long, value_name = "N", default_value_t = 128, allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", default_value_t = 128)]
     pub(crate) max_tokens: u32,
     /// 0 always takes the likeliest token
     #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = non_negative)]

@@ -121,7 +121,15 @@ fn help_of_a_supervised_run_is_no_mistake_and_a_negative_number_is_named() {
     let help = place.run(["supervise", "--", "run", "--help"]);
     assert_eq!(help.code, Some(0), "{}", help.stderr);
     assert!(help.stdout.contains("--max-tokens"), "{}", help.stdout);
-    place.run(["run", "m", "--prompt", "a", "--max-tokens", "-1"]).refuses(2, &["invalid value '-1'"]);
+    for flag in
+        ["--max-tokens", "--temperature", "--top-k", "--threads", "--memory", "--prefill-chunk", "--deadline"]
+    {
+        place.run(["run", "m", "--prompt", "a", flag, "-1"]).refuses(2, &["invalid value '-1'", flag]);
+    }
+    place
+        .run(["supervise", "--nodes", "-1", "--", "run", "m"])
+        .refuses(2, &["invalid value '-1'", "--nodes"]);
+    place.run(["ctl", "s", "budget", "-1"]).refuses(2, &["invalid value '-1'", "no duration"]);
 }
 
 #[test]

@@ -21,7 +21,8 @@ mod synth;
 mod trace;
 
 use crate::exit::Exit;
-use clap::{Parser, Subcommand};
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
+use std::ffi::OsString;
 
 /// Run mixture-of-experts language models that never forget where they were.
 #[derive(Debug, Parser)]
@@ -34,6 +35,24 @@ use clap::{Parser, Subcommand};
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Cli {
+    /// What a command line asks for.
+    ///
+    /// # Errors
+    /// What is wrong with it, or the help that it asks for.
+    pub(crate) fn of(line: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let mut matches = negative_numbers_are_values(Self::command()).try_get_matches_from(line)?;
+        Self::from_arg_matches_mut(&mut matches)
+    }
+}
+
+/// Whatever takes a value gets a negative number too, and refuses it by what it may be: it is no unknown flag.
+fn negative_numbers_are_values(command: clap::Command) -> clap::Command {
+    let value =
+        |arg: Arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
+    command.mut_args(value).mut_subcommands(negative_numbers_are_values)
 }
 
 #[derive(Debug, Subcommand)]

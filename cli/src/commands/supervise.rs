@@ -114,7 +114,7 @@ fn end(outcome: &Outcome, goes_on: String) -> anyhow::Result<Exit> {
 /// The run to supervise; none if the command only asked for help, which is then printed.
 fn parse(command: &[OsString]) -> anyhow::Result<Option<RunArgs>> {
     let whole = std::iter::once(OsString::from("lite-llm")).chain(command.iter().cloned());
-    match Cli::try_parse_from(whole) {
+    match Cli::of(whole) {
         Ok(Cli { command: Subcommand::Run(run) }) => Ok(Some(*run)),
         Ok(_) => Err(usage("only run can be supervised: lite-llm supervise -- run MODEL ...")),
         Err(error) if !error.use_stderr() => {
