@@ -16,6 +16,19 @@ fn seeds_are_run_and_the_same_seeds_give_the_same_digest() {
 }
 
 #[test]
+fn the_last_seeds_are_run_and_none_beyond_them() {
+    let place = Place::new();
+    let last = (u64::MAX - 2).to_string();
+    let ran =
+        place.run(["sim", "--seeds", "2", "--from", &last, "--topology", "dp=1", "--nodes", "1", "--json"]);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let object: serde_json::Value = serde_json::from_str(&ran.stdout).expect("one object");
+    assert_eq!(object["runs"], 2);
+    place.run(["sim", "--seeds", "3", "--from", &last]).refuses(2, &["no 3 seeds", &last]);
+    place.run(["sim", "--seeds", "0"]).refuses(2, &["--seeds", "0 is not in 1.."]);
+}
+
+#[test]
 fn a_run_is_logged_drawn_and_replayed() {
     let place = Place::new();
     let digest = |ran: lite_llm_tests::command::Ran| {

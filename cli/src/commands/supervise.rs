@@ -12,7 +12,7 @@ use crate::stream::{Format, Printer};
 use crate::terminal;
 use crate::terminal::tell;
 use anyhow::{Context, anyhow};
-use clap::{Args, Parser};
+use clap::Args;
 use lite_llm_core::ids::RequestId;
 use lite_llm_hw::supervisor::{
     Delivered, Exit as ProcessExit, Outcome, RestartBudget, Supervisor, SupervisorHandle, SupervisorOptions,

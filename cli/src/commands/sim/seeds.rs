@@ -2,7 +2,7 @@
 
 use super::SimArgs;
 use super::tables::Sums;
-use crate::exit::Exit;
+use crate::exit::{Exit, usage};
 use crate::terminal::tell;
 use indicatif::{ProgressBar, ProgressStyle};
 use lite_llm_sim::cluster::run::run_many;
@@ -12,12 +12,20 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 pub(super) fn run_all(args: &SimArgs, hazards: &[Hazard]) -> anyhow::Result<Exit> {
+    let Some(end) = args.from.checked_add(args.seeds) else {
+        return Err(usage(format!(
+            "there are no {} seeds from {} on: the last one is {}",
+            args.seeds,
+            args.from,
+            u64::MAX - 1
+        )));
+    };
     let (sums, started) = (Mutex::new(Sums::default()), Instant::now());
     let bar = ProgressBar::new(args.seeds);
     let style = ProgressStyle::with_template("{pos} of {len} seeds {bar:40} {eta} {msg}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let setup = |seed| args.setup(seed, hazards);
-    run_many(args.from..args.from.saturating_add(args.seeds), setup, |report| {
+    run_many(args.from..end, setup, |report| {
         let mut sums = sums.lock().unwrap_or_else(PoisonError::into_inner);
         sums.add(&report);
         bar.set_message(format!("{} violated", sums.failed.len()));

@@ -18,11 +18,13 @@ pub fn run_many(
     thread::scope(|scope| {
         for _ in 0..workers {
             scope.spawn(|| {
+                // Beyond the end nothing is counted: the last number there is has none after it.
+                let take = || {
+                    let after = |seed| (seed < seeds.end).then(|| seed + 1);
+                    next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, after).ok()
+                };
                 while !over.load(Ordering::Relaxed) {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= seeds.end {
-                        return;
-                    }
+                    let Some(seed) = take() else { return };
                     if each(run(&setup(seed))).is_break() {
                         over.store(true, Ordering::Relaxed);
                     }
