@@ -343,3 +343,30 @@ fn what_a_drain_leaves_goes_on_in_the_next_run() {
     assert!(before.iter().map(|(_, token)| token).eq(&told[..before.len()]), "nothing told is changed");
     assert_eq!(told, alone(&place, told.len(), &all_tiers()));
 }
+
+#[test]
+fn whoever_is_refused_touches_nothing_of_the_cluster() {
+    let place = place();
+    let mut cluster = Cluster::start(&place, &["--nodes", "2", "--topology", "tp=2"]);
+    cluster.wait_for(5);
+    let settings = || std::fs::read_to_string(place.path("state/nodes.json")).expect("settings");
+    let (nodes, before) = (cluster.ctl_quietly(), settings());
+    assert_eq!(nodes.len(), 2);
+    let other = [
+        "supervise",
+        "--nodes",
+        "2",
+        "--topology",
+        "tp=2",
+        "--",
+        "run",
+        "m",
+        "--state",
+        "state",
+        "--kv-type",
+        "bf16",
+    ];
+    place.run(other.iter().chain(&PROMPT)).refuses(1, &["state is in use by another process"]);
+    assert_eq!((cluster.ctl_quietly(), settings()), (nodes, before));
+    assert!(!cluster.cancelled().is_empty());
+}

@@ -26,6 +26,7 @@ use lite_llm_hw::cluster::head::HeadHandle;
 use lite_llm_hw::cluster::{Head, HeadOptions, end_all, rank};
 use lite_llm_hw::cold::{Cold, Io};
 use lite_llm_hw::cuda::{self, Gpu};
+use lite_llm_hw::disk::FileDisk;
 use lite_llm_hw::net::Key;
 use lite_llm_hw::node::{Computer, StreamEvent};
 use lite_llm_model::kernels::Isa;
@@ -195,6 +196,14 @@ impl ClusterArgs {
             gpu_patience,
             gpu_number,
         };
+        if settings.model.to_str().is_none() {
+            return Err(usage(format!(
+                "nodes are told where the checkpoint is in UTF-8, which {} is not: rename it, or move it",
+                settings.model.display()
+            )));
+        }
+        // The lock first: whoever has it has nodes here that are not ours to end, and their settings not ours to change.
+        let disk = FileDisk::open(state.path())?;
         let settings_path = state.path().join(SETTINGS_NAME);
         let cannot = || format!("cannot write {}", settings_path.display());
         let text = serde_json::to_string_pretty(&settings)?;
@@ -226,7 +235,7 @@ impl ClusterArgs {
             state.path().display()
         );
         let head = Head::start(HeadOptions {
-            state_dir: state.path().to_path_buf(),
+            disk,
             cluster,
             elsewhere: self.elsewhere,
             settings: text,

@@ -37,7 +37,7 @@ use std::fs::{DirBuilder, OpenOptions};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -62,8 +62,9 @@ pub type OnEvent = Box<dyn FnMut(&SupervisorEvent) + Send>;
 
 /// What a head is started with.
 pub struct HeadOptions {
-    /// Where its journal is, and the directories of the nodes of this machine.
-    pub state_dir: PathBuf,
+    /// Its state directory, with its journal and the directories of the nodes of this machine. It is locked: who has it open may end
+    /// what a former head left there, and change it.
+    pub disk: FileDisk,
     /// How the cluster is run.
     pub cluster: ClusterConfig,
     /// How many of the nodes, the last ones, are on other machines; what their processes are started with.
@@ -166,8 +167,8 @@ struct Loop {
 
 impl Loop {
     fn open(options: HeadOptions, messages: &SyncSender<Happened>) -> Result<Self, ClusterError> {
-        let HeadOptions { state_dir, cluster, elsewhere, settings, listen, key, command, on_event } = options;
-        let mut disk = FileDisk::open(&state_dir).map_err(NodeError::from)?;
+        let HeadOptions { mut disk, cluster, elsewhere, settings, listen, key, command, on_event } = options;
+        let state_dir = disk.path().to_path_buf();
         let former = scan(&mut disk).map_err(NodeError::from)?.header.map_or(0, |header| header.incarnation);
         let header = Header {
             logic_version: LOGIC_VERSION,
