@@ -220,3 +220,38 @@ fn an_interrupted_text_leaves_nothing() {
         assert!(ended.stdout.is_empty() && place.private_states().is_empty());
     }
 }
+
+#[test]
+fn paths_may_have_names_that_are_no_text() {
+    use std::ffi::{OsStr, OsString};
+    use std::os::unix::ffi::OsStrExt;
+    let place = place();
+    let of = |name: &[u8]| OsStr::from_bytes(name).to_os_string();
+    let run = |args: &[&OsString]| place.run(args.iter().map(|arg| arg.as_os_str()));
+    let word = |text: &str| OsString::from(text);
+    let (model, state, ckpt) = (of(b"m\xff"), of(b"s\xff"), of(b"c\xff"));
+    std::fs::rename(place.path("model"), place.path("x").with_file_name(&model)).unwrap();
+    let (prompt, five, json) = (word("--prompt-tokens"), word("5"), word("--json"));
+    for args in [
+        &[&word("run"), &model, &prompt, &five, &word("--state"), &state][..],
+        &[&word("import"), &model, &ckpt, &json],
+        &[&word("inspect"), &model, &json],
+        &[&word("inspect"), &state],
+        &[&word("doctor"), &ckpt, &json],
+        &[&word("synth"), &of(b"y\xff"), &word("--family"), &word("olmoe"), &json],
+    ] {
+        let ran = run(args);
+        assert_eq!(ran.code, Some(0), "{args:?}: {}", ran.stderr);
+    }
+    run(&[
+        &word("supervise"),
+        &word("--nodes"),
+        &word("1"),
+        &word("--"),
+        &word("run"),
+        &model,
+        &prompt,
+        &five,
+    ])
+    .refuses(2, &["UTF-8", "rename it"]);
+}

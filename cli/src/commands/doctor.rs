@@ -81,7 +81,7 @@ struct Findings {
 /// What to expect of a model.
 #[derive(Debug, Serialize)]
 struct Prospects {
-    path: PathBuf,
+    path: String,
     experts: u64,
     expert_bytes: u64,
     /// Bytes of base parameters that a token reads, and of experts.
@@ -256,7 +256,7 @@ impl Prospects {
             budgets.push(Budget { memory_bytes, expert_slots, hit_rate, decode_tokens_per_s });
         }
         Ok(Self {
-            path: path.to_path_buf(),
+            path: path.display().to_string(),
             experts,
             expert_bytes: plan.slot_bytes,
             base_bytes_per_token: base_bytes,
@@ -384,7 +384,7 @@ impl fmt::Display for Findings {
 impl fmt::Display for Prospects {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gb = |bytes: f64| format!("{:.1} GB/s", bytes / 1e9);
-        writeln!(f, "\n{}", self.path.display())?;
+        writeln!(f, "\n{}", self.path)?;
         writeln!(
             f,
             "a token    reads {} of base parameters at {}, {} of experts at {}",

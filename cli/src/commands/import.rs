@@ -90,7 +90,7 @@ impl ImportArgs {
         let mut out = terminal::stdout();
         if self.json {
             let value = json!({
-                "path": self.target,
+                "path": self.target.display().to_string(),
                 "written": imported.written,
                 "kept": imported.kept,
                 "bytes": imported.bytes,

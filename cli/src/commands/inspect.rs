@@ -94,7 +94,7 @@ fn checkpoint(dir: &Path) -> anyhow::Result<Value> {
     files.sort_by_key(|file| file["name"].as_str().map(str::to_owned));
     Ok(json!({
         "kind": "checkpoint",
-        "path": dir,
+        "path": dir.display().to_string(),
         "family": arch.family,
         "layers": arch.layers.len(),
         "moe_layers": arch.moe_layers().len(),
@@ -162,7 +162,7 @@ fn state(dir: &Path, records: bool) -> anyhow::Result<Value> {
         .collect();
     let mut value = json!({
         "kind": "state",
-        "path": dir,
+        "path": dir.display().to_string(),
         "first": first,
         "last": engine.next_seq().0 - 1,
         "lifecycle": format!("{:?}", view.lifecycle()),
@@ -188,7 +188,7 @@ fn segment(path: &Path, bytes: u64, head: &[u8]) -> anyhow::Result<Value> {
         .map_err(|invalid| corrupt(format!("{}: the header is damaged: {invalid:?}", path.display())))?;
     Ok(json!({
         "kind": "segment",
-        "path": path,
+        "path": path.display().to_string(),
         "bytes": bytes,
         "index": header.index,
         "first": header.first_seq,
@@ -215,7 +215,7 @@ fn snapshot(path: &Path, bytes: u64, head: &[u8]) -> anyhow::Result<Value> {
     let engine = Engine::restore(state)?;
     Ok(json!({
         "kind": "snapshot",
-        "path": path,
+        "path": path.display().to_string(),
         "bytes": bytes,
         "next": header.next,
         "digest": Digest(header.digest).to_string(),

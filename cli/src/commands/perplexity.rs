@@ -102,7 +102,7 @@ impl PerplexityArgs {
                 })
             };
             let value = json!({
-                "model": self.model,
+                "model": self.model.display().to_string(),
                 "weights": weights.to_string(),
                 "tokens": tokens.len(),
                 "scored": scores[0].scored,

@@ -115,7 +115,7 @@ impl SynthArgs {
         let mut out = terminal::stdout();
         if self.json {
             let value = json!({
-                "path": report.dir,
+                "path": report.dir.display().to_string(),
                 "tensors": report.tensors,
                 "parameters": report.parameters,
                 "bytes": report.bytes,

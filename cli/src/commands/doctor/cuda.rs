@@ -15,7 +15,6 @@ use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io::Write;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -59,7 +58,7 @@ struct Kernels {
     seconds: f64,
     from_cache: bool,
     /// The file that keeps them.
-    kept_in: Option<PathBuf>,
+    kept_in: Option<String>,
     /// Why none does.
     not_kept: Option<String>,
     /// There was one that did not verify.
@@ -182,7 +181,7 @@ impl Kernels {
             Origin::Compiled { damaged, kept } => (false, damaged, kept),
         };
         let (kept_in, not_kept) = match kept {
-            Ok(path) => (Some(path), None),
+            Ok(path) => (Some(path.display().to_string()), None),
             Err(error) => (None, Some(error.to_string())),
         };
         Self {
@@ -245,7 +244,7 @@ impl fmt::Display for Kernels {
         let how = if self.from_cache { "from the cache" } else { "compiled" };
         write!(f, "{sources} sources for {target}, {bytes}: {how} in {:.2} s", self.seconds)?;
         if let Some(path) = &self.kept_in {
-            write!(f, ", {} {}", if self.from_cache { "in" } else { "kept in" }, path.display())?;
+            write!(f, ", {} {}", if self.from_cache { "in" } else { "kept in" }, path)?;
         }
         if let Some(why) = &self.not_kept {
             write!(f, ", not kept: {why}")?;
