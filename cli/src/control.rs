@@ -4,6 +4,7 @@
 mod cluster;
 mod process;
 
+use crate::state::is_of_node;
 use anyhow::{Context, bail};
 use lite_llm_core::ids::RequestId;
 use rustix::fs::{Mode, OFlags, open};
@@ -245,7 +246,7 @@ pub(crate) fn ask(state: &Path, ask: &Ask) -> anyhow::Result<Value> {
 
 /// What is said where nobody listens.
 fn nobody(state: &Path) -> String {
-    if state.join("alive").exists() {
+    if is_of_node(state) {
         return format!(
             "{} is the directory of one node: ask its cluster, in the directory around it",
             state.display()

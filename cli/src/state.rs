@@ -79,11 +79,18 @@ impl StateDir {
     }
 }
 
-/// Refuses a directory that has something in it and is no state directory: a checkpoint, or somebody's home.
+/// Refuses a directory that has something in it and is no state directory: a checkpoint, or somebody's home. So is one of a
+/// node: what another process adds to its log the cluster never committed.
 fn check_given(path: &Path) -> anyhow::Result<()> {
     let Ok(entries) = std::fs::read_dir(path) else { return Ok(()) };
     let names: Vec<String> =
         entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    anyhow::ensure!(
+        !is_of_node(path),
+        "{} is the directory of one node, whose journal is its cluster's: give the one around it to `supervise --nodes`, or another \
+         with --state",
+        path.display()
+    );
     let of_state = |name: &String| {
         name == "lock" || ["segment-", "snapshot-", "crash-"].iter().any(|start| name.starts_with(start))
     };
@@ -94,6 +101,11 @@ fn check_given(path: &Path) -> anyhow::Result<()> {
         names[0]
     );
     Ok(())
+}
+
+/// Whether a directory is that of a node of a cluster, which lives or has lived there.
+pub(crate) fn is_of_node(path: &Path) -> bool {
+    path.join("alive").exists()
 }
 
 /// `$XDG_STATE_HOME`, or where it is by default. A relative one is to be ignored, says the specification.

@@ -368,5 +368,11 @@ fn whoever_is_refused_touches_nothing_of_the_cluster() {
     ];
     place.run(other.iter().chain(&PROMPT)).refuses(1, &["state is in use by another process"]);
     assert_eq!((cluster.ctl_quietly(), settings()), (nodes, before));
+    for supervise in [&[][..], &["supervise", "--"]] {
+        let one = ["run", "m", "--max-tokens", "1", "--state", "state/node-0"];
+        place
+            .run(supervise.iter().chain(&one).chain(&PROMPT))
+            .refuses(1, &["state/node-0 is the directory of one node", "supervise --nodes"]);
+    }
     assert!(!cluster.cancelled().is_empty());
 }
