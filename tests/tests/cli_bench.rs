@@ -182,3 +182,26 @@ fn the_doctor_says_what_to_expect() {
     with("other").refuses(2, &["--trace other", "weights", "trace a text with this model"]);
     place.run(["doctor", "m", "--io", "mmap", "--isa", "scalar"]);
 }
+
+/// Expert ranks have slots of their own, and one journal of what all of them need.
+#[test]
+fn what_ranks_need_is_counted_by_the_slots_of_each() {
+    let place = place();
+    let run = |memory: &str| {
+        let cluster =
+            ["supervise", "--nodes", "2", "--topology", "ep=2", "--max-restarts", "0", "--", "run", "m"];
+        let tokens = ["--prompt-tokens", "5,6,7", "--max-tokens", "40", "--temperature", "1", "--ignore-eos"];
+        place.run([&cluster[..], &tokens, &["--state", "state", "--memory", memory]].concat())
+    };
+    let refused = run("1MiB");
+    let (_, rest) = refused.stderr.split_once("needs at least ").unwrap();
+    let least: u64 = rest.split(':').next().unwrap().parse().unwrap();
+    std::fs::remove_dir_all(place.path("state")).unwrap();
+    assert_eq!(run(&(least + 12 * 196_608).to_string()).code, Some(0));
+    let state = place.run(["inspect", "state/node-0", "--json"]).json();
+    let experts = &state["experts"];
+    let (hits, best) = (number(experts, "hit_rate"), number(experts, "belady_hit_rate"));
+    assert!(hits > 0.0 && hits <= best && best < 1.0, "{experts}");
+    // Some fourteen slots or more for the 32 experts of a rank.
+    assert!((0.4..0.7).contains(&number(experts, "uniform_hit_rate")), "{experts}");
+}

@@ -6,15 +6,42 @@ use lite_llm_core::event::Event;
 use lite_llm_core::ids::ExpertKey;
 use lite_llm_core::input::Input;
 use lite_llm_core::output::Output;
+use lite_llm_core::view::View;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 /// A life's memory, and what was needed in it.
 #[derive(Debug, Default)]
 struct Life {
+    /// Slots of each rank.
     slots: usize,
-    /// The experts that were there when the first was needed.
-    inside: Option<Vec<ExpertKey>>,
+    /// Once any expert was needed.
+    shelves: Option<BTreeMap<u32, Shelf>>,
+}
+
+/// The experts of some ranks, which have slots of their own.
+#[derive(Debug, Default)]
+struct Shelf {
+    experts: usize,
+    /// Those that were there when the first was needed.
+    inside: Vec<ExpertKey>,
     needed: Vec<ExpertKey>,
+}
+
+impl Shelf {
+    /// All of them before anything is needed.
+    fn all(view: &View<'_>) -> BTreeMap<u32, Self> {
+        let mut shelves: BTreeMap<u32, Self> = BTreeMap::new();
+        let Some(plan) = view.plan() else { return shelves };
+        let tiers: Vec<u32> = (0..).zip(&plan.tiers).map(|(tier, _)| tier).collect();
+        for key in plan.experts(&tiers) {
+            shelves.entry(view.shelf(key)).or_default().experts += 1;
+        }
+        for expert in view.slots().filter(|slot| slot.ready).filter_map(|slot| slot.expert) {
+            shelves.entry(view.shelf(expert)).or_default().inside.push(expert);
+        }
+        shelves
+    }
 }
 
 /// What was counted.
@@ -47,13 +74,12 @@ impl Hits {
                     self.end_life();
                     self.life.slots = carving.slots as usize;
                 }
-                Output::Forward(forward) if forward.resident.is_none() && self.life.inside.is_none() => {
-                    let ready = moment.engine.view().slots().filter(|slot| slot.ready);
-                    self.life.inside = Some(ready.filter_map(|slot| slot.expert).collect());
+                Output::Forward(forward) if forward.resident.is_none() && self.life.shelves.is_none() => {
+                    self.life.shelves = Some(Shelf::all(&moment.engine.view()));
                 }
                 // A step that began before the journal does cannot be counted: what it had needed is not known.
                 Output::Event { event: Event::StepDone { hits, misses, ahead, foreseen, .. }, .. }
-                    if self.life.inside.is_some() =>
+                    if self.life.shelves.is_some() =>
                 {
                     self.hits += u64::from(*hits);
                     self.needed += u64::from(hits + misses);
@@ -64,21 +90,24 @@ impl Hits {
             }
         }
         if let Input::Need { experts, .. } = moment.input
-            && self.life.inside.is_some()
+            && let Life { slots, shelves: Some(shelves) } = &mut self.life
         {
-            let plan = moment.engine.view().plan();
-            let all = plan.map_or(0, |plan| plan.experts_of_layer() as usize * plan.moe_layers.len());
-            self.life.needed.extend(experts);
-            self.asked += experts.len() as u64;
-            self.alike += experts.len() as f64 * (self.life.slots as f64 / all.max(1) as f64).min(1.0);
+            let view = moment.engine.view();
+            for &expert in experts {
+                let shelf = shelves.entry(view.shelf(expert)).or_default();
+                shelf.needed.push(expert);
+                self.asked += 1;
+                self.alike += (*slots as f64 / shelf.experts.max(1) as f64).min(1.0);
+            }
         }
     }
 
     fn end_life(&mut self) {
-        let Life { slots, inside, needed } = std::mem::take(&mut self.life);
-        let inside = inside.unwrap_or_default();
-        self.best += optimum::hits(&needed, &inside, slots);
-        self.recency += optimum::hits_of_recency(&needed, &inside, slots);
+        let Life { slots, shelves } = std::mem::take(&mut self.life);
+        for Shelf { inside, needed, .. } in shelves.unwrap_or_default().into_values() {
+            self.best += optimum::hits(&needed, &inside, slots);
+            self.recency += optimum::hits_of_recency(&needed, &inside, slots);
+        }
     }
 
     /// The report; without needs every expert was always there.
