@@ -10,6 +10,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
 /// The binary, built with the profile of this test. Cargo builds the binaries of a test's own package only.
 pub fn binary() -> &'static Path {
@@ -108,9 +110,30 @@ impl Place {
     }
 
     /// Runs the command to its end.
+    #[track_caller]
     pub fn run<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Ran {
-        self.command(arguments).output().unwrap().into()
+        run(self.command(arguments))
     }
+}
+
+/// Far longer than any command takes.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Runs a command to its end. One that hangs fails here, with what it said.
+#[track_caller]
+pub fn run(mut command: Command) -> Ran {
+    let child = command.spawn().unwrap();
+    let (pid, (sender, ended)) = (child.id(), channel());
+    std::thread::spawn(move || sender.send(child.wait_with_output().unwrap()));
+    let in_time = ended.recv_timeout(PATIENCE);
+    let hangs = in_time.is_err();
+    let output = in_time.or_else(|_| {
+        try_signal(pid, "KILL");
+        ended.recv()
+    });
+    let ran = Ran::from(output.unwrap());
+    assert!(!hangs, "{command:?} hangs: {}{}", ran.stdout, ran.stderr);
+    ran
 }
 
 /// The token lines of a stream in JSON, and its result line if it got that far. Half a line is no line.

@@ -1,6 +1,6 @@
 //! What tests of models on a machine with GPUs have in common: requests there, the tokens of the CPU, and full replays on it.
 
-use crate::command::Ran;
+use crate::command::{self, Ran};
 use crate::cuda::counts;
 use crate::gpu_place::GpuPlace;
 use serde_json::Value;
@@ -26,7 +26,7 @@ impl Machine {
 
     /// Runs a command, with wishes for the stand-in.
     pub fn run(&self, arguments: &[&str], wishes: &[(&str, &str)]) -> Ran {
-        self.gpus.command(arguments, wishes).output().unwrap().into()
+        command::run(self.gpus.command(arguments, wishes))
     }
 
     /// Generates on a device, into a state directory of that name.

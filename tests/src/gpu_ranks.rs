@@ -5,7 +5,7 @@
     reason = "this is test code; a panic is a failed test"
 )]
 
-use crate::command::{Ran, failures, tokens, try_signal};
+use crate::command::{self, Ran, failures, tokens, try_signal};
 use crate::cuda::counts;
 use crate::gpu_place::GpuPlace;
 use serde_json::Value;
@@ -52,7 +52,7 @@ impl Machine {
     /// What one process on the CPU makes of a request.
     pub fn alone(&self, model: &Path, run: &[&str]) -> Vec<u64> {
         let arguments = [&["run", model.to_str().unwrap()], run].concat();
-        let ran: Ran = self.command(&arguments, &[]).output().unwrap().into();
+        let ran = command::run(self.command(&arguments, &[]));
         assert_eq!(ran.code, Some(0), "{}", ran.stderr);
         tokens(&ran)
     }
@@ -69,8 +69,7 @@ impl Machine {
     /// The least memory with which each rank of a model is served.
     pub fn least(&self, layout: &Layout<'_>, run: &[&str]) -> u64 {
         let layout = Layout { restarts: "0", ..layout.clone() };
-        let mut command = self.cluster(&layout, &[run, &["--memory", "1MiB"]].concat(), &[]);
-        let refused: Ran = command.output().unwrap().into();
+        let refused = command::run(self.cluster(&layout, &[run, &["--memory", "1MiB"]].concat(), &[]));
         self.forget();
         let after = refused.stderr.split("at least ").nth(1).unwrap_or_else(|| panic!("{}", refused.stderr));
         after.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
@@ -85,7 +84,7 @@ impl Machine {
         wishes: &[(&str, &str)],
         expected: &[u64],
     ) -> String {
-        let ran: Ran = self.cluster(layout, run, wishes).output().unwrap().into();
+        let ran = command::run(self.cluster(layout, run, wishes));
         assert_eq!(ran.code, Some(0), "{layout:?}: {}", ran.stderr);
         assert_eq!(failures(&self.gpus.place, layout.nodes), Vec::<Value>::new(), "{layout:?}");
         assert_eq!(tokens(&ran), expected, "{layout:?}");
@@ -166,7 +165,7 @@ impl Machine {
     pub fn results(&self, batch: &str, before: &[&str], model: &Path, device: &str) -> Vec<(String, Value)> {
         let run = ["run", model.to_str().unwrap(), "--batch", batch, "--out", device, "--device", device];
         let arguments = [before, &run, &["--memory", "300MiB"]].concat();
-        let ran: Ran = self.command(&arguments, &[("SEED", "2")]).output().unwrap().into();
+        let ran = command::run(self.command(&arguments, &[("SEED", "2")]));
         assert_eq!(ran.code, Some(0), "{}", ran.stderr);
         let text = std::fs::read_to_string(self.gpus.place.path(device)).unwrap();
         let results = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());

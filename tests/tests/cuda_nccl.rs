@@ -2,7 +2,7 @@
 //! and the journals are recomputed there to equal digests; and where NCCL cannot be, values go through the host. Nothing here has met a
 //! GPU.
 
-use lite_llm_tests::command::{Ran, failures, tokens};
+use lite_llm_tests::command::{self, failures, tokens};
 use lite_llm_tests::cuda::counts;
 use lite_llm_tests::gpu_ranks::{Layout, Machine, RUN, prompt};
 use lite_llm_tests::harness::folder;
@@ -137,7 +137,7 @@ fn an_error_of_nccl_costs_no_bit() {
     let expected = machine.alone(&model, &run);
     // Of every life, after some steps: an internal error, one that says that another rank is gone, a device that is lost meanwhile.
     for fault in ["exchange:70:3", "exchange:70:6", "launch:1500:700"] {
-        let ran: Ran = machine.cluster(&layout, &run, &[("FAULT", fault)]).output().unwrap().into();
+        let ran = command::run(machine.cluster(&layout, &run, &[("FAULT", fault)]));
         assert_eq!(ran.code, Some(0), "{fault}: {}", ran.stderr);
         assert_eq!(tokens(&ran), expected, "{fault}");
         for words in ["the GPU is lost", DIRECT] {
@@ -155,7 +155,7 @@ fn a_bit_that_changes_on_its_way_is_found_by_a_replay() {
     let model = folder("olmoe");
     let layout = Layout { restarts: "0", ..Layout::new(&model, "tp=2") };
     let run = [&RUN[..], &["--prompt-tokens", "3,5,7,11,13", "--memory", "300MiB"]].concat();
-    let _: Ran = machine.cluster(&layout, &run, &[("FAULT", "exchange:5:flip")]).output().unwrap().into();
+    command::run(machine.cluster(&layout, &run, &[("FAULT", "exchange:5:flip")]));
     // Ranks gather what either has made of it, and have the same: they do not see it.
     let replayed = machine.gpus.place.run(["replay", "state/node-0", "--full", model.to_str().unwrap()]);
     assert_ne!(replayed.code, Some(0), "nobody has noticed: {}", replayed.stdout);

@@ -1,7 +1,7 @@
 //! Ranks of a model on devices, over the stand-in for the driver: whatever the layout and whoever is killed, the stream is that of one
 //! process on the CPU, and the journals are recomputed there to equal digests. Nothing here has met a GPU.
 
-use lite_llm_tests::command::{Ran, failures, tokens};
+use lite_llm_tests::command::{self, Ran, failures, tokens};
 use lite_llm_tests::cuda::{compile_cufile, counts, say_skipped};
 use lite_llm_tests::gpu_ranks::{Layout, Machine, RUN, prompt};
 use lite_llm_tests::harness::folder;
@@ -107,7 +107,7 @@ fn experts_come_straight_from_the_file_into_every_rank() {
     let layout = Layout::new(&model, "ep=2");
     let without = |io: &[&str], layout: &Layout<'_>, wish: &str| -> Ran {
         let run = [&run[..], io, &["--memory", "300MiB"]].concat();
-        machine.cluster(layout, &run, &[("CUFILE", wish)]).output().unwrap().into()
+        command::run(machine.cluster(layout, &run, &[("CUFILE", wish)]))
     };
     let refused = without(&["--io", "direct"], &layout, "files");
     refused.refuses(1, &["cannot be read with direct", "cuFileHandleRegister fails", "(5008)"]);
@@ -193,7 +193,7 @@ fn a_lost_device_ends_its_rank_and_the_stream_goes_on() {
     // Of every life, after some steps: the next one goes on from there.
     for (fault, more) in [("launch:1500:700", &[][..]), ("launch:1500:hang", &["--device-patience", "1s"])] {
         let run = [&run[..], more].concat();
-        let ran: Ran = machine.cluster(&layout, &run, &[("FAULT", fault)]).output().unwrap().into();
+        let ran = command::run(machine.cluster(&layout, &run, &[("FAULT", fault)]));
         assert_eq!(ran.code, Some(0), "{fault}: {}", ran.stderr);
         assert_eq!(tokens(&ran), expected, "{fault}");
         assert!(ran.stderr.contains("the GPU is lost"), "{fault}: {}", ran.stderr);
@@ -219,7 +219,7 @@ fn what_ranks_began_on_devices_goes_on_without_and_the_other_way_round() {
         child.kill().unwrap();
         child.wait().unwrap();
         let layout = Layout { device: after, ..layout };
-        let ran: Ran = machine.cluster(&layout, &run, &[]).output().unwrap().into();
+        let ran = command::run(machine.cluster(&layout, &run, &[]));
         assert_eq!(ran.code, Some(0), "{before} to {after}: {}", ran.stderr);
         assert_eq!(tokens(&ran), expected, "{before} to {after}");
         machine.replay(&model, 0);
@@ -235,7 +235,8 @@ fn what_cannot_be_is_refused_before_a_node_is_started() {
     let run = [&RUN[..], &["--prompt-tokens", "1"]].concat();
     let refuses_on = |layout: &Layout<'_>, more: &[&str], kind: &str, code: i32, words: &[&str]| {
         let mut command = machine.cluster(layout, &[&run[..], more].concat(), &[]);
-        let ran: Ran = command.env("LITE_LLM_STAND_IN", kind).output().unwrap().into();
+        command.env("LITE_LLM_STAND_IN", kind);
+        let ran = command::run(command);
         ran.refuses(code, words);
         assert!(!machine.gpus.place.path("state/node-0").exists(), "a node was started: {}", ran.stderr);
     };

@@ -58,6 +58,8 @@ const UNCONFIRMED_MAX: u32 = 1024;
 const MESSAGES_MAX: usize = 4096;
 /// A node that hears nothing of its supervisor for so long ends: nobody would start another in its place.
 const ALONE_MAX: Duration = Duration::from_secs(60);
+/// How long the last word of a node may take.
+const LAST_WORD_MAX: Duration = Duration::from_secs(2);
 
 /// What a node is started with.
 #[derive(Debug)]
@@ -149,6 +151,8 @@ pub fn run(options: RankOptions) -> Result<(), ClusterError> {
         let message = panic_message(&*panic);
         Err(NodeError::Panic { seq: node.last(), thread: "node", message }.into())
     });
+    // Others may wait for its last word: that all are refused, say, or that all is done.
+    mesh.settle(LAST_WORD_MAX);
     heart.stop();
     let closed = node.close();
     end.and(closed)?;

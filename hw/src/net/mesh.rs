@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 /// Messages, and their bytes, that may wait for one process.
 const WAITING_MAX: usize = 4096;
 const WAITING_BYTES_MAX: usize = 512 << 20;
+/// Time between two looks at whether anything waits yet.
+const SETTLE_EVERY: Duration = Duration::from_millis(2);
 /// Connections from others.
 const CONNECTIONS_MAX: usize = 512;
 /// How long a dial, a handshake and a write may take.
@@ -50,7 +52,7 @@ pub struct Mesh {
     over: Arc<AtomicBool>,
 }
 
-/// What waits for a process.
+/// What waits for a process, or is being sent.
 #[derive(Debug)]
 struct Line {
     messages: SyncSender<Vec<u8>>,
@@ -131,6 +133,23 @@ impl Mesh {
         }
     }
 
+    /// Waits until all that was sent is on its way, for as long as is given at most: says whether it is. Who ends at once after its
+    /// last word has not said it.
+    pub fn settle(&self, wait: Duration) -> bool {
+        let began = Instant::now();
+        loop {
+            let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+            if lines.values().all(|line| line.bytes.load(Ordering::Acquire) == 0) {
+                return true;
+            }
+            drop(lines);
+            if began.elapsed() >= wait {
+                return false;
+            }
+            std::thread::sleep(SETTLE_EVERY);
+        }
+    }
+
     fn line(&self, to: SocketAddr) -> io::Result<Line> {
         let (messages, waiting) = sync_channel::<Vec<u8>>(WAITING_MAX);
         let bytes = Arc::new(AtomicUsize::new(0));
@@ -140,7 +159,6 @@ impl Mesh {
             let mut left_alone = Instant::now();
             // Who has nothing to hear for long may be gone for good; one that is told again has another thread.
             while let Ok(message) = waiting.recv_timeout(SILENCE_WAIT) {
-                counted.fetch_sub(message.len(), Ordering::Relaxed);
                 if session.is_none() && Instant::now() >= left_alone {
                     session = dial(to, &key).ok();
                     left_alone = Instant::now() + REDIAL_PAUSE;
@@ -148,6 +166,8 @@ impl Mesh {
                 if session.as_mut().is_some_and(|session| session.send(&message).is_err()) {
                     session = None;
                 }
+                // Only now: what is on its way no longer waits.
+                counted.fetch_sub(message.len(), Ordering::Release);
             }
         };
         std::thread::Builder::new().name("tells".into()).spawn(carry)?;
@@ -227,5 +247,26 @@ mod tests {
             heard.recv_timeout(Duration::from_millis(100)).is_ok()
         });
         assert!(told.is_some(), "what is said again arrives at last");
+    }
+    #[test]
+    fn it_settles_once_the_last_word_is_on_its_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = key(dir.path(), "own");
+        let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        // Nobody is heard before the gate opens: sockets hold less than what is said.
+        let (opens, gate) = channel::<()>();
+        let gate = Arc::new(Mutex::new(gate));
+        let (sender, heard) = channel();
+        let hear = move |bytes: Vec<u8>| gate.lock().unwrap().recv().is_err() && sender.send(bytes).is_ok();
+        let listening = Mesh::listen(any, own.clone(), hear).unwrap();
+        let (speaking, _) = mesh(any, &own);
+        assert!(speaking.settle(Duration::ZERO), "nothing was said");
+        let said: Vec<Vec<u8>> = (0..64).map(|nth| vec![nth; 1 << 20]).collect();
+        said.iter().for_each(|message| speaking.send(listening.address(), message.clone()));
+        assert!(!speaking.settle(Duration::from_millis(50)), "most of it waits");
+        drop(opens);
+        assert!(speaking.settle(Duration::from_secs(60)));
+        let wait = Duration::from_secs(60);
+        said.iter().for_each(|message| assert_eq!(heard.recv_timeout(wait).as_ref(), Ok(message)));
     }
 }
