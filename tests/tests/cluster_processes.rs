@@ -12,7 +12,7 @@ use lite_llm_core::topology::Topology;
 use lite_llm_hw::disk::FileDisk;
 use lite_llm_sim::cluster::check::{all, first_bytes};
 use lite_llm_sim::cluster::watch::Fact;
-use lite_llm_tests::command::{Place, Ran, failures, tokens, try_signal};
+use lite_llm_tests::command::{self, Place, Ran, failures, tokens, try_signal};
 use lite_llm_tests::harness::folder;
 use serde_json::Value;
 use std::path::Path;
@@ -222,6 +222,23 @@ fn a_bug_that_every_life_meets_again_ends_the_restarts() {
     let panics = failures(&place, 2);
     let panics = panics.iter().filter(|of| of["failure"]["cause"].to_string().contains("Panic"));
     assert_eq!(panics.count(), 4, "twice each, and each is recorded");
+}
+
+#[test]
+fn nodes_of_another_number_share_the_memory_anew() {
+    let place = Place::new();
+    let memory = |nodes: u32| {
+        let ran = command::run(command(&place, nodes, "pp=2"));
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        let settings = std::fs::read(place.path("state/nodes.json")).expect("settings");
+        let settings: Value = serde_json::from_slice(&settings).expect("JSON");
+        settings["config"]["memory_bytes"].as_u64().expect("a number")
+    };
+    let of_two = memory(2);
+    // What is available is not the same twice; what nodes were given is.
+    assert_eq!(memory(2), of_two);
+    let of_four = memory(4);
+    assert!(of_four < of_two / 3 * 2, "four have {of_four} each, and two had {of_two}");
 }
 
 #[test]

@@ -111,9 +111,9 @@ impl ClusterArgs {
         let Settings { config, threads, isa, kv_dtype, io, computer, .. } = &mut opened.settings;
         config.topology = topology;
         if *computer == Computer::Cpu && run.runtime.memory.is_none() {
-            // What is available is another number each time; nodes of a former life have the one they were given.
+            // What is available is another number each time; as many nodes of a former life have the one they were given.
             let former = NodeSettings::read(&state.path().join(SETTINGS_NAME)).ok();
-            let former = former.filter(|former| former.gpu_patience.is_none());
+            let former = former.filter(|former| former.gpu_patience.is_none() && former.here == here);
             let own = config.memory_bytes / u64::from(here.max(1));
             config.memory_bytes = former.map_or(own, |former| former.config.memory_bytes);
         }
@@ -193,6 +193,7 @@ impl ClusterArgs {
             kv_type: (*kv_dtype).into(),
             io: *io,
             drift_per_mille: cluster.drift_per_mille,
+            here: cluster.nodes - self.elsewhere,
             gpu_patience,
             gpu_number,
         };

@@ -31,6 +31,8 @@ pub(crate) struct NodeSettings {
     #[serde(default)]
     pub(crate) io: Option<Io>,
     pub(crate) drift_per_mille: u32,
+    /// How many nodes share the memory of the supervisor's machine.
+    pub(crate) here: u32,
     /// How long a GPU may make no progress, if nodes compute on GPUs.
     #[serde(default)]
     pub(crate) gpu_patience: Option<Duration>,
