@@ -79,29 +79,44 @@ struct Candidates {
 
 constexpr u32 DIGITS = 16;
 
+// Lanes share numbers out: each gives half of those that it still has away, for the other half of another lane's, until it has one,
+// number lane % COUNT of a part of the warp. A function for each step, so that numbers stay in registers.
+template <u32 HALF, u32 COUNT>
+__device__ __forceinline__ void share_out(u64 (&own)[COUNT]) {
+    if constexpr (HALF > 0) {
+        const bool upper = (threadIdx.x & HALF) != 0;
+#pragma unroll
+        for (u32 i = 0; i < HALF; i++) {
+            const u64 low = own[i], high = own[i + HALF];
+            own[i] = (upper ? high : low) + __shfl_xor_sync(ALL, upper ? low : high, HALF);
+        }
+        share_out<HALF / 2>(own);
+    }
+}
+
 // Room for sums of a block.
 struct Sums {
     u64* of_warps;
     u64* all;
 
-    // Adds up what threads have for each digit; all threads get the sums.
-    __device__ __forceinline__ void add(u64* own) const {
+    // Adds up what threads have of COUNT numbers; all threads get the sums. COUNT is a power of two, half a warp at most.
+    template <u32 COUNT>
+    __device__ __forceinline__ void add(u64 (&own)[COUNT]) const {
+        const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        share_out<COUNT / 2>(own);
+        u64 sum = own[0];
 #pragma unroll
-        for (u32 digit = 0; digit < DIGITS; digit++) {
-            u64 sum = own[digit];
-#pragma unroll
-            for (u32 lanes = WARP / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL, sum, lanes);
-            if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP * DIGITS + digit] = sum;
+        for (u32 lanes = COUNT; lanes < WARP; lanes *= 2) sum += __shfl_xor_sync(ALL, sum, lanes);
+        if (lane < COUNT) of_warps[warp * COUNT + lane] = sum;
+        __syncthreads();
+        if (threadIdx.x < COUNT) {
+            u64 of_block = 0;
+            for (u32 i = 0; i < blockDim.x / WARP; i++) of_block += of_warps[i * COUNT + threadIdx.x];
+            all[threadIdx.x] = of_block;
         }
         __syncthreads();
-        if (threadIdx.x < DIGITS) {
-            u64 sum = 0;
-            for (u32 warp = 0; warp < blockDim.x / WARP; warp++) sum += of_warps[warp * DIGITS + threadIdx.x];
-            all[threadIdx.x] = sum;
-        }
-        __syncthreads();
 #pragma unroll
-        for (u32 digit = 0; digit < DIGITS; digit++) own[digit] = all[digit];
+        for (u32 i = 0; i < COUNT; i++) own[i] = all[i];
     }
 };
 
@@ -114,6 +129,11 @@ template <class Measure>
 __device__ __forceinline__ u64 first_beyond(const Candidates& of, const Sums& sums, u64 target, Measure measure) {
     u64 prefix = 0;
     for (u32 shift = 60;; shift -= 4) {
+        // No token has this digit but 0.
+        if (shift < 32 && shift > 0 && (of.n - 1) >> shift == 0) {
+            prefix <<= 4;
+            continue;
+        }
         u64 own[DIGITS] = {};
         for (u32 token = threadIdx.x; token < of.n; token += blockDim.x) {
             const u64 weight = of.weights[token], key = of.key(token);
@@ -146,7 +166,7 @@ __device__ __forceinline__ u64 share_of(u64 sum, u64 share) {
 
 // The sum of the weights that are left.
 __device__ __forceinline__ u64 sum_of(const Candidates& of, const Sums& sums) {
-    u64 own[DIGITS] = {};
+    u64 own[1] = {};
     for (u32 token = threadIdx.x; token < of.n; token += blockDim.x) own[0] += of.key(token) > of.last ? 0 : of.weights[token];
     sums.add(own);
     return own[0];

@@ -46,10 +46,8 @@ static inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf
 static inline float __fsqrt_rn(float x) { return __builtin_sqrtf(x); }
 static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static inline int __dp4a(int a, int b, int sum) {
-    for (int i = 0; i < 32; i += 8) {
-        sum += static_cast<std::int8_t>(a >> i & 0xff) * static_cast<std::int8_t>(b >> i & 0xff);
-    }
-    return sum;
+    const auto product = [=](int bits) { return static_cast<std::int8_t>(a >> bits) * static_cast<std::int8_t>(b >> bits); };
+    return sum + product(0) + product(8) + product(16) + product(24);
 }
 static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);

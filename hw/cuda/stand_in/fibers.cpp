@@ -99,7 +99,7 @@ unsigned stack_of[THREADS_MAX];
 
 void work();
 
-void become(unsigned thread) {
+inline void become(unsigned thread) {
     current = thread;
     threadIdx = places[thread];
 }
@@ -110,20 +110,24 @@ void begin_on(unsigned thread, unsigned stack) {
     become(thread);
 }
 
+[[gnu::noinline]] void begin(unsigned thread) {
+    const unsigned stack = free_stacks[--free_count];
+    // Frames of different threads in different sets of the cache.
+    begin_at(contexts[thread], stacks + stack * STACK, STACK - stack % 61 * 64, work);
+    begin_on(thread, stack);
+}
+
 // Goes on with another thread; that which waits is left where `from` says.
-void go_to(unsigned thread, Context* from) {
+[[gnu::always_inline]] inline void go_to(unsigned thread, Context* from) {
     if (states[thread] == FRESH) {
-        const unsigned stack = free_stacks[--free_count];
-        // Frames of different threads in different sets of the cache.
-        begin_at(contexts[thread], stacks + stack * STACK, STACK - stack % 61 * 64, work);
-        begin_on(thread, stack);
+        begin(thread);
     } else {
         become(thread);
     }
     stand_in_switch(from, &contexts[thread]);
 }
 
-bool may_run(unsigned thread) { return states[thread] <= READY; }
+inline bool may_run(unsigned thread) { return states[thread] <= READY; }
 
 // The next that may run of those from `first` to `end`, after `from`; `end` if nobody may.
 unsigned next_of(unsigned from, unsigned first, unsigned end) {
@@ -159,7 +163,7 @@ void work() {
     }
 }
 
-void arrive(Wait& wait, Site site) {
+[[gnu::always_inline]] inline void arrive(Wait& wait, Site site) {
     if (wait.count++ == 0) {
         wait.site = site;
     } else if (wait.site.line != site.line || (wait.site.file != site.file && std::strcmp(wait.site.file, site.file) != 0)) {
@@ -167,15 +171,22 @@ void arrive(Wait& wait, Site site) {
     }
 }
 
-void pause(State state, unsigned first, unsigned end, Site site) {
+// The next to run, of whom those from `first` to `end` come first.
+[[gnu::noinline]] unsigned find_next(unsigned first, unsigned end, Site site) {
+    unsigned next = next_of(current, first, end);
+    if (next == end && (next = next_of(current, 0, threads)) == threads) refuse("waits, and so does every other", site);
+    return next;
+}
+
+[[gnu::always_inline]] inline void pause(State state, unsigned first, unsigned end, Site site) {
     const unsigned self = current;
     states[self] = state;
-    unsigned next = next_of(self, first, end);
-    if (next == end && (next = next_of(self, 0, threads)) == threads) refuse("waits, and so does every other", site);
+    // Mostly it is the neighbour's turn.
+    const unsigned next = self + 1 < end && may_run(self + 1) ? self + 1 : find_next(first, end, site);
     go_to(next, &contexts[self]);
 }
 
-void wait_for_warp(unsigned mask, Site site) {
+[[gnu::always_inline]] inline void wait_for_warp(unsigned mask, Site site) {
     if (mask != 0xffffffffu) refuse("waits for a part of its warp", site);
     const unsigned first = current / LANES * LANES;
     Wait& wait = at_warp[current / LANES];

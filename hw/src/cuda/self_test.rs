@@ -15,7 +15,7 @@ use cudarc::driver::result;
 use lite_llm_core::routing::GroupScore;
 use lite_llm_model::arch::Score;
 use lite_llm_model::kernels::golden::{
-    Attended, Chosen, Columns, Combined, EXP_CHUNK, GoldenExp, NOBODY, Operators, Routed, golden,
+    Attended, Chosen, Columns, Combined, EXP_CHUNK, GoldenExp, NOBODY, Operators, Routed, Rows, golden,
 };
 use lite_llm_model::kernels::sample::Params;
 use lite_llm_model::kernels::{DType, KvShape, PAGE_POSITIONS, PackedView, RopeTable, Storage};
@@ -60,13 +60,15 @@ pub fn try_kernels(gpu: &Arc<Gpu>) -> Result<Vec<Tried>, CudaError> {
     Desk::with(gpu, |desk| {
         let mut tried = Vec::new();
         for golden in golden() {
-            let forms = if golden.is_product() { &FORMS[..] } else { &FORMS[..1] };
-            for (name, form) in forms {
+            let (name, forms) = match golden.product() {
+                None => (golden.kernel, [("", ONE_ROW)].as_slice()),
+                Some((product, Rows::Few)) => (product, &FORMS[..2]),
+                Some((product, Rows::Many)) => (product, &FORMS[2..]),
+            };
+            for (of_form, form) in forms {
                 desk.form = *form;
                 let found = golden.found(desk)?;
-                let of_form = if golden.is_product() { name } else { "" };
-                let kernel = format!("{}{of_form}", golden.kernel);
-                tried.push(Tried { kernel, expected: golden.hash, found });
+                tried.push(Tried { kernel: format!("{name}{of_form}"), expected: golden.hash, found });
             }
         }
         tried.push(users::try_users(desk)?);
@@ -94,8 +96,10 @@ pub fn try_exponential(gpu: &Arc<Gpu>, of: GoldenExp) -> Result<Tried, CudaError
 /// A form of the kernels of a product, by name.
 type Named = (&'static str, fn(Linear) -> Form);
 
+const ONE_ROW: fn(Linear) -> Form = |linear| linear.one_row;
+
 const FORMS: [Named; 4] = [
-    (" of one row", |linear| linear.one_row),
+    (" of one row", ONE_ROW),
     (" of few rows", |linear| linear.few_rows),
     (" of some rows", |linear| linear.some_rows),
     (" of many rows", |linear| linear.many_rows),
@@ -120,7 +124,7 @@ impl Desk {
         let made = || {
             let stream = Stream::new(gpu)?;
             let memory = Memory::new(gpu, "the self-test", ROOM_BYTES)?;
-            Ok(Self { stream, memory, gpu: Arc::clone(gpu), used: 0, form: FORMS[0].1 })
+            Ok(Self { stream, memory, gpu: Arc::clone(gpu), used: 0, form: ONE_ROW })
         };
         let done = made().and_then(|mut desk| {
             let done = work(&mut desk);
@@ -227,10 +231,10 @@ impl Operators for Desk {
 
     fn linear(&mut self, x: &[f32], rows: usize, weights: &PackedView<'_>, bias: Option<&[f32]>) -> Values {
         let (inputs, outputs, storage) = (weights.inputs(), weights.outputs(), weights.storage());
-        // Rows stand from the last to the first, and are picked back; the first half of them is of another product than the rest.
+        // Rows stand from the last to the first, and are picked back; two thirds of them are of another product than the rest.
         let reversed: Vec<f32> = x.chunks_exact(inputs).rev().flatten().copied().collect();
         let picked: Vec<u32> = (0..rows as u32).rev().collect();
-        let half = rows.div_ceil(2) as u32;
+        let of_first = (rows - rows / 3) as u32;
         let mut matrices = weights.bytes().to_vec();
         matrices.resize(matrices.len().next_multiple_of(16), 0);
         let second = matrices.len() as u64;
@@ -241,7 +245,7 @@ impl Operators for Desk {
             None => [At(0); 2],
         };
         let [matrices, weights_at] = [self.put(&matrices)?, self.put(&[0, second])?];
-        let first_row = self.put(&[0, half, rows as u32])?;
+        let first_row = self.put(&[0, of_first, rows as u32])?;
         let out = self.room(4 * rows * outputs)?;
         let form = (self.form)(self.gpu.functions.linear(storage));
         let mut arguments = vec![
@@ -269,7 +273,7 @@ impl Operators for Desk {
             self.run(self.gpu.functions.repack, [chunks as u32, rows as u32, 1], 256, &of_rows)?;
             arguments.insert(0, packed);
         }
-        let [x, y] = form.blocks(outputs as u32, half);
+        let [x, y] = form.blocks(outputs as u32, of_first);
         self.run(form.function, [x, y, 2], form.threads, &arguments)?;
         self.take(out, rows * outputs)
     }

@@ -6,6 +6,7 @@ mod cases;
 use super::sample::Params;
 use super::*;
 use crate::arch::Moe;
+pub use cases::Rows;
 #[cfg(test)]
 pub(super) use cases::operands;
 use cases::*;
@@ -216,9 +217,10 @@ impl<O: Operators> Golden<O> {
         Ok(bits.0)
     }
 
-    /// Whether it is a product, which may be computed in several forms.
-    pub fn is_product(&self) -> bool {
-        self.kernel.starts_with("linear")
+    /// The product that it is, which may be computed in several forms, and its rows. `None` if it is none.
+    pub fn product(&self) -> Option<(&'static str, Rows)> {
+        let product = self.kernel.strip_suffix(" of many rows").map(|product| (product, Rows::Many));
+        product.or_else(|| self.kernel.starts_with("linear").then_some((self.kernel, Rows::Few)))
     }
 }
 
@@ -232,13 +234,20 @@ macro_rules! golden {
 }
 
 golden! {
-    "linear f32": |on, bits| linears(on, DType::F32, bits) => 0xccd1_cb34_c0a6_01bb,
-    "linear bf16": |on, bits| linears(on, DType::Bf16, bits) => 0x897c_4582_5313_ce29,
-    "linear f16": |on, bits| linears(on, DType::F16, bits) => 0x4c9c_f310_f526_5a0f,
-    "linear mxfp4": linears_of_mxfp4 => 0x9549_1aff_bf2e_9655,
-    "linear e4m3": linears_of_e4m3 => 0x2559_d1c0_44bf_97b3,
-    "linear q8": |on, bits| linears_of_groups(on, Quantised::Q8, bits) => 0x81ed_853f_05b1_0573,
-    "linear q4": |on, bits| linears_of_groups(on, Quantised::Q4, bits) => 0x950b_e5c0_4b8d_1072,
+    "linear f32": |on, bits| linears(on, DType::F32, Rows::Few, bits) => 0xccd1_cb34_c0a6_01bb,
+    "linear bf16": |on, bits| linears(on, DType::Bf16, Rows::Few, bits) => 0x897c_4582_5313_ce29,
+    "linear f16": |on, bits| linears(on, DType::F16, Rows::Few, bits) => 0x4c9c_f310_f526_5a0f,
+    "linear mxfp4": |on, bits| linears_of_mxfp4(on, Rows::Few, bits) => 0x8187_fa46_3599_1243,
+    "linear e4m3": |on, bits| linears_of_e4m3(on, Rows::Few, bits) => 0xa535_d886_2f3b_68d6,
+    "linear q8": |on, bits| linears_of_groups(on, Quantised::Q8, Rows::Few, bits) => 0x787e_44af_a750_2558,
+    "linear q4": |on, bits| linears_of_groups(on, Quantised::Q4, Rows::Few, bits) => 0x9dd5_1d98_19ec_756a,
+    "linear f32 of many rows": |on, bits| linears(on, DType::F32, Rows::Many, bits) => 0xee38_4a9f_1a84_6e3a,
+    "linear bf16 of many rows": |on, bits| linears(on, DType::Bf16, Rows::Many, bits) => 0x4a35_0dc0_fd00_8c4f,
+    "linear f16 of many rows": |on, bits| linears(on, DType::F16, Rows::Many, bits) => 0x7ce4_6091_5231_57c2,
+    "linear mxfp4 of many rows": |on, bits| linears_of_mxfp4(on, Rows::Many, bits) => 0x1453_5589_00b8_ca99,
+    "linear e4m3 of many rows": |on, bits| linears_of_e4m3(on, Rows::Many, bits) => 0xc9ff_ef7f_ef73_86d2,
+    "linear q8 of many rows": |on, bits| linears_of_groups(on, Quantised::Q8, Rows::Many, bits) => 0xec05_5fa8_73a1_8cc4,
+    "linear q4 of many rows": |on, bits| linears_of_groups(on, Quantised::Q4, Rows::Many, bits) => 0xb7b9_3279_4495_1baa,
     "attention f32": |on, bits| attentions(on, SHAPE, bits) => 0x9614_3b2f_ac69_635f,
     "attention bf16": |on, bits| attentions(on, KvShape { dtype: DType::Bf16, ..SHAPE }, bits) => 0xc27e_5ecc_616e_bb66,
     "attention f16": |on, bits| attentions(on, KvShape { dtype: DType::F16, ..SHAPE }, bits) => 0x2f0e_0653_e9a8_0991,
@@ -270,7 +279,7 @@ golden! {
     "route sparsely": routes_sparsely => 0x52b6_0af5_bbc9_5087,
     "penalise": penalties => 0x9618_c9e8_f983_177b,
     "argmax": largest => 0x78f1_eb43_417b_8ea0,
-    "sample": samples => 0x01be_cfa9_9814_0060,
+    "sample": samples => 0x6d1f_61f1_2752_8e35,
 }
 
 /// FNV-1a over 32-bit words.

@@ -29,37 +29,60 @@ fn stored(dtype: DType, values: &[f32]) -> Vec<u8> {
     bytes
 }
 
-/// Two chunks, the second padded; a padded tile; every number of rows in a block, and more than one block.
-pub(super) fn linears<O: Operators>(on: &mut O, dtype: DType, bits: &mut Bits) -> Result<(), O::Error> {
+/// How many rows a product has: every number of rows that a CPU's block has, and more than one block; or as many as a prefill, of
+/// which a device's tiles have more than one whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// As steps of decoding.
+    Few,
+    /// As a prefill.
+    Many,
+}
+
+impl Rows {
+    fn counts(self) -> &'static [usize] {
+        match self {
+            Self::Few => &[1, 2, 3, 4, 5, 6, 13],
+            Self::Many => &[97],
+        }
+    }
+}
+
+/// Two chunks, the second padded; a padded tile.
+pub(super) fn linears<O: Operators>(
+    on: &mut O,
+    dtype: DType,
+    rows: Rows,
+    bits: &mut Bits,
+) -> Result<(), O::Error> {
     let (outputs, inputs) = (33, 1061);
     let mut packed = vec![0; packed_len(dtype, outputs, inputs).expect("the shape is small")];
     pack(dtype, outputs, inputs, &stored(dtype, &operands(outputs * inputs, 1)), &mut packed);
-    let view = PackedView::new(dtype, outputs, inputs, &packed).expect("the length is the shape's");
     let bias = operands(outputs, 2);
-    for rows in [1, 2, 3, 4, 5, 6, 13] {
-        let x = operands(rows * inputs, 3 + rows as u64);
-        bits.values(&on.linear(&x, rows, &view, (rows != 1).then_some(&bias))?);
-    }
-    Ok(())
+    products(on, dtype.into(), (outputs, inputs), &packed, (rows, Some(&bias)), bits)
 }
 
-/// Whole and cut chunks, one row and several; every code, factors of all sizes.
-pub(super) fn linears_of_mxfp4<O: Operators>(on: &mut O, bits: &mut Bits) -> Result<(), O::Error> {
+/// Whole and cut chunks; every code, factors of all sizes.
+pub(super) fn linears_of_mxfp4<O: Operators>(
+    on: &mut O,
+    rows: Rows,
+    bits: &mut Bits,
+) -> Result<(), O::Error> {
     let (outputs, inputs) = (65, 1056);
     let mut packed = vec![0; packed_len(Storage::Mxfp4, outputs, inputs).expect("the shape is small")];
     let code = |output, input| (output * 5 + input * 11) as u8;
     let exponent = |output, block| (100 + output % 40 + block % 7) as u8;
     pack_mxfp4(outputs, inputs, code, exponent, &mut packed);
-    quantised(on, Storage::Mxfp4, (outputs, inputs), &packed, bits)
+    products(on, Storage::Mxfp4, (outputs, inputs), &packed, (rows, None), bits)
 }
 
-pub(super) fn linears_of_e4m3<O: Operators>(on: &mut O, bits: &mut Bits) -> Result<(), O::Error> {
+pub(super) fn linears_of_e4m3<O: Operators>(on: &mut O, rows: Rows, bits: &mut Bits) -> Result<(), O::Error> {
     let (outputs, inputs) = (145, 1061);
     let mut packed = vec![0; packed_len(Storage::E4m3, outputs, inputs).expect("the shape is small")];
     let code = |output, input| (output * 7 + input * 13) as u8 & 0xbf;
     let factors = operands(2 * 9, 21);
     pack_e4m3(outputs, inputs, code, |down, across| factors[down * 9 + across], &mut packed);
-    quantised(on, Storage::E4m3, (outputs, inputs), &packed, bits)
+    products(on, Storage::E4m3, (outputs, inputs), &packed, (rows, None), bits)
 }
 
 fn quantised_rows(kind: Quantised, count: usize, columns: usize, seed: u64) -> Vec<u8> {
@@ -71,34 +94,34 @@ fn quantised_rows(kind: Quantised, count: usize, columns: usize, seed: u64) -> V
     rows
 }
 
-/// A group without a partner, a padded one, a padded tile; every number of rows in a block. Rows are quantised too.
+/// A group without a partner, a padded one, a padded tile. Rows are quantised too.
 pub(super) fn linears_of_groups<O: Operators>(
     on: &mut O,
     kind: Quantised,
+    rows: Rows,
     bits: &mut Bits,
 ) -> Result<(), O::Error> {
     let (outputs, inputs) = (65, 1061);
-    let rows = quantised_rows(kind, outputs, inputs, 31);
-    bits.bytes(&rows);
+    let quantised = quantised_rows(kind, outputs, inputs, 31);
+    bits.bytes(&quantised);
     let mut packed = vec![0; packed_len(kind, outputs, inputs).expect("the shape is small")];
-    pack_groups(kind, outputs, inputs, &rows, &mut packed);
-    let view = PackedView::new(kind, outputs, inputs, &packed).expect("the length is the shape's");
-    for rows in [1, 2, 3, 4, 5, 6, 13] {
-        bits.values(&on.linear(&operands(rows * inputs, 32 + rows as u64), rows, &view, None)?);
-    }
-    Ok(())
+    pack_groups(kind, outputs, inputs, &quantised, &mut packed);
+    products(on, kind.into(), (outputs, inputs), &packed, (rows, None), bits)
 }
 
-fn quantised<O: Operators>(
+/// Products with one matrix; a bias, if there is one, is left out where there is one row.
+fn products<O: Operators>(
     on: &mut O,
     storage: Storage,
     (outputs, inputs): (usize, usize),
     packed: &[u8],
+    (rows, bias): (Rows, Option<&[f32]>),
     bits: &mut Bits,
 ) -> Result<(), O::Error> {
     let view = PackedView::new(storage, outputs, inputs, packed).expect("the length is the shape's");
-    for rows in [1, 3, 13] {
-        bits.values(&on.linear(&operands(rows * inputs, 5 + rows as u64), rows, &view, None)?);
+    for &rows in rows.counts() {
+        let x = operands(rows * inputs, 3 + rows as u64);
+        bits.values(&on.linear(&x, rows, &view, bias.filter(|_| rows > 1))?);
     }
     Ok(())
 }
@@ -390,7 +413,7 @@ pub(super) fn samples<O: Operators>(on: &mut O, bits: &mut Bits) -> Result<(), O
     let narrowed = [(0, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.05), (100, 0.8, 0.01)];
     let ways = narrowed.into_iter().flat_map(|(top_k, top_p, min_p)| {
         let params = Params { temperature: 0.8, top_k, top_p, min_p };
-        (0..32).map(move |draw| (params, (draw * 2 + 1) << 58))
+        (0..8).map(move |draw| (params, (draw * 2 + 1) << 60))
     });
     on.sample(&logits, &ways.collect::<Vec<_>>())?.into_iter().for_each(|token| bits.word(token));
     Ok(())
