@@ -20,8 +20,8 @@ pub fn binary() -> &'static Path {
         let own = std::env::current_exe().unwrap();
         let profile = own.parent().unwrap().parent().unwrap();
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        // The selection of the whole workspace gives dependencies the features that they have in its tests.
-        cargo.args(["build", "--quiet", "--workspace", "--exclude", "lite-llm-fuzz", "--bin", "lite-llm"]);
+        // The selection of `cargo test`: dependencies have the features that they have there, and are not built again.
+        cargo.args(["build", "--quiet", "--bin", "lite-llm"]);
         if profile.ends_with("release") {
             cargo.arg("--release");
         }
