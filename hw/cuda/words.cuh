@@ -1,7 +1,7 @@
 // The words that kernels are written in, for a GPU and for the shim alike.
 //
 // Kernels use C++17, the vector types and intrinsics of CUDA, and what stands here. Absent on purpose: atomics of any kind,
-// textures, tensor cores, headers of a toolkit.
+// textures, headers of a toolkit; and tensor cores, but for integers, whose sums are exact.
 #pragma once
 
 #ifdef LITE_LLM_SHIM

@@ -87,6 +87,18 @@ fn warnings_and_other_arithmetic_are_failures() {
         assert!(!good && said.contains("forbidden: "), "{said}");
     }
     let dir = tempfile::tempdir().expect("a temporary folder");
+    // Sums of integers are exact, those of floats are not.
+    let file = dir.path().join("products.cu");
+    let source = r#"#include "words.cuh"
+KERNEL products(float* sums, const u32* a) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%4, %4}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) : "r"(a[0]));
+}
+"#;
+    std::fs::write(&file, source).expect("the source is written");
+    let options = [&["--gpu-architecture=sm_90"], &OPTIONS[..]].concat();
+    let (good, said) = compile(&nvrtc, &options, &[file]);
+    assert!(!good && said.contains("forbidden: mma."), "{said}");
     let file = dir.path().join("unused.cu");
     let source = "#include \"words.cuh\"\nKERNEL unused(u32* out) { u32 nobody = 7; *out = 1; }\n";
     std::fs::write(&file, source).expect("the source is written");

@@ -135,7 +135,7 @@ impl Functions {
                 one_row: form("one_row", [16, 1, 256])?,
                 few_rows: form("few_rows", [16, 4, 256])?,
                 some_rows: form("some_rows", if grouped { [64, 32, 128] } else { [128, 32, 128] })?,
-                many_rows: form("many_rows", if grouped { [64, 64, 256] } else { [128, 64, 128] })?,
+                many_rows: form("many_rows", if grouped { [64, 64, 128] } else { [128, 64, 128] })?,
             };
             if let Some(embed) = this.embed.get_mut(at) {
                 let source = if source == "linear.cu" { "embed.cu" } else { source };

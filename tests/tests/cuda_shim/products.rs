@@ -105,7 +105,7 @@ fn products(shim: &mut Shim, form: &str, matrices: &[&Matrix], x: &[f32], rows: 
         "one_row" => (16, 1, 256),
         "few_rows" => (16, 4, 256),
         "some_rows" if grouped => (64, 32, 128),
-        "many_rows" if grouped => (64, 64, 256),
+        "many_rows" if grouped => (64, 64, 128),
         "some_rows" => (128, 32, 128),
         _ => (128, 64, 128),
     };
