@@ -94,7 +94,7 @@ impl Passes {
         count: usize,
         body: impl FnOnce(&Self) -> anyhow::Result<T>,
     ) -> anyhow::Result<T> {
-        let state = StateDir::choose(None)?;
+        let mut state = StateDir::choose(None)?;
         let run = || {
             let service = Service::start(model, &state, settings, Some(capture))?;
             let bar = ProgressBar::new(count as u64);

@@ -8,6 +8,9 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+/// What the settings of nodes are called in the state of a cluster, which has them from before it has a journal.
+pub(crate) const SETTINGS_NAME: &str = "nodes.json";
+
 /// Where a run keeps its journal.
 #[derive(Debug)]
 pub(crate) struct StateDir {
@@ -16,8 +19,29 @@ pub(crate) struct StateDir {
 }
 
 impl StateDir {
-    /// The given directory, or a new private one under `$XDG_STATE_HOME/lite-llm`.
+    /// The given directory, or a new private one under `$XDG_STATE_HOME/lite-llm`, for a run of one process.
     pub(crate) fn choose(given: Option<&Path>) -> anyhow::Result<Self> {
+        let this = Self::choose_any(given)?;
+        anyhow::ensure!(
+            !this.path.join(SETTINGS_NAME).exists(),
+            "{} is the state of a cluster: go on with `supervise --nodes`, or give another directory with --state",
+            this.path.display()
+        );
+        Ok(this)
+    }
+
+    /// The same for a cluster.
+    pub(crate) fn choose_for_cluster(given: Option<&Path>) -> anyhow::Result<Self> {
+        let this = Self::choose_any(given)?;
+        anyhow::ensure!(
+            !this.has_journal() || this.path.join(SETTINGS_NAME).exists(),
+            "{} is the state of a run of one process: go on without --nodes, or give another directory with --state",
+            this.path.display()
+        );
+        Ok(this)
+    }
+
+    fn choose_any(given: Option<&Path>) -> anyhow::Result<Self> {
         if let Some(path) = given {
             check_given(path)?;
             return Ok(Self { path: path.to_path_buf(), private: false });
@@ -60,21 +84,30 @@ impl StateDir {
         format!("broken off; the same command with --state {}{id} goes on", self.path.display())
     }
 
-    /// Ends the run: a private directory goes if all is done, or nothing was begun, and is named otherwise.
-    pub(crate) fn end(self, done: bool) {
-        if done || !self.has_journal() {
+    /// Ends the run: a private directory goes if all is done, and is named otherwise.
+    pub(crate) fn end(mut self, done: bool) {
+        if done {
             self.discard();
-        } else if self.private {
+        } else if self.private && self.has_journal() {
             tell!("the journal is kept in {}", self.path.display());
         }
     }
 
     /// Removes a private directory, with whatever is in it.
-    pub(crate) fn discard(self) {
-        if self.private
+    pub(crate) fn discard(&mut self) {
+        if std::mem::take(&mut self.private)
             && let Err(error) = std::fs::remove_dir_all(&self.path)
         {
             tell!("warning: cannot remove the private state directory {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// However a run ends: a private directory in which no journal was begun goes.
+impl Drop for StateDir {
+    fn drop(&mut self) {
+        if !self.has_journal() {
+            self.discard();
         }
     }
 }

@@ -8,7 +8,7 @@
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -122,7 +122,12 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// Runs a command to its end. One that hangs fails here, with what it said.
 #[track_caller]
 pub fn run(mut command: Command) -> Ran {
-    let child = command.spawn().unwrap();
+    ended(command.spawn().unwrap())
+}
+
+/// What a command has said when it ends. One that hangs fails here.
+#[track_caller]
+pub fn ended(child: Child) -> Ran {
     let (pid, (sender, ended)) = (child.id(), channel());
     std::thread::spawn(move || sender.send(child.wait_with_output().unwrap()));
     let in_time = ended.recv_timeout(PATIENCE);
@@ -132,7 +137,7 @@ pub fn run(mut command: Command) -> Ran {
         ended.recv()
     });
     let ran = Ran::from(output.unwrap());
-    assert!(!hangs, "{command:?} hangs: {}{}", ran.stdout, ran.stderr);
+    assert!(!hangs, "the command hangs, and said: {}{}", ran.stdout, ran.stderr);
     ran
 }
 
@@ -152,7 +157,7 @@ pub fn parse_stream(stdout: &str) -> (Vec<(u64, u64)>, Option<Value>) {
 
 /// Waits until `there` is, for as long as the process lives.
 #[track_caller]
-pub fn wait_until(child: &mut std::process::Child, mut there: impl FnMut() -> bool) {
+pub fn wait_until(child: &mut Child, mut there: impl FnMut() -> bool) {
     while !there() {
         assert!(child.try_wait().unwrap().is_none(), "the process ended before what it was to bring about");
         std::thread::sleep(std::time::Duration::from_millis(2));

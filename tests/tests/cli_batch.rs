@@ -200,6 +200,7 @@ fn each_line_is_checked_before_a_model_is_loaded() {
         (json!({ "id": "b" }), &["give one of prompt, prompt_tokens and chat"]),
         (json!({ "id": "a", "prompt_tokens": [5] }), &["the id a is there twice"]),
         (json!({ "prompt_tokens": [] }), &["the prompt is empty"]),
+        (json!({ "chat": [] }), &["chat has no message"]),
         (json!({ "prompt_tokens": [512] }), &["token 512", "512"]),
         (json!({ "prompt_tokens": vec![5; 3000] }), &["3000 tokens", "2048"]),
         (json!({ "prompt_tokens": [5], "max_tokens": 0 }), &["max_tokens is 0"]),
@@ -212,6 +213,9 @@ fn each_line_is_checked_before_a_model_is_loaded() {
         refused.refuses(1, parts);
         assert!(refused.stdout.is_empty() && place.private_states().is_empty());
     }
+    std::fs::write(place.path("in.jsonl"), [good.to_string().as_bytes(), b"\n{\"id\": \"\xff\"}\n"].concat())
+        .unwrap();
+    place.run(BATCH).refuses(1, &["in.jsonl, line 2"]);
     write(&place, "in.jsonl", [good]);
     place.run(with(&["--out", "/dev/null"])).refuses(1, &["/dev/null", "no file"]);
     std::fs::write(place.path("out.jsonl"), "{}\n").unwrap();

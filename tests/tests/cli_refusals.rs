@@ -102,6 +102,27 @@ fn a_directory_with_something_else_in_it_is_no_state() {
 }
 
 #[test]
+fn too_little_memory_leaves_nothing() {
+    let place = place();
+    let run = ["run", "model", "--prompt-tokens", "5", "--memory", "1"];
+    place.run(run).refuses(1, &["memory_bytes is 1", "needs at least"]);
+    assert!(place.private_states().is_empty());
+    place.run(run.iter().chain(&["--state", "s"])).refuses(1, &["memory_bytes is 1"]);
+    assert!(!place.path("s/segment-00000000000000000001-00000000000000000001").exists());
+}
+
+#[test]
+fn tiers_that_are_not_all_experts_are_refused_before_anything_is_written() {
+    let place = Place::new();
+    for more in [&[][..], &["--quantise", "q8"]] {
+        let synth = ["synth", "m", "--family", "olmoe", "--experts", "4", "--tiers", "small:1,large:2"];
+        let refused = place.run(synth.iter().chain(more));
+        refused.refuses(2, &["--tiers", "the tiers have 3 experts, the checkpoint 4"]);
+        assert!(!place.path("m").exists() && !refused.stderr.contains(".m.source"));
+    }
+}
+
+#[test]
 fn a_state_directory_is_its_user_s_alone() {
     let place = place();
     let line = ["run", "model", "--prompt-tokens", "5", "--max-tokens", "1", "--request-id", "r", "--state"];

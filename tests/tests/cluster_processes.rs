@@ -121,7 +121,7 @@ fn check_journals(place: &Place, topology: &Topology, nodes: u32) {
 }
 
 fn finished(child: Child) -> Ran {
-    let ran: Ran = child.wait_with_output().expect("a child").into();
+    let ran = command::ended(child);
     assert_eq!(ran.code, Some(0), "{}", ran.stderr);
     ran
 }
@@ -224,6 +224,31 @@ fn a_bug_that_every_life_meets_again_ends_the_restarts() {
     assert_eq!(panics.count(), 4, "twice each, and each is recorded");
 }
 
+/// Nobody knows where its control socket would be, so that nobody can restart what is given up.
+#[test]
+fn a_private_run_ends_when_too_few_nodes_are_left() {
+    let place = Place::new();
+    let model = folder("olmoe");
+    let given_up = |nodes: &str| {
+        let cluster =
+            ["supervise", "--max-restarts", "0", "--nodes", nodes, "--topology", "pp=2", "--", "run"];
+        let run = cluster.into_iter().chain([model.to_str().expect("a path")]).chain(RUN).chain(SAMPLING);
+        let mut child = place.command(run).spawn().expect("a command");
+        let state = || place.private_states().pop().unwrap_or_default();
+        command::wait_until(&mut child, || furthest(&state(), 2) > 40);
+        command::signal(pid(&state(), 1).expect("a node that lives"), "KILL");
+        command::ended(child)
+    };
+    given_up("2").refuses(1, &["node 1 is given up", "too few of its nodes are left", "goes on", "--state"]);
+    let left = place.private_states().pop().expect("a state that is kept");
+    std::fs::remove_dir_all(left).expect("it goes");
+    // One that stands by takes the seat.
+    let ran = given_up("3");
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    assert_eq!(tokens(&ran), alone(&place));
+    assert!(place.private_states().is_empty());
+}
+
 #[test]
 fn nodes_of_another_number_share_the_memory_anew() {
     let place = Place::new();
@@ -283,9 +308,16 @@ fn what_cannot_be_is_refused_with_the_remedy() {
     run(&["--nodes", "2", "--topology", "xp=2"], &[]).refuses(2, &["xp=2", "write it as dp=2,tp=1"]);
     run(&["--topology", "tp=2"], &[]).refuses(2, &["--nodes"]);
     run(&["--nodes", "2"], &["--logits", "f"]).refuses(2, &["--logits is for one process"]);
+    run(&["--nodes", "2"], &["--memory", "1"]).refuses(1, &["of each node", "memory_bytes is 1", "at least"]);
+    let of_one =
+        place.run(["run", model.to_str().expect("a path"), "--prompt-tokens", "1", "--state", "one"]);
+    assert_eq!(of_one.code, Some(0), "{}", of_one.stderr);
+    run(&["--nodes", "2"], &["--state", "one"]).refuses(1, &["one process", "without --nodes", "--state"]);
+    assert!(!place.path("one/key").exists() && !place.path("one/nodes.json").exists());
     std::fs::write(place.path("key"), "no key").expect("a file");
     let refused = run(&["--nodes", "2", "--key-file", "key"], &[]);
     assert!(refused.code == Some(1) && refused.stderr.contains("chmod 600"), "{}", refused.stderr);
+    assert!(place.private_states().is_empty(), "whoever is refused leaves nothing");
 }
 
 /// Two machines: a network namespace for the supervisor and three nodes, another for two agents, and a link between them that

@@ -261,18 +261,17 @@ fn read(args: &RunArgs, opened: &Opened, path: &Path) -> anyhow::Result<Vec<(Req
     let mut reader = BufReader::new(File::open(path).with_context(cannot)?);
     let (mut requests, mut ids, mut number) = (Vec::new(), BTreeSet::new(), 0u64);
     loop {
-        let mut text = String::new();
-        let read =
-            std::io::Read::take(&mut reader, LINE_BYTES_MAX).read_line(&mut text).with_context(cannot)?;
-        if read == 0 {
+        let mut text = Vec::new();
+        let mut bounded = std::io::Read::take(&mut reader, LINE_BYTES_MAX);
+        if bounded.read_until(b'\n', &mut text).with_context(cannot)? == 0 {
             return Ok(requests);
         }
         number += 1;
-        if text.trim().is_empty() {
+        if text.trim_ascii().is_empty() {
             continue;
         }
         let place = || format!("{}, line {number}", path.display());
-        let line: Line = serde_json::from_str(&text).with_context(place)?;
+        let line: Line = serde_json::from_slice(&text).with_context(place)?;
         let (id, body) = request(args, opened, line, number).with_context(place)?;
         anyhow::ensure!(ids.insert(id.clone()), "{}: the id {id} is there twice", place());
         requests.push((id, body));
@@ -286,6 +285,7 @@ fn request(args: &RunArgs, opened: &Opened, line: Line, number: u64) -> anyhow::
         (Some(text), None, None) => Prompt::Text(text),
         (None, Some(tokens), None) => Prompt::Tokens(tokens),
         (None, None, Some(Chat::One(text))) => Prompt::Chat(vec![Message::user(&text)]),
+        (None, None, Some(Chat::Several(messages))) if messages.is_empty() => bail!("chat has no message"),
         (None, None, Some(Chat::Several(messages))) => Prompt::Chat(messages),
         _ => bail!("give one of prompt, prompt_tokens and chat"),
     };

@@ -91,7 +91,7 @@ impl BenchArgs {
         };
         let before = read()?;
         memory::forget_peak();
-        let state = StateDir::choose(None)?;
+        let mut state = StateDir::choose(None)?;
         let watch = Watch::new(Roof::new(self.prompt));
         let ran = self.serve(&settings, &state, &watch, (vocab, experts)).and_then(|ran| {
             let course = Course::read(state.path(), self.prompt, &watch);

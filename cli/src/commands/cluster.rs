@@ -9,15 +9,17 @@ use crate::exit::{Exit, fault, usage};
 use crate::request::request_id;
 use crate::serve::Serving;
 use crate::settings::Settings;
-use crate::state::{StateDir, unique};
+use crate::state::{SETTINGS_NAME, StateDir, unique};
 use crate::stream::{Format, Printer, finish_name, is_complete};
 use crate::terminal::tell;
 use anyhow::{Context, anyhow};
 use clap::Args;
+use lite_llm_core::carving::carve;
 use lite_llm_core::cluster::membership::Member;
 use lite_llm_core::cluster::supervisor::{
     Cause, ClusterConfig, Failure, Patience, Restarts, SupervisorEvent,
 };
+use lite_llm_core::digest::Digest;
 use lite_llm_core::ids::RequestId;
 use lite_llm_core::input::Body;
 use lite_llm_core::output::FinishReason;
@@ -43,8 +45,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-/// What a file of settings is called in the state directory.
-const SETTINGS_NAME: &str = "nodes.json";
+/// What the key is called in the state directory.
 const KEY_NAME: &str = "key";
 
 #[derive(Debug, Args)]
@@ -82,7 +83,7 @@ impl ClusterArgs {
         }
         run.check()?;
         let mut opened = run.open()?;
-        let state = StateDir::choose(run.state.as_deref())?;
+        let state = StateDir::choose_for_cluster(run.state.as_deref())?;
         let cluster = self.settle(&run, &mut opened, &state, max_restarts)?;
         state
             .make()
@@ -142,6 +143,9 @@ impl ClusterArgs {
         let loader = model.expert_loader();
         match *computer {
             Computer::Cpu => {
+                let limits = &config.limits;
+                let plan = model.plan(limits.step_positions_max, limits.rows_max, Digest::default())?;
+                carve(config, &plan, plan.pages_for(1, 1)).map_err(|why| anyhow!("of each node: {why}"))?;
                 let cold = Cold::open(*io, &loader, config.memory_bytes)?;
                 if !cold.report().is_empty() {
                     tell!("{}", cold.report());
@@ -203,8 +207,17 @@ impl ClusterArgs {
                 settings.model.display()
             )));
         }
+        let listen = self.listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0));
+        if self.elsewhere > 0 && (listen.ip().is_loopback() || listen.ip().is_unspecified()) {
+            return Err(usage(format!(
+                "--elsewhere needs an address that other machines reach, not {}: give it with --listen IP:PORT",
+                listen.ip()
+            )));
+        }
         // The lock first: whoever has it has nodes here that are not ours to end, and their settings not ours to change.
         let disk = FileDisk::open(state.path())?;
+        let key_path = self.key_file.clone().unwrap_or_else(|| state.path().join(KEY_NAME));
+        let key = Key::of_file(&key_path)?;
         let settings_path = state.path().join(SETTINGS_NAME);
         let cannot = || format!("cannot write {}", settings_path.display());
         let text = serde_json::to_string_pretty(&settings)?;
@@ -213,16 +226,7 @@ impl ClusterArgs {
             end_all(state.path()).with_context(|| "cannot end the nodes that are still there")?;
         }
         std::fs::write(&settings_path, &text).with_context(cannot)?;
-        let key_path = self.key_file.clone().unwrap_or_else(|| state.path().join(KEY_NAME));
-        let key = Key::of_file(&key_path)?;
         let program = std::env::current_exe().context("cannot find this program")?;
-        let listen = self.listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0));
-        if self.elsewhere > 0 && (listen.ip().is_loopback() || listen.ip().is_unspecified()) {
-            return Err(usage(format!(
-                "--elsewhere needs an address that other machines reach, not {}: give it with --listen IP:PORT",
-                listen.ip()
-            )));
-        }
         let (settings_file, ip) = (settings_path.clone(), listen.ip());
         let command = move |member: Member, at: SocketAddr, dir: &Path| {
             rank_command(&program, member, at, ip, (dir, &settings_file, &key_path))
@@ -240,13 +244,14 @@ impl ClusterArgs {
             cluster,
             elsewhere: self.elsewhere,
             settings: text,
+            // A private directory has no one who knows where to connect. An agent of another machine has a node begin again.
+            attended: !state.is_private() || self.elsewhere > 0,
             listen,
             key,
             command: Box::new(command),
             on_event: Some(Box::new(told)),
         })?;
         drain_on_signals(head.handle(), *drain_bound)?;
-        // A private directory has no one who knows where to connect.
         let socket =
             if state.is_private() { None } else { Some(ControlSocket::open(state.path(), head.handle())?) };
         Ok(Cluster { head, socket })

@@ -102,6 +102,10 @@ impl SynthArgs {
         let tiers = self.tiers.as_ref().filter(|_| !matches!(self.family, Family::TieredMoe));
         let division = tiers.map(|tiers| parse_tiers(tiers)).transpose();
         let division = division.map_err(|error| usage(format!("--tiers: {error}")))?;
+        if let Some(division) = &division {
+            let counted = division.check_counts(self.spec()?.experts);
+            counted.map_err(|error| usage(format!("--tiers: {error}; give other counts, or --experts")))?;
+        }
         let report = match (self.quantise, division) {
             (Some(integers), division) => {
                 let wanted =

@@ -71,6 +71,8 @@ pub struct HeadOptions {
     pub elsewhere: u32,
     /// See `elsewhere`.
     pub settings: String,
+    /// Whether somebody may restart nodes that are given up. Else a replica that too few are left for ends the cluster.
+    pub attended: bool,
     /// Where to listen; port 0 for any, which the next life keeps.
     pub listen: SocketAddr,
     /// What all processes of the cluster share.
@@ -156,6 +158,7 @@ struct Loop {
     processes: Processes,
     elsewhere: Elsewhere,
     settings: String,
+    attended: bool,
     command: NodeCommand,
     on_event: Option<OnEvent>,
     mesh: Mesh,
@@ -167,7 +170,8 @@ struct Loop {
 
 impl Loop {
     fn open(options: HeadOptions, messages: &SyncSender<Happened>) -> Result<Self, ClusterError> {
-        let HeadOptions { mut disk, cluster, elsewhere, settings, listen, key, command, on_event } = options;
+        let HeadOptions { mut disk, cluster, elsewhere, settings, attended, listen, key, command, on_event } =
+            options;
         let state_dir = disk.path().to_path_buf();
         let former = scan(&mut disk).map_err(NodeError::from)?.header.map_or(0, |header| header.incarnation);
         let header = Header {
@@ -209,6 +213,7 @@ impl Loop {
             processes,
             elsewhere,
             settings,
+            attended,
             supervisor,
             store,
             snapshot: durable,
@@ -378,6 +383,10 @@ impl Loop {
             SupervisorOutput::Event { event, .. } => {
                 if let Some(on_event) = &mut self.on_event {
                     on_event(&event);
+                }
+                let gave_up = matches!(event, SupervisorEvent::GaveUp { .. });
+                if gave_up && !self.attended && self.supervisor.view().needs_operator() {
+                    self.inbox.push_back(SupervisorInput::Drain { bound_ns: None });
                 }
             }
             SupervisorOutput::Exit { error, .. } => {

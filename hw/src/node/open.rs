@@ -11,6 +11,7 @@ use std::sync::mpsc::{channel, sync_channel};
 use std::time::Duration;
 
 use lite_llm_core::LOGIC_VERSION;
+use lite_llm_core::carving::carve;
 use lite_llm_core::chain::RestoreError;
 use lite_llm_core::cluster::peer::Log;
 use lite_llm_core::config::Limits;
@@ -92,6 +93,8 @@ pub(super) fn launch(options: NodeOptions) -> Result<Node, NodeError> {
     let mut plan = model.plan(limits.step_positions_max, limits.rows_max, tokenizer_digest)?;
     let identity = Arc::new(plan.identity.clone());
     let (backend, launching) = backend_of(gpu.as_ref(), model, limits, &mut plan)?;
+    // Refused before a journal is begun; what requests of a former life need is the engine's to say.
+    carve(&config, &plan, plan.pages_for(1, 1)).map_err(NodeError::Boot)?;
 
     let scanned = scan(&mut disk)?;
     let former = scanned.header.map_or(0, |header| header.incarnation);

@@ -262,8 +262,11 @@ impl Division {
         Ok(Divided { tiers, layers: divided })
     }
 
-    /// Counts alone must be all of a layer.
-    fn check_counts(&self, experts: u32) -> Result<(), String> {
+    /// Counts alone must be all of a layer, of which this is known before there is a checkpoint.
+    ///
+    /// # Errors
+    /// If they are not.
+    pub fn check_counts(&self, experts: u32) -> Result<(), String> {
         let mut sum = 0u64;
         for tier in &self.tiers {
             match &tier.experts {

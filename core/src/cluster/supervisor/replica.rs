@@ -367,6 +367,12 @@ impl State {
         }
     }
 
+    /// Whether too few nodes are left for a replica, unless the operator has one begin again.
+    pub(super) fn lacks_nodes(&self, id: u32) -> bool {
+        let left = self.nodes.iter().filter(|n| !n.is_over() && n.home.is_none_or(|home| home == id));
+        left.count() < index(self.config.topology.ranks())
+    }
+
     /// Gives up, while draining, what can never finish, and ends what is needed no more.
     pub(super) fn finish(&mut self, cx: &mut Context<'_>) {
         let Some(until) = self.drain.as_ref().map(|drain| drain.until) else { return };
@@ -375,9 +381,7 @@ impl State {
             if self.replicas[index(id)].is_over() {
                 continue;
             }
-            let left =
-                self.nodes.iter().filter(|n| !n.is_over() && n.home.is_none_or(|home| home == id)).count();
-            let reason = if left < index(self.config.topology.ranks()) {
+            let reason = if self.lacks_nodes(id) {
                 Some("too few of its nodes are left")
             } else if overtime.is_some_and(|overtime| overtime <= cx.now) {
                 Some("its time is over")

@@ -110,6 +110,13 @@ impl<'a> SupervisorView<'a> {
         })
     }
 
+    /// Whether a replica that has not finished waits for a node that only the operator has begin again.
+    #[must_use]
+    pub fn needs_operator(&self) -> bool {
+        let replicas = (0..).zip(&self.0.replicas);
+        replicas.filter(|(_, replica)| !replica.is_over()).any(|(id, _)| self.0.lacks_nodes(id))
+    }
+
     /// The version of the optimizer's shards that every rank has had, and the newest that all had on disk.
     #[must_use]
     pub const fn shards(&self) -> (u64, u64) {
