@@ -196,7 +196,6 @@ fn what_ranks_need_is_counted_by_the_slots_of_each() {
     let refused = run("1MiB");
     let (_, rest) = refused.stderr.split_once("needs at least ").unwrap();
     let least: u64 = rest.split(':').next().unwrap().parse().unwrap();
-    std::fs::remove_dir_all(place.path("state")).unwrap();
     assert_eq!(run(&(least + 12 * 196_608).to_string()).code, Some(0));
     let state = place.run(["inspect", "state/node-0", "--json"]).json();
     let experts = &state["experts"];

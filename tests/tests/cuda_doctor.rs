@@ -94,34 +94,44 @@ fn without_nvrtc_devices_are_said_and_it_fails() {
     }
 }
 
+/// Kernels for devices of a capability are compiled once, to this target.
+fn compiled_once(capability: &str, target: &str) {
+    let (Some(driver), Some(nvrtc)) = (stand_in(), nvrtc()) else { return };
+    let (place, folders) = (Place::new(), [&*driver, &*nvrtc]);
+    let first = look(&place, capability, &folders, &["--json"]).json();
+    assert_eq!(first["devices"].as_array().unwrap().len(), 2);
+    let [kernels] = &first["kernels"].as_array().unwrap()[..] else { panic!("one target: {first}") };
+    assert_eq!((&kernels["target"], &kernels["from_cache"]), (&target.into(), &false.into()), "{first}");
+    assert!(kernels["code_bytes"].as_u64().unwrap() > 10_000, "{first}");
+    assert_eq!((&first["refusal"], &first["runs_models"]), (&serde_json::Value::Null, &true.into()));
+    assert!(Path::new(kernels["kept_in"].as_str().unwrap()).starts_with(place.path("cache")));
+    let again = look(&place, capability, &folders, &["--json"]).json();
+    assert_eq!(again["kernels"][0]["from_cache"], true, "{again}");
+    assert_eq!(again["kernels"][0]["code_bytes"], kernels["code_bytes"]);
+    let words = look(&place, capability, &folders, &[]).stdout;
+    for part in ["Stand-in 0", target, "from the cache", "nobody has tried"] {
+        assert!(words.contains(part), "{part} in {words}");
+    }
+}
+
 #[test]
 fn kernels_are_compiled_once_for_a_kind_of_device() {
+    compiled_once("90", "sm_90");
+}
+
+#[test]
+fn what_the_compiler_does_not_know_is_left_to_the_driver() {
+    compiled_once("990", "compute_121");
+}
+
+#[test]
+fn kernels_are_compiled_where_no_cache_can_be() {
     let (Some(driver), Some(nvrtc)) = (stand_in(), nvrtc()) else { return };
-    let folders = [&*driver, &*nvrtc];
-    // What this NVRTC does not know is left to the driver.
-    for (capability, target) in [("90", "sm_90"), ("990", "compute_121")] {
-        let place = Place::new();
-        let first = look(&place, capability, &folders, &["--json"]).json();
-        assert_eq!(first["devices"].as_array().unwrap().len(), 2);
-        let [kernels] = &first["kernels"].as_array().unwrap()[..] else { panic!("one target: {first}") };
-        assert_eq!((&kernels["target"], &kernels["from_cache"]), (&target.into(), &false.into()), "{first}");
-        assert!(kernels["code_bytes"].as_u64().unwrap() > 10_000, "{first}");
-        assert_eq!((&first["refusal"], &first["runs_models"]), (&serde_json::Value::Null, &true.into()));
-        assert!(Path::new(kernels["kept_in"].as_str().unwrap()).starts_with(place.path("cache")));
-        let again = look(&place, capability, &folders, &["--json"]).json();
-        assert_eq!(again["kernels"][0]["from_cache"], true, "{again}");
-        assert_eq!(again["kernels"][0]["code_bytes"], kernels["code_bytes"]);
-        let words = look(&place, capability, &folders, &[]).stdout;
-        for part in ["Stand-in 0", target, "from the cache", "nobody has tried"] {
-            assert!(words.contains(part), "{part} in {words}");
-        }
-    }
-    // Where no cache can be, it is compiled all the same.
     let place = Place::new();
     std::fs::write(place.path("cache"), "").unwrap();
-    let ran = look(&place, "80", &folders, &[]);
+    let ran = look(&place, "990", &[&*driver, &*nvrtc], &[]);
     assert_eq!(ran.code, Some(0), "{}", ran.stderr);
-    for part in ["sm_80", "compiled in", "not kept", "XDG_CACHE_HOME"] {
+    for part in ["compute_121", "compiled in", "not kept", "XDG_CACHE_HOME"] {
         assert!(ran.stdout.contains(part), "{part} in {}", ran.stdout);
     }
 }

@@ -49,37 +49,49 @@ fn shards(model: &Path) -> Vec<PathBuf> {
     shards
 }
 
-#[test]
-fn every_way_brings_experts_with_the_bits_of_the_cpu() {
-    for (number, name) in ["olmoe", "gpt_oss", "qwen2_moe"].into_iter().enumerate() {
-        let Some(served) = Served::new(name, &[]) else { return };
-        let Served { machine, model, memory } = &served;
-        let expected = machine.expected(model, &[]);
-        for (io, words) in [("uring", "with io_uring"), ("pread", "with pread"), ("mmap", "with mmap")] {
-            if io == "uring" && !served.has_uring() {
-                continue;
-            }
-            let ran = machine.generate(model, "said", &served.on(io), &[]);
-            assert_eq!(ran.json()["tokens"], expected, "{name} {io}");
-            let said = ran.stderr.contains(words) && ran.stderr.contains("copied to the GPU from there");
-            assert!(said, "{}", ran.stderr);
-            std::fs::remove_dir_all(machine.gpus.place.path("said")).unwrap();
-            for seed in 0..4 {
-                let seed = (number * 10 + seed).to_string();
-                let more = ["--memory", memory, "--io", io, "--foresight", "on"];
-                machine.check(model, &more, &[("SEED", &seed)], &expected);
-            }
-            // What is in a slot goes to the warm arena first, or changes places.
-            let warm = ["--warm", "120KiB", "--io", io];
-            let memory = (machine.least(model, &warm) + (60 << 10)).to_string();
-            for seed in ["7", "8", "9"] {
-                let more = [&warm[..], &["--memory", &memory]].concat();
-                machine.check(model, &more, &[("SEED", seed)], &expected);
-            }
+/// Every way brings experts of a model, with the bits of the CPU.
+fn every_way_brings_experts(name: &str, seeds: [u64; 4]) {
+    let Some(served) = Served::new(name, &[]) else { return };
+    let Served { machine, model, memory } = &served;
+    let expected = machine.expected(model, &[]);
+    for (io, words) in [("uring", "with io_uring"), ("pread", "with pread"), ("mmap", "with mmap")] {
+        if io == "uring" && !served.has_uring() {
+            continue;
         }
-        // Whatever is best is used where nobody says.
-        machine.check(model, &["--memory", memory], &[], &expected);
+        let ran = machine.generate(model, "said", &served.on(io), &[]);
+        assert_eq!(ran.json()["tokens"], expected, "{name} {io}");
+        let said = ran.stderr.contains(words) && ran.stderr.contains("copied to the GPU from there");
+        assert!(said, "{}", ran.stderr);
+        std::fs::remove_dir_all(machine.gpus.place.path("said")).unwrap();
+        for seed in seeds {
+            let more = ["--memory", memory, "--io", io, "--foresight", "on"];
+            machine.check(model, &more, &[("SEED", &seed.to_string())], &expected);
+        }
+        // What is in a slot goes to the warm arena first, or changes places.
+        let warm = ["--warm", "120KiB", "--io", io];
+        let memory = (machine.least(model, &warm) + (60 << 10)).to_string();
+        for seed in ["7", "8", "9"] {
+            let more = [&warm[..], &["--memory", &memory]].concat();
+            machine.check(model, &more, &[("SEED", seed)], &expected);
+        }
     }
+    // Whatever is best is used where nobody says.
+    machine.check(model, &["--memory", memory], &[], &expected);
+}
+
+#[test]
+fn every_way_brings_experts_of_olmoe() {
+    every_way_brings_experts("olmoe", [0, 1, 2, 3]);
+}
+
+#[test]
+fn every_way_brings_experts_of_gpt_oss() {
+    every_way_brings_experts("gpt_oss", [10, 11, 12, 13]);
+}
+
+#[test]
+fn every_way_brings_experts_of_qwen2_moe() {
+    every_way_brings_experts("qwen2_moe", [20, 21, 22, 23]);
 }
 
 /// Experts of integers, of which several tiers have slots of their own.
